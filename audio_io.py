@@ -1,0 +1,103 @@
+"""File -> waveform -> log power spectrogram.
+
+F = 257 frequency bins, L frames of 10 ms. This is the only file that knows 16 kHz, 512 and 160.
+"""
+
+from pathlib import Path
+
+import librosa
+import numpy as np
+import soundfile
+import torch
+
+SAMPLE_RATE = 16000
+N_FFT = 512
+HOP = 160
+LOG_FLOOR = 1e-7
+LOG_SCALE = 12.0
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".npy")
+
+
+def num_samples(seconds: float) -> int:
+    return round(seconds * SAMPLE_RATE)
+
+
+def num_frames(seconds: float) -> int:
+    """Frames L of a centred spectrogram of so many seconds: 501 for 5 s."""
+    return 1 + num_samples(seconds) // HOP
+
+
+def load_audio(path: str | Path) -> np.ndarray:
+    """Decode a sound file to mono 16 kHz.
+
+    Returns (samples,) float32 in -1..1: the mean of the channels, resampled with soxr's high quality.
+    Raises ValueError, naming the file, when it cannot be decoded, is empty or holds a value that is not finite.
+    """
+    try:
+        waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise ValueError(f"cannot decode the sound {path}: {error}") from error
+    mono = waveform.mean(axis=1)
+    if mono.size == 0:
+        raise ValueError(f"the sound {path} is empty")
+    if not np.isfinite(mono).all():
+        raise ValueError(f"the sound {path} holds values that are not finite")
+    if rate != SAMPLE_RATE:
+        mono = librosa.resample(mono, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq")
+    return mono
+
+
+def crop_or_tile(waveform: np.ndarray, length: int, position: float = 0.5) -> np.ndarray:
+    """Cut (samples,) to `length` samples, or repeat it until it is that long.
+
+    position: where the cut lies, as a fraction of the slack; 0.5 is the middle.
+    """
+    slack = len(waveform) - length
+    if slack < 0:
+        return np.tile(waveform, -(-length // len(waveform)))[:length]
+    start = int(slack * position)
+    return waveform[start : start + length]
+
+
+def power_spectrogram(waveform: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """(samples,) in -1..1 -> (1, F, L) float32, |STFT|^2 with a periodic Hann window, centred, reflect padding."""
+    waveform = torch.as_tensor(waveform, dtype=torch.float32)
+    window = torch.hann_window(N_FFT, device=waveform.device)
+    spectrum = torch.stft(waveform, N_FFT, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
+    return spectrum.abs().square()[None]
+
+
+def compress(power: torch.Tensor) -> torch.Tensor:
+    """Power to what the audio encoder takes: log(power + 1e-7) / 12, about -1.35 (silence) to 1."""
+    return (power + LOG_FLOOR).log() / LOG_SCALE
+
+
+def log_spectrogram(waveform: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """(samples,) in -1..1 -> (1, F, L) float32 log power spectrogram, divided by 12."""
+    return compress(power_spectrogram(waveform))
+
+
+def load_spectrogram(path: str | Path, seconds: float, position: float = 0.5) -> torch.Tensor:
+    """Sound file, or stored (1, F, L) power spectrogram (.npy, before the log) -> (1, F, L) log power spectrogram.
+
+    seconds: length that the model takes; position: see `crop_or_tile`, stored spectrograms are cut likewise.
+    Raises ValueError, naming the file, on anything that cannot be read as such.
+    """
+    if Path(path).suffix == ".npy":
+        return compress(_load_power(path, num_frames(seconds), position))
+    return log_spectrogram(crop_or_tile(load_audio(path), num_samples(seconds), position))
+
+
+def _load_power(path: str | Path, frames: int, position: float) -> torch.Tensor:
+    try:
+        power = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"cannot read the spectrogram {path}: {error}") from error
+    if power.ndim != 3 or power.shape[:2] != (1, N_FFT // 2 + 1) or power.shape[2] == 0:
+        raise ValueError(f"the spectrogram {path} has shape {power.shape}, wanted (1, {N_FFT // 2 + 1}, frames)")
+    if not np.isfinite(power).all() or (power < 0).any():
+        raise ValueError(
+            f"the spectrogram {path} holds values that are negative or not finite: not a power spectrogram"
+        )
+    columns = crop_or_tile(np.arange(power.shape[2]), frames, position)
+    return torch.from_numpy(power[:, :, columns].astype(np.float32))

@@ -1,0 +1,95 @@
+"""AVSBench, single source (S4) and multiple sources (MS3): one item is one frame, its ground truth a mask.
+
+Both layouts load: the official one and the flat one, ROOT/{s4,ms3}/{visual_frames,gt_masks,audio_wav}.
+Only the videos of split `test` are scored, five frames each, which share a sound.
+"""
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+from dataset import EvaluationPairs, Pair, Selection, SetRow, data_root, first_ids, mask_map
+from utils import UserError, as_user_error
+
+FRAMES_PER_VIDEO = 5
+AVS_SETS = {
+    "s4": SetRow("s4", "AVSBENCH_ROOT", "s4_meta_data.csv", expected=3_700),
+    "ms3": SetRow("ms3", "AVSBENCH_ROOT", "ms3_meta_data.csv", expected=320),
+}
+
+
+class Video(NamedTuple):
+    name: str
+    category: str  # empty on MS3
+
+
+class Files(NamedTuple):
+    image: Path
+    mask: Path
+    audio: Path
+
+
+def read_videos(path: Path, split: str = "test") -> list[Video]:
+    """Videos of a split from s4_meta_data.csv (name, start, category, split) or ms3_meta_data.csv (video_id, split)."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise UserError(f"the list {path} does not exist: metadata/README.md says where it comes from") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read the list {path}: {error}") from error
+    names = [row.get("name") or row.get("video_id") for row in rows if row.get("split") == split]
+    if not names or not all(names):
+        raise UserError(f"{path} has no videos of split {split}: columns name or video_id, and split, are wanted")
+    categories = [row.get("category") or "" for row in rows if row.get("split") == split]
+    return [Video(name, category) for name, category in zip(names, categories, strict=True)]
+
+
+def frame_files(root: Path, subset: str, video: Video, number: int, split: str = "test") -> Files:
+    """Where frame 1..5 of a video lies, in the official layout if ROOT/<subset>_data is there, else in the flat one."""
+    official, name = root / f"{subset}_data", f"{video.name}_{number}.png"
+    if not official.is_dir():
+        flat = root / subset
+        return Files(flat / "visual_frames" / name, flat / "gt_masks" / name, flat / "audio_wav" / f"{video.name}.wav")
+    below = Path(split, video.category)  # MS3 has no categories
+    image = official / "visual_frames" / below / video.name / name
+    if subset == "ms3":
+        image = official / "visual_frames" / video.name / f"{video.name}.mp4_{number}.png"
+    mask = official / "gt_masks" / below / video.name / name
+    return Files(image, mask, official / "audio_wav" / below / f"{video.name}.wav")
+
+
+def build_avs_set(
+    name: str,
+    root: str | None,
+    metadata: str,
+    image_size: int,
+    audio_seconds: float,
+    test_list: str | None = None,
+    allow_missing: bool = False,
+) -> tuple[EvaluationPairs, Selection]:
+    """A row of AVS_SETS with its masks; test_list replaces the row's own meta data CSV."""
+    row = AVS_SETS[name]
+    folder = data_root(row, root)
+    files, categories = {}, {}
+    for video in read_videos(Path(test_list) if test_list else Path(metadata) / row.ids):
+        for number in range(1, FRAMES_PER_VIDEO + 1):
+            frame = f"{video.name}_{number}"
+            files[frame], categories[frame] = frame_files(folder, row.layout, video, number), video.category
+    missing = [frame for frame, paths in files.items() if not all(path.is_file() for path in paths)]
+    if len(missing) == len(files):
+        raise UserError(f"no frame of {name} was found below {folder}: first sought {files[missing[0]].image}")
+    if missing and not allow_missing:
+        raise UserError(
+            f"{len(missing)} of {len(files)} frames of {name} lack a picture, mask or sound below {folder}: "
+            f"{first_ids(missing)} (--allow_missing true goes on without them and counts them)"
+        )
+    lost = set(missing)
+    pairs = [Pair(frame, paths.image, paths.audio) for frame, paths in files.items() if frame not in lost]
+
+    def truth_of(frame: str):
+        with as_user_error(OSError, ValueError):
+            return mask_map(files[frame].mask)
+
+    dataset = EvaluationPairs(pairs, truth_of, categories.__getitem__, image_size, audio_seconds)
+    return dataset, Selection(pairs, missing, max(len(files), row.expected))

@@ -1,0 +1,90 @@
+"""The built-in demonstration: make the synthetic data, train by train_script.sh, score, draw, and say where to look.
+
+python demo.py --seeds 0                                    # make demo
+python demo.py --seeds 0 1 2 --export checkpoints/demo.pth  # make demo-table
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from utils import ArgumentParser, UserError, load_checkpoint, number, run_cli, save_checkpoint
+
+SPLITS = ("synthetic", "synthetic_distractor", "synthetic_interactive")
+BARS = {
+    ("synthetic", "AUD cIoU"): 0.60,
+    ("synthetic", "AUD pointing"): 0.95,
+    ("synthetic", "class R@1, worse way"): 0.90,
+}
+NOT_IN_EXPORT = ("optimizer", "scheduler", "scaler", "random")
+
+
+def call(*command: str) -> None:
+    """Run a command that prints for the user; its own message is enough when it fails."""
+    print(f"$ {' '.join(command)}", flush=True)
+    if subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}).returncode:
+        raise UserError(f"the command above failed: {' '.join(command)}")
+
+
+def train(seed: int) -> Path:
+    name = f"demo_seed_{seed}"
+    call("bash", "train_script.sh", "synthetic", ",".join(SPLITS), "cpu", name, "--seed", str(seed), "--overwrite")
+    return Path("checkpoints") / name
+
+
+def figures(folder: Path) -> dict[tuple[str, str], float]:
+    """What the demonstration reports of one run: {(split, measure): fraction}."""
+    table = {}
+    for split in SPLITS:
+        results: dict[str, Any] = json.loads((folder / "results" / split / "results.json").read_text())
+        maps, by_class = results["maps"], results["retrieval"]["by_class"]
+        for name in ("AUD", "IQR"):
+            for metric in ("cIoU", "pointing", "IIoU", "both_pointing"):
+                if metric in maps[name]:
+                    table[split, f"{name} {metric}"] = maps[name][metric]
+        table[split, "listening"] = maps["AUD"]["listening"]
+        table[split, "class R@1, worse way"] = min(recalls["R@1"] for recalls in by_class.values())
+    return table
+
+
+def print_table(runs: list[dict[tuple[str, str], float]]) -> None:
+    """A Markdown table: mean and worst over the runs, and the bar where there is one."""
+    print("| split | measure | mean | worst | bar |\n|---|---|---|---|---|")
+    for key in runs[0]:
+        values = [100 * run[key] for run in runs]
+        bar = f"{100 * BARS[key]:.0f}" if key in BARS else ""
+        print(f"| {key[0]} | {key[1]} | {sum(values) / len(values):.1f} | {min(values):.1f} | {bar} |")
+
+
+def export(source: Path, target: Path) -> None:
+    """A checkpoint without what only resuming needs, small enough to be committed."""
+    state = {name: value for name, value in load_checkpoint(source).items() if name not in NOT_IN_EXPORT}
+    save_checkpoint(target, state)
+    digest = hashlib.sha256(target.read_bytes()).hexdigest()
+    print(f"{target}: {target.stat().st_size / 1e6:.2f} MB, sha256 {digest}")
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Make the synthetic data, train, score, draw.")
+    parser.add_argument("--seeds", type=number(int, low=0), nargs="+", default=[0], help="one training each")
+    parser.add_argument("--export", help="write the first seed's best model here, without what resuming needs")
+    args = parser.parse_args()
+    call(sys.executable, "synthetic.py", "--out", "data/synthetic")
+    folders = [train(seed) for seed in args.seeds]
+    print(f"in %, seeds {', '.join(map(str, args.seeds))}; without any learning: synthetic.py --probe\n")
+    print_table([figures(folder) for folder in folders])
+    if args.export:
+        export(folders[0] / "best.pth", Path(args.export))
+    print("\nlook at the tables and pictures:")
+    for split in SPLITS:
+        results = folders[0] / "results" / split
+        print(f"  {results / 'results.json'}   {results / 'contact_sheet.png'}")
+    print(f"  {folders[0] / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

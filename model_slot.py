@@ -1,0 +1,421 @@
+"""Joint slot attention on image and audio (Kim et al., CVPR 2025): the whole model and its losses.
+
+B batch, K slots, D channels, h x w image grid, N = h * w image tokens, T audio tokens, F bins, L frames.
+Slot TARGET holds what is seen and heard, slot OFF_TARGET the rest. Weight names are those of the released checkpoints.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from audio_io import num_frames
+from metrics import normalize_maps, upsample_maps
+from resnet import AudioEncoder, ImageEncoder, get_recipe, tokens_along
+from utils import UserError, load_checkpoint
+
+TARGET, OFF_TARGET = 0, 1
+ATTENTION_FLOOR = 1e-8
+
+
+class SlotState(NamedTuple):
+    """What slot attention leaves of one modality."""
+
+    slots: torch.Tensor  # (B, K, D) after the last iteration, not normalised
+    query: torch.Tensor  # (B, K, D) of the last iteration, before its GRU step
+    keys: torch.Tensor  # (B, N or T, D)
+
+
+class Maps(NamedTuple):
+    audio_map: torch.Tensor  # (B, h, w) AUD: audio query over image keys
+    image_map: torch.Tensor  # (B, h, w) IMG_QUERY: image query over image keys
+
+
+class Embeddings(NamedTuple):
+    image_slots: torch.Tensor  # (B, K, D), not normalised
+    audio_slots: torch.Tensor  # (B, K, D), not normalised
+
+
+# ---------------------------------------------------------------- joint slot attention
+
+
+def slot_attention(query: torch.Tensor, keys: torch.Tensor, sharpening: float = 1.0) -> torch.Tensor:
+    """Queries (B, K, D) over keys (B, N, D) -> (B, K, N): softmax over slots, plus 1e-8, then each row sums to 1.
+
+    sharpening multiplies the logits (below 1 it flattens). In fp32 whatever the inputs: 1e-8 is 0 in fp16.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        query, keys = _at_least_fp32(query), _at_least_fp32(keys)
+        logits = query @ keys.transpose(1, 2) / query.shape[-1] ** 0.5  # (B, K, N)
+        share = (logits * sharpening).softmax(dim=1) + ATTENTION_FLOOR
+        return share / share.sum(dim=2, keepdim=True)
+
+
+def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class JointSlotAttention(nn.Module):
+    """Slot attention of both modalities from the same initial slots (paper, section 3.2).
+
+    Everything is per modality m in {img, aud} but `slots` and the algorithm; the layers carry the released names
+    `{m}_to_q` and so on, hence the look-up by name.
+    """
+
+    def __init__(self, dim: int, num_slots: int, iterations: int) -> None:
+        super().__init__()
+        self.iterations = iterations
+        self.slots = nn.Parameter(torch.randn(1, num_slots, dim))
+        self.mask_token_img = nn.Parameter(torch.randn(1, 1, dim))
+        self.mask_token_aud = nn.Parameter(torch.randn(1, 1, dim))
+        for modality in ("img", "aud"):
+            layers = {
+                "norm_input": nn.LayerNorm(dim),
+                "norm_slots": nn.LayerNorm(dim),
+                "norm_pre_ff": nn.LayerNorm(dim),
+                "to_q": nn.Linear(dim, dim),
+                "to_k": nn.Linear(dim, dim),
+                "to_v": nn.Linear(dim, dim),
+                "gru": nn.GRUCell(dim, dim),
+                "mlp": nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(inplace=True), nn.Linear(2 * dim, dim)),
+            }
+            for name, layer in layers.items():
+                self.add_module(f"{modality}_{name}", layer)
+
+    def mask_tokens(self, modality: str, tokens: torch.Tensor, ratio: float) -> torch.Tensor:
+        """Replace each token of (B, N, D) by the modality's mask token, independently with probability `ratio`."""
+        masked = torch.rand(tokens.shape[:2], device=tokens.device) < ratio
+        return torch.where(masked[..., None], getattr(self, f"mask_token_{modality}").to(tokens.dtype), tokens)
+
+    def forward(self, modality: str, tokens: torch.Tensor) -> SlotState:
+        """modality "img" or "aud", tokens (B, N, D) -> SlotState, in fp32 (it costs a few percent of a step)."""
+        norm_input, norm_slots, norm_pre_ff, to_q, to_k, to_v, gru, mlp = (
+            getattr(self, f"{modality}_{name}")
+            for name in ("norm_input", "norm_slots", "norm_pre_ff", "to_q", "to_k", "to_v", "gru", "mlp")
+        )
+        with torch.autocast(tokens.device.type, enabled=False):
+            x = norm_input(_at_least_fp32(tokens))
+            keys, values = to_k(x), to_v(x)  # (B, N, D)
+            slots = self.slots.expand(len(x), -1, -1)  # (B, K, D)
+            for _ in range(self.iterations):
+                query = to_q(norm_slots(slots))  # (B, K, D)
+                update = slot_attention(query, keys) @ values  # (B, K, D)
+                slots = gru(update.flatten(0, 1), slots.flatten(0, 1)).view_as(update)
+                slots = slots + mlp(norm_pre_ff(slots))
+        return SlotState(slots, query, keys)
+
+
+# ---------------------------------------------------------------- decoders
+
+
+class PositionEmbedding(nn.Module):
+    """Learned (h, w, D): the first half of the channels by column, the second by row."""
+
+    def __init__(self, height: int, width: int, dim: int) -> None:
+        super().__init__()
+        self.row_embed = nn.Embedding(height, dim // 2)
+        self.col_embed = nn.Embedding(width, dim // 2)
+        nn.init.uniform_(self.row_embed.weight)
+        nn.init.uniform_(self.col_embed.weight)
+
+    def forward(self) -> torch.Tensor:
+        rows, columns = self.row_embed.weight, self.col_embed.weight
+        h, w = len(rows), len(columns)
+        return torch.cat([columns[None].expand(h, -1, -1), rows[:, None].expand(-1, w, -1)], dim=-1)  # (h, w, D)
+
+
+class MlpDecoder(nn.Module):
+    """Spatial-broadcast decoder: slots (B, K, D) -> tokens (B, h * w, D), each slot's part weighted by its alpha."""
+
+    def __init__(self, height: int, width: int, dim: int) -> None:
+        super().__init__()
+        self.pos_emb = PositionEmbedding(height, width, dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(dim, dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(dim, dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(dim, dim + 1),
+        )
+
+    def forward(self, slots: torch.Tensor) -> torch.Tensor:
+        grid = slots[:, :, None] + self.pos_emb().flatten(0, 1)  # (B, K, h * w, D)
+        decoded = self.mlp(grid)  # (B, K, h * w, D + 1)
+        features, alpha = decoded[..., :-1], decoded[..., -1:].softmax(dim=1)
+        return (features * alpha).sum(dim=1)
+
+
+# ---------------------------------------------------------------- losses (all in fp32)
+
+
+def false_negative_keep_mask(image_target: torch.Tensor, audio_target: torch.Tensor, k: int) -> torch.Tensor:
+    """Unit target slots (B, D) of both modalities -> (B, B) bool, False where a pair is a k-reciprocal false negative.
+
+    m is a shared neighbour of n when it is among the k most similar samples of n in both modalities (n counts among
+    them); m and n are false negatives of each other when that holds both ways and m != n (paper, section 3.4).
+    """
+    shared = _nearest(image_target, k) & _nearest(audio_target, k)
+    false_negative = shared & shared.T
+    return ~false_negative | torch.eye(len(shared), dtype=torch.bool, device=shared.device)
+
+
+def _nearest(target: torch.Tensor, k: int) -> torch.Tensor:
+    """(B, D) unit vectors -> (B, B) bool, True at [n, m] where m is among the k most similar of n."""
+    similarity = target @ target.T
+    return torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, similarity.topk(k, dim=1).indices, True)
+
+
+def info_nce_loss(
+    image_target: torch.Tensor, audio_target: torch.Tensor, tau: float, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Contrast unit target slots (B, D) both ways over the batch; pairs where `keep` (B, B) is False are left out."""
+    logits = image_target @ audio_target.T / tau  # (B, B)
+    if keep is not None:
+        logits = logits.masked_fill(~keep, -torch.inf)
+    labels = torch.arange(len(logits), device=logits.device)
+    return F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)
+
+
+def slot_divergence_loss(slots: torch.Tensor) -> torch.Tensor:
+    """Unit slots (B, K, D) -> mean over samples and ordered pairs i != j of relu(cos(s_i, s_j)); 0 for one slot."""
+    num_slots = slots.shape[1]
+    if num_slots == 1:
+        return slots.new_zeros(())
+    cosine = slots @ slots.transpose(1, 2)  # (B, K, K)
+    others = ~torch.eye(num_slots, dtype=torch.bool, device=slots.device)
+    return cosine[:, others].relu().mean()
+
+
+def attention_matching_loss(image: SlotState, audio: SlotState) -> torch.Tensor:
+    """Cross attention of the target slot is pulled to the detached intra attention, over image and over audio keys."""
+    losses = []
+    for own, other in ((image, audio), (audio, image)):
+        intra = slot_attention(own.query, own.keys)[:, TARGET].detach()
+        cross = slot_attention(other.query, own.keys)[:, TARGET]
+        losses.append(F.mse_loss(cross, intra))
+    return losses[0] + losses[1]
+
+
+def reconstruction_loss(decoded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Decoded tokens against the encoder's, (B, N, D) both; no gradient reaches the encoder through the target."""
+    return F.mse_loss(_at_least_fp32(decoded), _at_least_fp32(tokens.detach()))
+
+
+def default_reciprocal_k(batch_size: int) -> int:
+    """k = 20 at batch 256, in proportion for other batches."""
+    return max(1, round(20 * batch_size / 256))
+
+
+# ---------------------------------------------------------------- inference maps
+
+
+def fuse_maps(
+    audio_map: torch.Tensor,
+    image_map: torch.Tensor | None = None,
+    object_prior: torch.Tensor | None = None,
+    alpha: float = 0.6,
+    size: int = 224,
+) -> torch.Tensor:
+    """n(alpha AUD + (1 - alpha) rest), the rest shared equally between what is given: IQR, OGL or IQR_OGL.
+
+    Each map (B, h, w), of any resolution -> (B, size, size) in 0..1; every map is upsampled and normalised first.
+    """
+    rest = [n_map for n_map in (image_map, object_prior) if n_map is not None]
+    if not rest:
+        raise ValueError("fuse_maps needs an image map or an object prior beside the audio map")
+
+    def ready(x: torch.Tensor) -> torch.Tensor:
+        return normalize_maps(upsample_maps(x, size))
+
+    mixed = alpha * ready(audio_map)
+    for other in rest:
+        mixed = mixed + (1 - alpha) / len(rest) * ready(other)
+    return normalize_maps(mixed)
+
+
+# ---------------------------------------------------------------- the model
+
+
+class JointSlotModel(nn.Module):
+    """Encoders, joint slot attention, decoders. Full size: 31.82 M parameters, 22.87 M without slots and decoders.
+
+    arch: encoder recipe, "resnet18" or "small"; dim: D, even (None: the recipe's); image_size (px) and audio_seconds
+    set the decoders' grids; mask_ratio and reciprocal_k act on training only. reciprocal_k: None scales 20 per 256
+    with the batch, 0 turns the false-negative rule off.
+    """
+
+    def __init__(
+        self,
+        arch: str = "resnet18",
+        dim: int | None = None,
+        num_slots: int = 2,
+        iterations: int = 5,
+        image_size: int = 224,
+        audio_seconds: float = 5.0,
+        tau: float = 0.03,
+        mask_ratio: float = 0.1,
+        reciprocal_k: int | None = None,
+    ) -> None:
+        super().__init__()
+        dim = dim or get_recipe(arch).dim
+        if dim % 2:
+            raise ValueError(f"dim {dim} must be even: half of it encodes columns, half rows")
+        self.tau, self.mask_ratio, self.reciprocal_k = tau, mask_ratio, reciprocal_k
+        self.shape = {  # what `from_checkpoint` needs to build the same network
+            "arch": arch,
+            "dim": dim,
+            "num_slots": num_slots,
+            "iterations": iterations,
+            "image_size": image_size,
+            "audio_seconds": audio_seconds,
+        }
+        self.imgnet = ImageEncoder(arch, dim)
+        self.audnet = AudioEncoder(arch, dim)
+        self.slot_attn = JointSlotAttention(dim, num_slots, iterations)
+        side = tokens_along(image_size, arch)
+        self.img_decoder = MlpDecoder(side, side, dim)
+        self.aud_decoder = MlpDecoder(1, tokens_along(num_frames(audio_seconds), arch), dim)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every constructor argument, as a checkpoint stores it."""
+        return self.shape | {"tau": self.tau, "mask_ratio": self.mask_ratio, "reciprocal_k": self.reciprocal_k}
+
+    def encode(self, image: torch.Tensor, spectrogram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures (B, 3, H, W), spectrograms (B, 1, F, L) -> image tokens (B, N, D), audio tokens (B, T, D)."""
+        return self.imgnet(image).flatten(2).transpose(1, 2), self.audnet(spectrogram).transpose(1, 2)
+
+    def attend_image(self, image: torch.Tensor) -> tuple[SlotState, tuple[int, int]]:
+        """Pictures (B, 3, H, W) -> slots, query and keys, and the grid (h, w) of the keys."""
+        features = self.imgnet(image)
+        return self.slot_attn("img", features.flatten(2).transpose(1, 2)), tuple(features.shape[2:])
+
+    def attend_audio(self, spectrogram: torch.Tensor) -> SlotState:
+        """Spectrograms (B, 1, F, L) -> slots, query and keys."""
+        return self.slot_attn("aud", self.audnet(spectrogram).transpose(1, 2))
+
+    def forward(self, image: torch.Tensor, spectrogram: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The four losses by name, unweighted scalars. Tokens are masked in training mode only."""
+        image_tokens, audio_tokens = self.encode(image, spectrogram)
+        image_state = self.slot_attn("img", self._masked("img", image_tokens))
+        audio_state = self.slot_attn("aud", self._masked("aud", audio_tokens))
+        image_unit, audio_unit = F.normalize(image_state.slots, dim=2), F.normalize(audio_state.slots, dim=2)
+        with torch.autocast(image.device.type, enabled=False):
+            return {
+                "info_nce": self._contrast(image_unit[:, TARGET], audio_unit[:, TARGET]),
+                "reconstruction": self._reconstruct(image_state.slots, image_tokens, audio_state.slots, audio_tokens),
+                "slot_divergence": slot_divergence_loss(image_unit) + slot_divergence_loss(audio_unit),
+                "attention_matching": attention_matching_loss(image_state, audio_state),
+            }
+
+    @torch.no_grad()
+    def localize(self, image: torch.Tensor, spectrogram: torch.Tensor, infer_sharpening: float = 0.1) -> Maps:
+        """Maps of the target slot over the image grid, (B, h, w) each, every map summing to 1."""
+        image_state, grid = self.attend_image(image)
+        return self.maps(image_state, self.attend_audio(spectrogram), grid, infer_sharpening)
+
+    @torch.no_grad()
+    def embed(self, image: torch.Tensor, spectrogram: torch.Tensor) -> Embeddings:
+        """Slots of both modalities, (B, K, D) each, not normalised; row TARGET serves retrieval."""
+        return Embeddings(self.attend_image(image)[0].slots, self.attend_audio(spectrogram).slots)
+
+    @staticmethod
+    def maps(image: SlotState, audio: SlotState, grid: tuple[int, int], infer_sharpening: float = 0.1) -> Maps:
+        """Like `localize`, from what the two modalities left: the same pictures can be asked with other sounds."""
+        maps = (slot_attention(m.query, image.keys, infer_sharpening)[:, TARGET] for m in (audio, image))
+        return Maps(*(m.unflatten(1, grid) for m in maps))
+
+    def _masked(self, modality: str, tokens: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.mask_ratio == 0:
+            return tokens
+        return self.slot_attn.mask_tokens(modality, tokens, self.mask_ratio)
+
+    def _contrast(self, image_target: torch.Tensor, audio_target: torch.Tensor) -> torch.Tensor:
+        batch = len(image_target)
+        k = default_reciprocal_k(batch) if self.reciprocal_k is None else self.reciprocal_k
+        if k >= batch:
+            raise ValueError(
+                f"reciprocal_k {k} leaves no negative in a batch of {batch}: lower it or enlarge the batch"
+            )
+        keep = false_negative_keep_mask(image_target.detach(), audio_target.detach(), k) if k else None
+        return info_nce_loss(image_target, audio_target, self.tau, keep)
+
+    def _reconstruct(self, image_slots, image_tokens, audio_slots, audio_tokens) -> torch.Tensor:
+        losses = []
+        for decoder, slots, tokens in (
+            (self.img_decoder, image_slots, image_tokens),
+            (self.aud_decoder, audio_slots, audio_tokens),
+        ):
+            decoded = decoder(slots)  # (B, N, D)
+            if decoded.shape != tokens.shape:
+                raise ValueError(
+                    f"{tokens.shape[1]} tokens reach a decoder of {decoded.shape[1]}: this model was built for "
+                    f"pictures of {self.shape['image_size']} px and {self.shape['audio_seconds']} s of sound"
+                )
+            losses.append(reconstruction_loss(decoded, tokens))
+        return losses[0] + losses[1]
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "JointSlotModel":
+        """Read one of our checkpoints or one of the paper's released ones; returns the model in evaluation mode.
+
+        A released one is a dict with `model`, whose keys may carry the prefix `module.`; its settings come from a
+        `configs.json` beside it (names as in this constructor), else the paper's defaults, said aloud.
+        Raises UserError, listing the keys, when weights are missing, unexpected or of another shape.
+        """
+        state = load_checkpoint(path)
+        weights = {key.removeprefix("module."): value for key, value in state["model"].items()}
+        config = state.get("model_config") or _released_config(Path(path))
+        try:
+            model = cls(**config)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the settings of the checkpoint {path} build no model: {error}") from error
+        check_weights(weights, model.state_dict(), path)
+        model.load_state_dict(weights)
+        return model.to(device).eval()
+
+
+def _released_config(path: Path) -> dict[str, Any]:
+    """Settings of a checkpoint that carries none: those in `configs.json` beside it that the constructor knows."""
+    beside = path.with_name("configs.json")
+    if not beside.is_file():
+        print(f"{path} carries no settings and has no configs.json beside it: the paper's defaults are taken")
+        return {}
+    try:
+        settings = json.loads(beside.read_text(encoding="utf-8"))
+        known = {name: settings[name] for name in JointSlotModel().config if name in settings}
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"cannot read {beside}: {error}") from error
+    print(f"settings of {path} from {beside}: {known or 'none of ours, so the defaults of the paper'}")
+    return known
+
+
+def check_weights(weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raise UserError unless both state dicts have the same keys and shapes, listing what differs."""
+    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in weights.items()}
+    wanted_shapes = {key: tuple(value.shape) for key, value in wanted.items()}
+    problems = [
+        ("missing", sorted(wanted_shapes.keys() - shapes.keys())),
+        ("unexpected", sorted(shapes.keys() - wanted_shapes.keys())),
+        (
+            "of another shape",
+            [
+                _shapes(k, shapes[k], wanted_shapes[k])
+                for k in shapes
+                if k in wanted_shapes and shapes[k] != wanted_shapes[k]
+            ],
+        ),
+    ]
+    if any(keys for _, keys in problems):
+        listed = "; ".join(f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in problems if keys)
+        raise UserError(f"the weights in {path} do not fit the model: {listed}")
+
+
+def _shapes(key: str, found: Iterable[int], wanted: Iterable[int]) -> str:
+    return f"{key} {tuple(found)} instead of {tuple(wanted)}"

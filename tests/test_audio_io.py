@@ -1,0 +1,65 @@
+"""Sound preprocessing: reference spectrograms, cutting, bad files."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import shared_folder
+
+import audio_io
+
+
+@pytest.mark.parametrize("name", ["long", "short", "stereo"])
+def test_spectrogram_matches_the_reference(name):
+    folder = shared_folder("golden")
+    reference = np.load(folder / "preprocess_public.npz")[f"spectrogram_{name}"]
+    ours = audio_io.load_spectrogram(folder / "preprocess" / f"{name}.wav", seconds=5.0).numpy()
+    assert ours.shape == (1, 257, 501)
+    assert np.abs(ours - reference).max() <= 1e-5
+
+
+def test_a_cut_keeps_the_middle_and_a_short_sound_is_repeated():
+    ramp = np.arange(10, dtype=np.float32)
+    assert audio_io.crop_or_tile(ramp, 4).tolist() == [3, 4, 5, 6]
+    assert audio_io.crop_or_tile(ramp, 4, position=0.0).tolist() == [0, 1, 2, 3]
+    assert audio_io.crop_or_tile(ramp[:3], 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_stereo_is_mixed_and_other_rates_are_resampled(tmp_path):
+    time = np.arange(44100) / 44100
+    tone = np.sin(2 * np.pi * 440 * time)
+    soundfile.write(tmp_path / "a.wav", np.stack([tone, -tone], axis=1), 44100)
+    assert np.abs(audio_io.load_audio(tmp_path / "a.wav")).max() < 1e-4
+    soundfile.write(tmp_path / "b.flac", tone, 44100)
+    mono = audio_io.load_audio(tmp_path / "b.flac")
+    assert mono.shape == (16000,)
+    spectrum = np.abs(np.fft.rfft(mono))
+    assert spectrum.argmax() == 440
+
+
+def test_a_stored_power_spectrogram_equals_the_sound_it_came_from(tmp_path):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 32000).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", noise, 16000, subtype="FLOAT")
+    np.save(tmp_path / "a.npy", audio_io.power_spectrogram(noise).numpy())
+    loaded = [audio_io.load_spectrogram(tmp_path / name, seconds=2.0) for name in ("a.wav", "a.npy")]
+    assert torch.equal(*loaded)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [("a.wav", b""), ("a.wav", b"RIFF not a sound"), ("a.npy", b""), ("a.npy", np.ones((2, 3)).tobytes())],
+)
+def test_a_broken_sound_is_named(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        audio_io.load_spectrogram(path, seconds=1.0)
+
+
+def test_an_empty_sound_and_one_with_nan_are_refused(tmp_path):
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
+    with pytest.raises(ValueError, match="empty"):
+        audio_io.load_audio(tmp_path / "empty.wav")
+    soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 16000, subtype="FLOAT")
+    with pytest.raises(ValueError, match="not finite"):
+        audio_io.load_audio(tmp_path / "nan.wav")

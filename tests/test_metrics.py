@@ -1,0 +1,428 @@
+"""Metrics: the reference numbers, scikit-learn, and what must hold for any map and any ground truth."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import shared_folder
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score
+
+import metrics
+from metrics import MapScores, ReferenceScores, consensus_iou, normalize_maps, upsample_maps
+
+SEEDS = st.integers(0, 2**32 - 1)
+few = settings(max_examples=20, deadline=None)
+
+
+@pytest.fixture
+def one_thread():
+    """Many small operations: on a busy machine a second thread mostly waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def boxes_to_truth(boxes, weight=1.0):
+    truth = torch.zeros(224, 224)
+    for left, top, right, bottom in boxes:
+        truth[top:bottom, left:right] += weight
+    return truth.clamp(max=1)
+
+
+def random_batch(seed, count=6, size=24):
+    """Smooth, normalised maps and truths of every kind: a box, a consensus of two, a full frame, an empty one."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = normalize_maps(upsample_maps(torch.rand(count, 5, 5, generator=generator), size))
+    truth = torch.zeros(count, size, size)
+    for sample in truth[: count - 1]:
+        for weight in (0.5, 0.5):
+            top, left = torch.randint(0, size - 2, (2,), generator=generator).tolist()
+            height, width = torch.randint(2, size, (2,), generator=generator).tolist()
+            sample[top : top + height, left : left + width] += weight
+    truth[0] = 1
+    return maps, truth
+
+
+def columns_of(maps, truth):
+    scores = MapScores(rules=("fixed", "half", "adaptive"))
+    scores.add(maps, truth)
+    return scores.columns()
+
+
+# ---------------------------------------------------------------- reference numbers
+
+
+@pytest.fixture(scope="module")
+def golden():
+    folder = shared_folder("golden")
+    arrays = dict(np.load(folder / "evaluation_public.npz"))
+    boxes = json.loads((folder / "evaluation_public.json").read_text())
+    weights = {"flickr": 0.5, "vggss": 1.0}
+    pairs = zip(boxes["boxes"], boxes["format"], strict=True)
+    arrays["truth"] = torch.stack([boxes_to_truth(drawn, weights[kind]) for drawn, kind in pairs])
+    for name in ("audio_query", "image_query", "object_prior"):
+        arrays[name] = normalize_maps(upsample_maps(torch.from_numpy(arrays[f"{name}_maps"])))
+    return arrays
+
+
+WEIGHTS = {
+    "AUD": (1, 0, 0),
+    "IMG": (0, 1, 0),
+    "OBJ": (0, 0, 1),
+    "IQR": (0.6, 0.4, 0),
+    "OGL": (0.6, 0, 0.4),
+    "ALL": (0.6, 0.2, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_fixed_rule_matches_the_reference(golden, name):
+    sources = golden["audio_query"], golden["image_query"], golden["object_prior"]
+    fused = normalize_maps(sum(weight * maps for weight, maps in zip(WEIGHTS[name], sources, strict=True)))
+    ious = consensus_iou(metrics.region_fixed(fused), golden["truth"])
+    tolerance = np.full(48, 1e-6)
+    if name == "AUD":
+        tolerance[35] = 1e-4  # one of its pixels is exactly the threshold
+    assert (np.abs(ious.numpy() - golden[f"iou_{name}"]) <= tolerance).all()
+    summary = [metrics.success_rate(ious), metrics.area_under_curve(ious), ious.mean().item()]
+    assert np.allclose(summary, golden[f"summary_{name}"], rtol=0, atol=1e-5 if name == "AUD" else 1e-6)
+
+
+def test_half_and_adaptive_rules_and_interactive_scores_match_the_reference(golden):
+    maps, truth = golden["audio_query"], golden["truth"]
+    half = consensus_iou(metrics.region_half(maps), truth)
+    adaptive = consensus_iou(metrics.region_adaptive(maps, truth), truth)
+    assert np.allclose(half, golden["iou_half"], rtol=0, atol=1e-6)
+    assert np.allclose(adaptive, golden["iou_adaptive"], rtol=0, atol=1e-6)
+    groups = metrics.interactive_groups([f"image{index // 2}_{index % 2}" for index in range(48)])
+    each = [half, adaptive]
+    worst = [metrics.every(ious, groups) for ious in each]
+    summary = [f(x) for f in (metrics.success_rate, metrics.area_under_curve) for x in each + worst]
+    assert np.allclose(summary, golden["summary_interactive"], rtol=0, atol=1e-6)
+
+
+def test_accumulated_summary_matches_the_reference(golden):
+    scores = MapScores()
+    for start in range(0, 48, 10):
+        scores.add(golden["audio_query"][start : start + 10], golden["truth"][start : start + 10])
+    summary = scores.summary(metrics.interactive_groups([f"image{index // 2}_{index % 2}" for index in range(48)]))
+    names = ["cIoU_half", "IIoU_half", "AUC_half", "IAUC_half"]
+    assert np.allclose([summary[n] for n in names], golden["summary_interactive"][[0, 2, 4, 6]], rtol=0, atol=1e-6)
+    assert summary["mAP"] == pytest.approx(golden["pixel_average_precision"].mean(), abs=1e-6)
+    assert summary["samples"] == 48 and summary["images"] == 24
+
+
+def test_pixel_average_precision_matches_the_reference(golden):
+    ours = metrics.pixel_average_precision(golden["audio_query"], golden["truth"])
+    assert np.allclose(ours, golden["pixel_average_precision"], rtol=0, atol=1e-6)
+
+
+def test_retrieval_matches_the_reference(golden):
+    image, audio = torch.from_numpy(golden["fn_image_slots"]), torch.from_numpy(golden["fn_audio_slots"])
+    recall = metrics.retrieval_recall(image, audio)
+    assert np.allclose(list(recall["image_to_audio"].values()), golden["retrieval_i2a"], rtol=0, atol=1e-6)
+    assert np.allclose(list(recall["audio_to_image"].values()), golden["retrieval_a2i"], rtol=0, atol=1e-6)
+
+
+def test_vggss_ceiling_and_disc_are_the_known_bars(one_thread):
+    entries = json.loads((shared_folder("metadata") / "vggss.json").read_text())
+    ceiling, disc, frame = [], [], []
+    for start in range(0, len(entries), 64):
+        boxes = [(224 * np.clip(entry["bbox"], 0, 1)).astype(int) for entry in entries[start : start + 64]]
+        truth = torch.stack([boxes_to_truth(drawn) for drawn in boxes])
+        ceiling.append(metrics.ceiling_iou(truth, "half"))
+        disc.append(consensus_iou(metrics.centred_disc().expand_as(truth), truth))
+        frame.append(truth.mean((1, 2)))
+    assert metrics.success_rate(torch.cat(ceiling)) == pytest.approx(0.505, abs=5e-4)
+    assert metrics.success_rate(torch.cat(disc)) == pytest.approx(0.340, abs=1e-3)
+    assert torch.cat(frame).mean().item() == pytest.approx(0.31, abs=5e-3)
+
+
+# ---------------------------------------------------------------- maps and regions
+
+
+def test_upsampling_is_that_of_the_two_protocols():
+    maps = torch.rand(2, 7, 7)
+    bicubic = torch.nn.functional.interpolate(maps[:, None], (224, 224), mode="bicubic", align_corners=False)[:, 0]
+    assert torch.equal(upsample_maps(maps), bicubic)
+    assert torch.equal(upsample_maps(maps, 13, "bilinear")[:, ::12, ::12], maps[:, ::6, ::6])  # corners are aligned
+    assert upsample_maps(maps.half()).dtype == torch.float32
+    with pytest.raises(ValueError, match="nearest"):
+        upsample_maps(maps, interpolation="nearest")
+
+
+def test_a_map_that_is_not_finite_is_refused():
+    for bad in (float("nan"), float("inf")):
+        maps = torch.rand(3, 4, 4)
+        maps[1, 2, 2] = bad
+        with pytest.raises(ValueError, match="map 1 "):
+            normalize_maps(maps)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-30])
+def test_a_constant_map_predicts_nothing_and_never_points(value):
+    maps = torch.full((1, 24, 24), value)
+    maps[0, 3, 3] += value * 5e-7  # below 1e-6 of the largest magnitude: rounding, not a source
+    truth = torch.ones(1, 24, 24)
+    for ready in (maps, normalize_maps(maps)):
+        assert not metrics.region_fixed(ready, threshold=0.0).any()
+        assert not metrics.region_half(ready).any()
+        assert not metrics.region_adaptive(ready, truth).any()
+        assert not metrics.pointing(ready, truth).any()
+    assert (normalize_maps(maps) == 0).all()
+
+
+def test_the_constant_bound_is_relative():
+    maps = torch.zeros(1, 4, 4)
+    maps[0, 1, 1] = 1e-12
+    assert normalize_maps(maps).amax() == 1
+    assert (normalize_maps(maps + 1) == 0).all()
+
+
+@few
+@given(SEEDS)
+def test_half_and_adaptive_regions_have_their_size(seed):
+    order = torch.randperm(23 * 24, generator=torch.Generator().manual_seed(seed)).float().reshape(1, 23, 24)
+    truth = torch.zeros(1, 23, 24)
+    truth[0, :3, : 1 + seed % 24] = 0.5
+    assert metrics.region_half(order).sum() == 23 * 24 - 1 - 23 * 24 // 2
+    assert metrics.region_adaptive(order, truth).sum() == (truth != 0).sum() - 1
+    assert not metrics.region_adaptive(order, torch.zeros_like(truth)).any()
+
+
+def test_ties_at_the_cut_are_measured_and_warned_about():
+    binary = torch.zeros(1, 10, 10)
+    binary[0, :3] = 1
+    assert metrics.tied_share(binary, metrics.cut_half(binary)).item() == pytest.approx(0.7)
+    scores = MapScores()
+    scores.add(binary, binary)
+    with pytest.warns(UserWarning, match="rule half"):
+        assert scores.summary()["tied_half"] == 1
+    smooth = MapScores()
+    smooth.add(torch.arange(400.0).reshape(1, 20, 20) / 399, torch.ones(1, 20, 20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert smooth.summary()["tied_half"] == 0
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_consensus_iou_by_hand():
+    truth = torch.tensor([[[1.0, 0.5], [0.0, 0.25]]])
+    region = torch.tensor([[[True, False], [True, True]]])
+    assert consensus_iou(region, truth).item() == pytest.approx(1.25 / (1.75 + 1))
+    assert consensus_iou(region, torch.zeros_like(truth)).item() == 0
+    assert consensus_iou(torch.zeros_like(region), torch.zeros_like(truth)).item() == 0
+    with pytest.raises(ValueError, match="truth"):
+        consensus_iou(region, truth[0])
+
+
+def test_thresholds_of_the_curve_are_exact():
+    for step in range(21):  # an IoU of exactly x counts at x: 0.05 * 3 would be above 0.15
+        ious = torch.tensor([step / 20], dtype=torch.float64)
+        assert metrics.area_under_curve(ious) == pytest.approx((step + 0.5) / 20 if step < 20 else 1)
+    assert metrics.success_rate(torch.tensor([0.5, 0.49, 0.51])) == pytest.approx(2 / 3)
+
+
+@few
+@given(SEEDS)
+def test_a_perfect_map_scores_one_under_the_fixed_rule(seed):
+    _, truth = random_batch(seed)
+    perfect = (truth[1:-1] > 0).float()  # the box itself, neither the whole frame nor an empty one
+    perfect = perfect[~metrics.is_constant(perfect)]
+    assume(len(perfect))
+    kept = truth[1:-1][~metrics.is_constant((truth[1:-1] > 0).float())]
+    assert (consensus_iou(metrics.region_fixed(normalize_maps(perfect)), kept) == 1).all()
+    box = (kept > 0).float()
+    assert (metrics.pixel_average_precision(perfect, box) == 1).all() and metrics.pointing(perfect, box).all()
+
+
+@few
+@given(SEEDS, st.integers(-20, 20))
+def test_rescaling_a_map_changes_no_score(seed, exponent):
+    maps, truth = random_batch(seed)
+    before = columns_of(maps, truth)
+    after = columns_of(normalize_maps(maps * 2.0**exponent), truth)  # a power of two: no rounding
+    assert all(torch.equal(after[name].nan_to_num(-1), before[name].nan_to_num(-1)) for name in before)
+    coarse = (maps * 1024).round() / 1024  # room for an exact shift in float32
+    shifted = normalize_maps(coarse.double() * 3 + 7)
+    plain = normalize_maps(coarse.double())
+    for region in (metrics.region_half, lambda m: metrics.region_adaptive(m, truth)):
+        assert torch.equal(region(coarse * 4 - 2), region(coarse))
+    assert (shifted - plain).abs().amax() < 1e-12
+
+
+@few
+@given(SEEDS)
+def test_neither_order_nor_batch_size_changes_a_score(seed):
+    maps, truth = random_batch(seed, count=8)
+    together = columns_of(maps, truth)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+    shuffled = columns_of(maps[order], truth[order])
+    single = [columns_of(maps[i : i + 1], truth[i : i + 1]) for i in range(8)]
+    for name, values in together.items():
+        values = values.nan_to_num(-1)
+        assert torch.equal(shuffled[name].nan_to_num(-1), values[order])
+        assert torch.equal(torch.cat([columns[name] for columns in single]).nan_to_num(-1), values)
+
+
+@few
+@given(SEEDS, st.sampled_from([2, 5, 1000]), st.sampled_from([torch.float32, torch.float64]))
+def test_average_precision_is_scikit_learns_with_ties(seed, levels, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    maps = (torch.rand(3, 16, 16, generator=generator, dtype=dtype) * levels).floor() / levels
+    truth = (torch.rand(3, 16, 16, generator=generator) * 3).floor() / 2  # 0, 0.5 and 1
+    truth[:, 0, 0] = 1
+    wanted = [average_precision_score((g >= 0.5).flatten(), m.flatten()) for m, g in zip(maps, truth, strict=True)]
+    assert np.allclose(metrics.pixel_average_precision(maps, truth), wanted, rtol=0, atol=1e-12)
+
+
+def test_an_empty_ground_truth_is_a_miss_and_counted():
+    maps, truth = random_batch(1)
+    scores = MapScores()
+    scores.add(maps[[0, 5]], truth[[0, 5]])
+    scores.add(truth[1:2], truth[1:2].ceil())
+    with pytest.warns(UserWarning, match="1 of 3 maps"):  # the perfect map is binary
+        summary = scores.summary()
+    ious = scores.columns()["iou"]
+    assert scores.columns()["average_precision"][1].isnan() and ious[1] == 0
+    assert summary["empty"] == 1 and summary["samples"] == 3
+    assert summary["cIoU"] == pytest.approx((ious >= 0.5).sum().item() / 3)
+    assert summary["cIoU_sounding"] == pytest.approx((ious[[0, 2]] >= 0.5).sum().item() / 2)
+    assert summary["mAP"] == pytest.approx(scores.columns()["average_precision"][[0, 2]].sum().item() / 3)
+
+
+def test_pointing_needs_the_largest_pixel_inside():
+    maps, truth = torch.zeros(3, 8, 8), torch.zeros(3, 8, 8)
+    truth[:, :4, :4] = 0.5
+    maps[0, 1, 1] = maps[1, 6, 6] = 1
+    maps[2, 1, 1] = maps[2, 6, 6] = 1  # two largest pixels, one outside: no luck of the order
+    assert metrics.pointing(maps, truth).tolist() == [True, False, False]
+
+
+def test_interactive_images_need_every_sound():
+    ids = ["a_b_0", "a_b_1", "c_0", "d_0", "d_1", "a_b_2"]
+    assert metrics.interactive_groups(ids) == {"a_b": [0, 1, 5], "d": [3, 4]}
+    assert metrics.interactive_groups(ids, expected=[*ids, "d_2"]) == {"a_b": [0, 1, 5]}
+    groups = metrics.interactive_groups(ids)
+    assert metrics.every(torch.tensor([0.9, 0.4, 0.0, 0.6, 0.7, 0.8]), groups).tolist() == pytest.approx([0.4, 0.6])
+    assert metrics.every(torch.tensor([True, True, False, True, False, True]), groups).tolist() == [True, False]
+    assert len(metrics.every(torch.rand(6), {})) == 0
+
+
+# ---------------------------------------------------------------- references
+
+
+@few
+@given(SEEDS)
+def test_no_map_without_ties_passes_the_ceiling_and_the_best_one_reaches_it(seed):
+    _, truth = random_batch(seed, size=12)
+    generator = torch.Generator().manual_seed(seed)
+    truth[1] = torch.randint(0, 17, (12, 12), generator=generator) / 16  # any fractions, not only halves
+    noise = torch.stack([torch.randperm(144, generator=generator) for _ in truth]).reshape_as(truth) / 1e3
+    regions = {"half": metrics.region_half, "adaptive": lambda maps: metrics.region_adaptive(maps, truth)}
+    for rule, region in regions.items():
+        ceiling = metrics.ceiling_iou(truth, rule)
+        assert (consensus_iou(region(noise), truth) <= ceiling + 1e-12).all()
+        best = consensus_iou(region(truth + noise / 1e3), truth)  # G's order, ties broken
+        assert torch.allclose(best, ceiling, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="upper"):
+        metrics.ceiling_iou(truth, "upper")
+    assert metrics.ceiling_iou(truth, "fixed").tolist() == [float(sample.any()) for sample in truth]
+
+
+def test_the_disc_covers_half_the_picture_and_is_centred():
+    disc = metrics.centred_disc()
+    assert disc.sum().item() == pytest.approx(224 * 224 / 2, rel=2e-3)
+    assert torch.equal(disc, disc.flip(0)) and torch.equal(disc, disc.T)
+    assert metrics.centred_disc(10, 20).shape == (10, 20)
+
+
+def test_references_know_the_whole_frame():
+    truth = torch.zeros(2, 20, 20)
+    truth[0, :12] = 1
+    references = ReferenceScores()
+    references.add(truth)
+    summary = references.summary()
+    assert summary["whole_frame"]["mean_iou"] == summary["whole_frame"]["mean_iou_half"] == pytest.approx(0.3)
+    assert summary["ceiling"]["cIoU"] == 0.5 and summary["ceiling"]["cIoU_sounding"] == 1
+    assert summary["ceiling"]["mean_iou_half"] == pytest.approx(199 / 240 / 2)
+
+
+# ---------------------------------------------------------------- retrieval
+
+
+def test_collapsed_embeddings_find_nothing():
+    collapsed = torch.randn(1, 8).expand(40, 8) * torch.linspace(1, 3, 40)[:, None]  # one direction, any length
+    for image, audio in ((collapsed, collapsed), (collapsed * (1 + 1e-7), -collapsed)):
+        for recalls in metrics.retrieval_recall(image, audio).values():
+            assert recalls == {"R@1": 0, "R@5": 0, "R@10": 0}
+        assert metrics.retrieval_score(image, audio) == 0
+    by_class = metrics.retrieval_recall(collapsed, collapsed, ["a", "b"] * 20)
+    assert by_class["image_to_audio"]["R@10"] == 0
+    assert metrics.retrieval_score(torch.zeros(5, 3), torch.zeros(5, 3)) == 0
+
+
+@few
+@given(SEEDS)
+def test_retrieval_is_the_sorted_list(seed):
+    generator = torch.Generator().manual_seed(seed)
+    image, audio = torch.randn(2, 30, 6, generator=generator)
+    labels = torch.randint(0, 4, (30,), generator=generator).tolist()
+    similarity = torch.nn.functional.normalize(image, dim=1) @ torch.nn.functional.normalize(audio, dim=1).T
+    nearest = similarity.argsort(dim=1, descending=True)
+    for k, by_pair in metrics.retrieval_recall(image, audio, ks=(1, 5, 10))["image_to_audio"].items():
+        count = int(k[2:])
+        assert by_pair == pytest.approx(np.mean([i in nearest[i, :count] for i in range(30)]))
+        by_class = metrics.retrieval_recall(image, audio, labels)["image_to_audio"][k]
+        hits = [labels[i] in [labels[j] for j in nearest[i, :count]] for i in range(30)]
+        assert by_class == pytest.approx(np.mean(hits))
+    whole = metrics.partner_ranks(image, audio, labels)
+    assert torch.equal(metrics.partner_ranks(image, audio, labels, chunk=7), whole)
+
+
+def test_the_retrieval_score_runs_from_chance_to_one():
+    generator = torch.Generator().manual_seed(0)
+    image, audio = torch.randn(2, 400, 16, generator=generator)
+    assert metrics.retrieval_score(image, 3 * image) == 1
+    assert metrics.retrieval_score(image, audio) == pytest.approx(0.5, abs=0.05)
+    assert metrics.retrieval_score(image, -image) < 0.01
+
+
+def test_retrieval_refuses_what_would_score_by_accident():
+    good, bad = torch.rand(4, 3), torch.rand(4, 3)
+    bad[2, 1] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        metrics.retrieval_recall(good, bad)
+    with pytest.raises(ValueError, match="targets"):
+        metrics.retrieval_recall(good, good, ["a"])
+    with pytest.raises(ValueError, match="embeddings"):
+        metrics.retrieval_recall(good, good[:3])
+
+
+# ---------------------------------------------------------------- wrong sounds
+
+
+@few
+@given(st.lists(st.sampled_from("abcde"), min_size=2, max_size=40), SEEDS)
+def test_a_derangement_avoids_the_label_wherever_it_can(labels, seed):
+    permutation, same_label = metrics.derangement(labels, seed)
+    assert sorted(permutation) == list(range(len(labels)))
+    assert all(i != j for i, j in enumerate(permutation))
+    clashes = sum(labels[i] == labels[j] for i, j in enumerate(permutation))
+    unavoidable = max(0, 2 * max(map(labels.count, labels)) - len(labels))
+    assert clashes == same_label == unavoidable
+    assert (metrics.derangement(labels, seed).permutation == permutation).all()
+
+
+def test_a_derangement_depends_on_its_seed_and_needs_two_samples():
+    ids = [f"id{i}" for i in range(50)]
+    assert (metrics.derangement(ids, 0).permutation != metrics.derangement(ids, 1).permutation).any()
+    with pytest.raises(ValueError, match="two"):
+        metrics.derangement(["a"], 0)

@@ -1,0 +1,355 @@
+"""The method: reference numbers, properties of slot attention, losses, checkpoints."""
+
+import argparse
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import shared_folder
+
+import model_slot
+from model_slot import TARGET, JointSlotModel, MlpDecoder
+from utils import UserError, save_checkpoint
+
+SMALL = {"arch": "small", "dim": 16, "image_size": 64, "audio_seconds": 0.8}
+
+
+def golden_weights(shapes: dict) -> dict[str, torch.Tensor]:
+    weights = {}
+    for key, shape in shapes.items():
+        n = np.random.default_rng(zlib.crc32(f"public/{key}".encode())).standard_normal(shape)
+        if key.endswith("num_batches_tracked"):
+            weights[key] = torch.zeros((), dtype=torch.long)
+            continue
+        if key.endswith("running_var"):
+            value = 1 + 0.1 * abs(n)
+        elif key.endswith("running_mean"):
+            value = 0.1 * n
+        elif len(shape) <= 1:
+            value = 0.1 * n + key.endswith("weight")
+        elif key.endswith(("slots", "mask_token_img", "mask_token_aud")) or "embed" in key:
+            value = n
+        else:
+            value = 1.4142135 * n / np.sqrt(np.prod(shape[1:]))
+        weights[key] = torch.from_numpy(np.asarray(value, dtype=np.float32))
+    return weights
+
+
+@pytest.fixture(scope="module")
+def golden():
+    folder = shared_folder("golden")
+    return json.loads((folder / "jsa_public.json").read_text()), np.load(folder / "jsa_public.npz")
+
+
+@pytest.fixture(scope="module")
+def golden_model(golden, tmp_path_factory):
+    """The reference weights, written as a released checkpoint is and read back."""
+    folder = tmp_path_factory.mktemp("released")
+    weights = {f"module.{key}": value for key, value in golden_weights(golden[0]["shapes"]).items()}
+    torch.save({"model": weights, "epoch": 3}, folder / "best.pth")
+    (folder / "configs.json").write_text(json.dumps({"tau": 0.03, "reciprocal_k": 3, "mask_ratio": 0.0, "gpu": 7}))
+    return JointSlotModel.from_checkpoint(folder / "best.pth")
+
+
+@pytest.fixture(scope="module")
+def golden_inputs(golden):
+    rng = np.random.default_rng(zlib.crc32(b"public/inputs"))
+    image = rng.standard_normal((8, 3, 224, 224)).astype(np.float32)
+    return torch.from_numpy(image), torch.from_numpy(rng.standard_normal((8, 1, 257, 501)).astype(np.float32))
+
+
+def assert_close(ours: torch.Tensor, reference: np.ndarray, tolerance: float = 1e-5):
+    ours = ours.detach().numpy().astype(np.float64)
+    assert ours.shape == reference.shape
+    assert np.abs(ours - reference).max() <= tolerance * np.abs(reference).max()
+
+
+def test_features_slots_and_maps_match_the_reference(golden, golden_model, golden_inputs):
+    arrays = golden[1]
+    image, spectrogram = golden_inputs
+    model = golden_model.eval()
+    with torch.no_grad():
+        assert_close(model.imgnet(image[:1])[0], arrays["image_features_first"])
+        assert_close(model.audnet(spectrogram[:1])[0], arrays["audio_features_first"])
+        slots = model.embed(image, spectrogram)
+        assert_close(slots.image_slots, arrays["image_slots"])
+        assert_close(slots.audio_slots, arrays["audio_slots"])
+        for sharpening in ("0.1", "1.0"):
+            maps = model.localize(image, spectrogram, infer_sharpening=float(sharpening))
+            assert_close(maps.audio_map, arrays[f"audio_map_{sharpening}"])
+            assert_close(maps.image_map, arrays[f"image_map_{sharpening}"])
+        unit = [F.normalize(s[:, TARGET], dim=1) for s in slots]
+        assert np.array_equal(model_slot.false_negative_keep_mask(*unit, 3).numpy(), arrays["keep_mask_k3"])
+
+
+def relative(ours, reference):
+    return np.abs(np.asarray(ours) / reference - 1).max()
+
+
+def test_losses_and_gradients_match_the_reference(golden, golden_model, golden_inputs):
+    meta, arrays = golden
+    model = golden_model
+    order = ("info_nce", "reconstruction", "slot_divergence", "attention_matching")
+    with torch.no_grad():
+        losses = model.eval()(*golden_inputs)
+    assert relative([losses[name].item() for name in order], arrays["losses_eval_mode"]) < 1e-5
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    losses = model.train()(*golden_inputs)
+    total = losses["info_nce"] + 0.1 * losses["reconstruction"] + 0.1 * losses["slot_divergence"]
+    total = total + 100 * losses["attention_matching"]
+    ours = [losses[name].item() for name in order] + [total.item()]
+    assert relative(ours, arrays["losses_train_mode"]) < 1e-5
+    total.backward()
+    parameters = dict(model.named_parameters())
+    norms = [parameters[name].grad.norm().item() for name in meta["grad_norm_names"]]
+    assert relative(norms, arrays["grad_norms"]) < 1e-5
+    model.zero_grad()
+    model.load_state_dict(before)
+
+
+def test_keep_mask_matches_the_reference():
+    arrays = np.load(shared_folder("golden") / "evaluation_public.npz")
+    image, audio = torch.from_numpy(arrays["fn_image_slots"]), torch.from_numpy(arrays["fn_audio_slots"])
+    assert not arrays["fn_keep_k8"].all()
+    assert np.array_equal(model_slot.false_negative_keep_mask(image, audio, 8).numpy(), arrays["fn_keep_k8"])
+
+
+# ---------------------------------------------------------------- slot attention
+
+
+def joint(dim=16, num_slots=3, iterations=3):
+    torch.manual_seed(0)
+    return model_slot.JointSlotAttention(dim, num_slots, iterations)
+
+
+def test_attention_sums_to_one_over_tokens_and_is_at_least_the_floor():
+    query, keys = torch.randn(2, 3, 8), torch.randn(2, 5, 8) * 50
+    attention = model_slot.slot_attention(query, keys)
+    assert attention.shape == (2, 3, 5)
+    assert torch.allclose(attention.sum(2), torch.ones(2, 3), atol=1e-6)
+    assert (attention > 0).all()
+
+
+def test_attention_before_the_sum_over_tokens_is_a_softmax_over_slots():
+    query, keys = torch.randn(1, 2, 4, dtype=torch.float64), torch.randn(1, 3, 4, dtype=torch.float64)
+    share = torch.softmax(query @ keys.transpose(1, 2) / 2.0 * 0.1, dim=1) + 1e-8
+    assert torch.allclose(model_slot.slot_attention(query, keys, sharpening=0.1), share / share.sum(2, keepdim=True))
+
+
+@pytest.mark.parametrize("modality", ["img", "aud"])
+def test_the_order_of_tokens_moves_keys_only(modality):
+    attention, tokens, order = joint(), torch.randn(2, 6, 16), torch.randperm(6)
+    one, other = attention(modality, tokens), attention(modality, tokens[:, order])
+    assert torch.allclose(one.slots, other.slots, atol=1e-5)
+    assert torch.allclose(one.keys[:, order], other.keys, atol=1e-6)
+
+
+def test_permuted_initial_slots_give_permuted_slots():
+    attention, tokens = joint(), torch.randn(2, 6, 16)
+    before = attention("img", tokens)
+    attention.slots.data = attention.slots.data[:, [2, 0, 1]]
+    after = attention("img", tokens)
+    assert torch.allclose(before.slots[:, [2, 0, 1]], after.slots, atol=1e-5)
+    assert not torch.allclose(before.slots, after.slots, atol=1e-3)
+
+
+def test_the_query_is_the_one_before_the_last_gru_step():
+    attention, tokens = joint(iterations=1), torch.randn(2, 6, 16)
+    state = attention("aud", tokens)
+    first = attention.aud_to_q(attention.aud_norm_slots(attention.slots))
+    assert torch.allclose(state.query, first.expand_as(state.query), atol=1e-6)
+
+
+def test_both_modalities_share_the_initial_slots_and_nothing_else():
+    names = {name.split(".")[0] for name, _ in joint().named_parameters()}
+    shared = {name for name in names if not name.startswith(("img_", "aud_"))}
+    assert shared == {"slots", "mask_token_img", "mask_token_aud"}
+    assert {n[4:] for n in names if n.startswith("img_")} == {n[4:] for n in names if n.startswith("aud_")}
+
+
+def test_tokens_are_masked_in_training_only_and_at_the_given_rate():
+    attention = joint()
+    tokens = torch.randn(200, 50, 16)
+    masked = attention.mask_tokens("img", tokens, 0.1)
+    replaced = (masked == attention.mask_token_img).all(2)
+    assert abs(replaced.float().mean().item() - 0.1) < 0.01
+    assert torch.equal(masked[~replaced], tokens[~replaced])
+    torch.manual_seed(0)
+    model = JointSlotModel(**SMALL, mask_ratio=0.9, reciprocal_k=0).eval()
+    inputs = torch.randn(4, 3, 64, 64), torch.randn(4, 1, 257, 81)
+    assert model(*inputs)["info_nce"] == model(*inputs)["info_nce"]
+    for module in (model.imgnet, model.audnet):
+        module.eval()
+    model.training = True
+    assert model(*inputs)["info_nce"] != model(*inputs)["info_nce"]
+
+
+# ---------------------------------------------------------------- losses
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+def test_info_nce_is_both_directions_without_the_left_out_pairs():
+    image, audio = unit(5, 8), unit(5, 8)
+    keep = torch.ones(5, 5, dtype=torch.bool)
+    keep[0, 3] = keep[3, 0] = False
+    expected = 0.0
+    for a, b in ((image, audio), (audio, image)):
+        for n in range(5):
+            scores = [(a[n] @ b[m] / 0.07).exp() for m in range(5) if keep[n, m]]
+            expected -= ((a[n] @ b[n] / 0.07).exp() / sum(scores)).log() / 5
+    assert torch.allclose(model_slot.info_nce_loss(image, audio, 0.07, keep), expected)
+
+
+def test_false_negatives_follow_the_definition():
+    torch.manual_seed(3)
+    image = unit(24, 3)
+    audio = F.normalize(image + 0.3 * torch.randn(24, 3, dtype=torch.float64), dim=1)
+    near = []
+    for x in (image, audio):
+        order = (x @ x.T).argsort(dim=1, descending=True)[:, :6]
+        near.append([set(row.tolist()) for row in order])
+    keep = model_slot.false_negative_keep_mask(image, audio, 6)
+    for n in range(24):
+        for m in range(24):
+            both_ways = all(m in near[side][n] and n in near[side][m] for side in (0, 1))
+            assert keep[n, m].item() == (not both_ways or n == m)
+    assert not keep.all()
+
+
+def test_divergence_is_the_mean_positive_cosine_of_ordered_pairs():
+    slots = unit(4, 3, 8)
+    pairs = [(s[i] @ s[j]).clamp(min=0) for s in slots for i in range(3) for j in range(3) if i != j]
+    assert torch.allclose(model_slot.slot_divergence_loss(slots), torch.stack(pairs).mean())
+    assert model_slot.slot_divergence_loss(slots[:, :1]) == 0
+
+
+def test_attention_matching_pulls_the_cross_attention_only():
+    states = []
+    for tokens in (6, 4):
+        query, keys = torch.randn(2, 2, 8, requires_grad=True), torch.randn(2, tokens, 8)
+        states.append(model_slot.SlotState(torch.zeros(2, 2, 8), query, keys))
+    loss = model_slot.attention_matching_loss(*states)
+    intra = model_slot.slot_attention(states[0].query, states[0].keys)[:, 0]
+    cross = model_slot.slot_attention(states[1].query, states[0].keys)[:, 0]
+    other = model_slot.slot_attention(states[1].query, states[1].keys)[:, 0]
+    back = model_slot.slot_attention(states[0].query, states[1].keys)[:, 0]
+    assert torch.allclose(loss, ((cross - intra) ** 2).mean() + ((back - other) ** 2).mean())
+    loss.backward()
+    only_cross = torch.autograd.grad(((cross - intra.detach()) ** 2).mean(), states[1].query)[0]
+    assert torch.allclose(states[1].query.grad, only_cross, atol=1e-6)
+
+
+def test_the_decoder_adds_columns_then_rows_and_weights_slots_by_alpha():
+    decoder, slots = MlpDecoder(2, 3, 4), torch.randn(1, 2, 4)
+    expected = torch.zeros(6, 4)
+    for y in range(2):
+        for x in range(3):
+            position = torch.cat([decoder.pos_emb.col_embed.weight[x], decoder.pos_emb.row_embed.weight[y]])
+            decoded = decoder.mlp(slots[0] + position)
+            expected[3 * y + x] = (decoded[:, :4] * decoded[:, 4:].softmax(0)).sum(0)
+    assert torch.allclose(decoder(slots)[0], expected, atol=1e-6)
+
+
+def test_k_follows_the_batch_and_a_k_as_large_as_the_batch_is_refused():
+    assert [model_slot.default_reciprocal_k(b) for b in (256, 128, 8, 2)] == [20, 10, 1, 1]
+    model = JointSlotModel(**SMALL, reciprocal_k=4)
+    with pytest.raises(ValueError, match="reciprocal_k 4 leaves no negative in a batch of 4"):
+        model(torch.randn(4, 3, 64, 64), torch.randn(4, 1, 257, 81))
+
+
+# ---------------------------------------------------------------- maps, sizes, precision
+
+
+def test_a_batch_gives_the_maps_of_its_samples():
+    torch.manual_seed(0)
+    model = JointSlotModel(**SMALL).eval()
+    image, spectrogram = torch.randn(3, 3, 64, 64), torch.randn(3, 1, 257, 81)
+    together = model.localize(image, spectrogram)
+    alone = model.localize(image[1:2], spectrogram[1:2])
+    assert together.audio_map.shape == together.image_map.shape == (3, 4, 4)
+    assert torch.allclose(together.audio_map[1], alone.audio_map[0], atol=1e-6)
+    assert torch.allclose(together.image_map[1], alone.image_map[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("arch, dim, size, seconds, slots", [("small", 6, 50, 0.7, 1), ("resnet18", 32, 96, 1.1, 3)])
+def test_no_size_is_fixed(arch, dim, size, seconds, slots):
+    model = JointSlotModel(arch, dim, slots, image_size=size, audio_seconds=seconds)
+    frames = model_slot.num_frames(seconds)
+    losses = model(torch.randn(3, 3, size, size), torch.randn(3, 1, 257, frames))
+    assert all(torch.isfinite(value) and value.shape == () for value in losses.values())
+    sum(losses.values()).backward()
+    with pytest.raises(ValueError, match="tokens reach a decoder"):
+        model(torch.randn(3, 3, 2 * size, 2 * size), torch.randn(3, 1, 257, frames))
+
+
+def test_slots_and_losses_stay_fp32_under_bf16_autocast():
+    torch.manual_seed(0)
+    model = JointSlotModel(**SMALL)
+    inputs = torch.randn(4, 3, 64, 64), torch.randn(4, 1, 257, 81)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(*inputs)
+        state = model.attend_audio(inputs[1])
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+    assert state.slots.dtype == torch.float32
+    sum(losses.values()).backward()
+
+
+def test_fused_maps_are_normalised_sums_of_normalised_maps():
+    torch.manual_seed(0)
+    aud, img, prior = (torch.rand(2, 7, 7) * scale for scale in (1.0, 5.0, 0.1))
+
+    def n(x):
+        x = F.interpolate(x[:, None], (224, 224), mode="bicubic")[:, 0] if x.shape[-1] == 7 else x
+        low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
+        return (x - low) / (high - low)
+
+    assert torch.allclose(model_slot.fuse_maps(aud, img), n(0.6 * n(aud) + 0.4 * n(img)), atol=1e-6)
+    both = n(0.3 * n(aud) + 0.35 * n(img) + 0.35 * n(prior))
+    assert torch.allclose(model_slot.fuse_maps(aud, img, prior, alpha=0.3), both, atol=1e-6)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_brings_back_model_and_settings(tmp_path):
+    torch.manual_seed(0)
+    model = JointSlotModel(**SMALL, tau=0.05, mask_ratio=0.2, reciprocal_k=2).eval()
+    save_checkpoint(tmp_path / "a.pth", {"model": model.state_dict(), "model_config": model.config})
+    loaded = JointSlotModel.from_checkpoint(tmp_path / "a.pth")
+    assert not loaded.training
+    assert loaded.config == model.config
+    inputs = torch.randn(2, 3, 64, 64), torch.randn(2, 1, 257, 81)
+    assert torch.equal(loaded.localize(*inputs).audio_map, model.localize(*inputs).audio_map)
+
+
+def test_a_released_checkpoint_without_settings_takes_the_defaults_aloud(tmp_path, capsys):
+    torch.save({"model": JointSlotModel().state_dict()}, tmp_path / "released.pth")
+    model = JointSlotModel.from_checkpoint(tmp_path / "released.pth")
+    assert model.config == JointSlotModel().config
+    assert "defaults" in capsys.readouterr().out
+
+
+def test_weights_that_do_not_fit_are_all_listed(tmp_path):
+    weights = JointSlotModel(**SMALL).state_dict()
+    weights["slot_attn.slots"] = torch.zeros(1, 5, 16)
+    del weights["imgnet.conv1.weight"]
+    weights["stranger"] = torch.zeros(1)
+    torch.save({"model": weights, "model_config": JointSlotModel(**SMALL).config}, tmp_path / "a.pth")
+    with pytest.raises(UserError) as caught:
+        JointSlotModel.from_checkpoint(tmp_path / "a.pth")
+    for piece in ("a.pth", "1 missing: imgnet.conv1.weight", "1 unexpected: stranger", "slot_attn.slots (1, 5, 16)"):
+        assert piece in str(caught.value)
+
+
+def test_a_checkpoint_that_runs_code_or_is_broken_is_refused(tmp_path):
+    torch.save({"model": {}, "args": argparse.Namespace(a=1)}, tmp_path / "code.pth")
+    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut")
+    for name in ("code.pth", "cut.pth", "absent.pth"):
+        with pytest.raises(UserError, match=name):
+            JointSlotModel.from_checkpoint(tmp_path / name)

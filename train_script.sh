@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# bash train_script.sh TRAINSET TESTSET GPU [NAME] [further flags of train_slot.py]
+#
+#   TRAINSET  vggss_10k vggss_144k vggss_heard flickr_10k flickr_144k synthetic custom
+#   TESTSET   vggss vggss_heard vggss_unheard flickr s4 ms3 synthetic synthetic_distractor synthetic_interactive,
+#             several with commas, or all: every one whose data are present
+#   GPU       number of a CUDA device, or cpu
+#   NAME      folder below checkpoints/ (default: TRAINSET)
+#
+# Nobody edits this file to say where data lie: set these variables, in your shell or in front of the command.
+export VGGSOUND_ROOT="${VGGSOUND_ROOT:-/path/to/VGGSound/}"      # holds frames/ and audio/
+export FLICKR_ROOT="${FLICKR_ROOT:-/path/to/Flickr/}"            # holds frames/ and audio/, or Data/; and Annotations/
+export AVSBENCH_ROOT="${AVSBENCH_ROOT:-/path/to/AVSBench/}"      # holds s4_data/ and ms3_data/, or s4/ and ms3/
+export CUSTOM_ROOT="${CUSTOM_ROOT:-/path/to/pairs/}"             # your own frames/ and audio/
+set -euo pipefail
+cd "$(dirname "$0")"
+
+if [ $# -lt 3 ]; then
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+trainset=$1 testset=$2 gpu=$3
+name=$trainset
+shift 3
+if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
+    name=$1
+    shift
+fi
+
+python=${PYTHON:-python}
+if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
+
+# Hyper-parameters, once for each kind of training set. What is not named here is the paper's value, train_slot.py's default.
+case $trainset in
+    *_144k | vggss_heard) recipe=(--epochs 50 --infer_sharpening 1.0) ;;
+    synthetic)
+        recipe=(--arch small --imagenet_weights none --image_size 112 --audio_seconds 1.6 --augment plain
+            --epochs 24 --batch_size 64 --lr 1e-3 --lr_warmup 0.06 --lr_schedule cosine --clip 5
+            --tau 0.07 --iterations 3 --reciprocal_k 0 --lam1 0 --eval_every 0) ;;
+    *) recipe=(--epochs 100) ;;
+esac
+
+"$python" train_slot.py --trainset "$trainset" --testset "$testset" --gpu "$gpu" --experiment_name "$name" "${recipe[@]}" "$@"
+
+echo "test it again, with pictures:"
+echo "  python test_model.py --model_dir ./checkpoints --experiment_name $name --testset $testset --gpu $gpu --save_visualizations true"

@@ -1,0 +1,189 @@
+"""Checkpoints, seeds, devices and the command line: what every script needs and no method depends on."""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line that says what is wrong, where, and what to do."""
+
+
+# ---------------------------------------------------------------- command line
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that answers a wrong flag with one line and takes no abbreviated names."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run a script's main; a UserError becomes one line and exit status 2, whichever process raised it."""
+    try:
+        main()
+    except UserError as error:
+        last_line = str(error).strip().splitlines()[-1]  # a loader worker puts its traceback in front
+        sys.exit(_fail(last_line.removeprefix("utils.UserError: "), 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", 130))
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    return status
+
+
+@contextmanager
+def as_user_error(*errors: type[Exception]):
+    """Turn errors whose message already names the file and the mend into a UserError."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Callable:
+    """An argparse type: a finite int or float with low <= value <= high and above < value."""
+    words = {"at least": low, "at most": high, "above": above}
+    bounds = [f"{word} {bound}" for word, bound in words.items() if math.isfinite(bound)]
+    wanted = " ".join(["a whole number" if kind is int else "a number", " and ".join(bounds)]).strip()
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high and above < value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+def boolean(text: str) -> bool:
+    """An argparse type: true or false, nothing else."""
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
+# ---------------------------------------------------------------- device, seeds, provenance
+
+
+def pick_device(gpu: str) -> torch.device:
+    """ "cpu" or the number of a CUDA device -> device. Raises UserError on anything that is not there."""
+    if gpu == "cpu":
+        return torch.device("cpu")
+    if not gpu.isdigit():
+        raise UserError(f"--gpu {gpu}: give a number or cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"--gpu {gpu}: this machine offers no CUDA device to PyTorch; use --gpu cpu")
+    if int(gpu) >= torch.cuda.device_count():
+        raise UserError(f"--gpu {gpu}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return torch.device("cuda", int(gpu))
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether bfloat16 autocast gains speed: hardware support, not emulation."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(probe and probe())
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_states() -> dict[str, Any]:
+    """States of every generator that training draws from, in types that `weights_only` loading allows."""
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def provenance() -> dict[str, str]:
+    """Revision of this checkout and versions of what computes the numbers."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = "unknown (not a git checkout)"
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"revision": revision} | versions
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextmanager
+def atomic_path(path: str | Path):
+    """Yield a temporary path beside `path` that replaces it only when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    os.close(handle)
+    os.chmod(name, 0o644)
+    try:
+        yield Path(name)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint so that a kill or a full disk never leaves a broken file in the place of a good one."""
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU with `weights_only=True`. Raises UserError when there is none or it is broken."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint {path}: train first, or give --checkpoint a path")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the checkpoint {path} cannot be read ({reason}): damaged, or not PyTorch's") from error
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise UserError(f"{path} is not a checkpoint of this project: a dict with `model` is wanted")
+    return state
