@@ -3,6 +3,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	if $$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; \
 	then echo $$p; break; fi; done)
 VENV := .venv
+export OMP_WAIT_POLICY ?= PASSIVE
 RUN := $(VENV)/bin/python
 
 .PHONY: help setup demo demo-table test test-slow clean

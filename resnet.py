@@ -15,8 +15,16 @@ from torchvision.models.resnet import BasicBlock, conv1x1
 
 
 class Recipe(NamedTuple):
+    """A ResNet of basic blocks, two a stage.
+
+    aligned: a token's receptive field is centred where the enlarged map draws it (one stride-4 convolution with an even
+    kernel, averaging between stages). The paper's ResNet-18 is not: its odd strided kernels move maps by half a token
+    towards the lower right, which matters where tokens are few and pictures small.
+    """
+
     widths: tuple[int, ...]  # channels of each stage; every stage but the first halves the resolution
     dim: int  # embedding channels D when none are asked for
+    aligned: bool
 
     @property
     def stride(self) -> int:
@@ -25,8 +33,8 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "resnet18": Recipe(widths=(64, 128, 256, 512), dim=512),
-    "small": Recipe(widths=(16, 32, 64), dim=128),
+    "resnet18": Recipe(widths=(64, 128, 256, 512), dim=512, aligned=False),
+    "small": Recipe(widths=(16, 32, 64), dim=128, aligned=True),
 }
 
 
@@ -37,15 +45,23 @@ def get_recipe(arch: str) -> Recipe:
 
 
 def tokens_along(size: int, arch: str) -> int:
-    """Tokens along a side of so many pixels or frames: every stride-2 layer rounds up."""
-    return -(-size // get_recipe(arch).stride)
+    """Tokens along a side of so many pixels or frames: odd strided kernels round up, even ones down."""
+    recipe = get_recipe(arch)
+    return size // recipe.stride if recipe.aligned else -(-size // recipe.stride)
 
 
-def _stage(in_width: int, width: int, stride: int) -> nn.Sequential:
+def _stem(in_channels: int, recipe: Recipe) -> nn.Conv2d:
+    kernel, stride, padding = (8, 4, 2) if recipe.aligned else (7, 2, 3)
+    return nn.Conv2d(in_channels, recipe.widths[0], kernel, stride, padding, bias=False)
+
+
+def _stage(in_width: int, width: int, halve: bool, aligned: bool) -> nn.Sequential:
+    stride = 2 if halve and not aligned else 1
     shortcut = None
     if stride != 1 or in_width != width:
         shortcut = nn.Sequential(conv1x1(in_width, width, stride), nn.BatchNorm2d(width))
-    return nn.Sequential(BasicBlock(in_width, width, stride, shortcut), BasicBlock(width, width))
+    blocks = [BasicBlock(in_width, width, stride, shortcut), BasicBlock(width, width)]
+    return nn.Sequential(*([nn.AvgPool2d(2)] if halve and aligned else []), *blocks)
 
 
 class ResNetTrunk(nn.Module):
@@ -53,13 +69,14 @@ class ResNetTrunk(nn.Module):
 
     def __init__(self, arch: str) -> None:
         super().__init__()
-        widths = get_recipe(arch).widths
+        recipe = get_recipe(arch)
+        widths = recipe.widths
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.maxpool = nn.Identity() if recipe.aligned else nn.MaxPool2d(3, 2, 1)
         self.stages = len(widths)
         for number, (in_width, width) in enumerate(zip((widths[0], *widths[:-1]), widths), start=1):
-            self.add_module(f"layer{number}", _stage(in_width, width, stride=1 if number == 1 else 2))
+            self.add_module(f"layer{number}", _stage(in_width, width, number > 1, recipe.aligned))
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """Output of the first convolution -> output of the last stage."""
@@ -79,7 +96,7 @@ class ImageTrunk(ResNetTrunk):
 
     def __init__(self, arch: str) -> None:
         super().__init__(arch)
-        self.conv1 = nn.Conv2d(3, get_recipe(arch).widths[0], 7, 2, 3, bias=False)
+        self.conv1 = _stem(3, get_recipe(arch))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.features(self.conv1(image))
@@ -102,9 +119,9 @@ class AudioEncoder(ResNetTrunk):
 
     def __init__(self, arch: str, dim: int) -> None:
         super().__init__(arch)
-        widths = get_recipe(arch).widths
-        self.conv1_1 = nn.Conv2d(1, widths[0], 7, 2, 3, bias=False)
-        self.proj = nn.Sequential(nn.Conv2d(widths[-1], dim, 1))
+        recipe = get_recipe(arch)
+        self.conv1_1 = _stem(1, recipe)
+        self.proj = nn.Sequential(nn.Conv2d(recipe.widths[-1], dim, 1))
         self.init_convolutions()
 
     def forward(self, spectrogram: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,13 @@
 """Shared paths, and the numpy-made weights and inputs of the reference numbers."""
 
+import contextlib
+import importlib
+import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -11,6 +16,8 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 os.environ["WANDB_MODE"] = "offline"  # no test may reach for a network
 
+import utils  # noqa: E402  (found through the path set above)
+
 
 def shared_folder(name: str) -> Path:
     """A folder of reference material, or a skip that says why."""
@@ -18,3 +25,41 @@ def shared_folder(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"the reference material ../shared/{name} is not beside this clone")
     return folder
+
+
+@pytest.fixture(scope="session")
+def synthetic_root(tmp_path_factory) -> Path:
+    """A small synthetic set: 70 training pairs, 10 held out, 20 of each test split (10 interactive pictures)."""
+    from synthetic import generate
+
+    root = tmp_path_factory.mktemp("synthetic") / "data"
+    generate(root, seed=0, counts={"train": 70, "val": 10, "test": 20, "distractor": 20, "interactive": 10})
+    return root
+
+
+class Finished(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., Finished]:
+    """Run a script's main in this process as its command line would: cli("test_model", "--gpu", "cpu")."""
+
+    def run(script: str, *arguments: object) -> Finished:
+        stdout, stderr, status = io.StringIO(), io.StringIO(), 0
+        argv, folder = sys.argv, os.getcwd()
+        sys.argv = [f"{script}.py", *map(str, arguments)]
+        os.chdir(ROOT)
+        try:
+            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+                utils.run_cli(importlib.import_module(script).main)
+        except SystemExit as stop:
+            status = stop.code
+        finally:
+            sys.argv = argv
+            os.chdir(folder)
+        return Finished(status, stdout.getvalue(), stderr.getvalue())
+
+    return run

@@ -1,10 +1,16 @@
 """Lists, annotations, transforms, data sets."""
 
+import json
+
 import numpy as np
 import pytest
+import soundfile
+import torch
 from conftest import shared_folder
+from PIL import Image
 
 import dataset
+from utils import UserError
 
 
 @pytest.mark.parametrize("name", ["wide", "tall"])
@@ -20,3 +26,183 @@ def test_consensus_and_mask_match_the_reference():
     reference = np.load(folder / "preprocess_public.npz")
     assert np.array_equal(dataset.consensus_map(folder / "preprocess" / "123.xml").numpy(), reference["consensus_123"])
     assert np.array_equal(dataset.mask_map(folder / "preprocess" / "mask.png").numpy(), reference["mask"])
+
+
+# ---------------------------------------------------------------- a miniature data set
+
+
+def make_pairs(root, ids, frames="frames", audio="audio", size=(60, 40)):
+    """Pictures and sounds for the ids, all different, in VGG-Sound's layout."""
+    rng = np.random.default_rng(0)
+    for folder in (frames, audio):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for name in ids:
+        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(root / frames / f"{name}.jpg")
+        soundfile.write(root / audio / f"{name}.wav", rng.uniform(-0.5, 0.5, 16000), 16000)
+
+
+IDS = ["-a_000001", "b_000002", "c_000003", "d_000004", "e_000005"]
+
+
+@pytest.fixture
+def root(tmp_path):
+    make_pairs(tmp_path, IDS)
+    (tmp_path / "ids.txt").write_text("\r\n".join(IDS))  # no newline at the end, Windows line ends
+    boxes = [
+        {"file": name, "class": "dog" if i % 2 else "cat", "bbox": [[0.25, 0.5, 0.75, 1.2]]}
+        for i, name in enumerate(IDS)
+    ]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    return tmp_path
+
+
+def custom(root, **more):
+    settings = {"gt_path": str(root / "boxes.json"), "metadata": "", "image_size": 32, "audio_seconds": 0.5} | more
+    return dataset.build_test_set("custom", str(root), **settings)
+
+
+def test_an_item_has_the_documented_shapes(root):
+    pairs, selection = custom(root)
+    sample = pairs[1]
+    assert (sample.id, sample.class_name) == (IDS[1], "dog")
+    assert sample.image.shape == (3, 32, 32) and sample.spectrogram.shape == (1, 257, 51)
+    assert sample.truth.shape == (224, 224)
+    assert (selection.expected, selection.missing) == (5, [])
+
+
+def test_boxes_are_clipped_cut_to_whole_pixels_and_united():
+    truth = dataset.box_map([[0.25, 0.5, 0.75, 1.2], [-2.9e16, 0.0, 0.01, 0.01]])
+    assert truth[112:, 56:168].min() == 1
+    assert truth[:2, :2].min() == 1
+    assert truth.sum() == 112 * 112 + 4
+    assert dataset.box_map([[0.3, 0.3, 0.3, 0.9]]).sum() == 0
+
+
+def test_missing_pairs_stop_with_their_ids_and_are_counted_when_allowed(root):
+    (root / "frames" / f"{IDS[0]}.jpg").unlink()
+    (root / "audio" / f"{IDS[3]}.wav").unlink()
+    with pytest.raises(UserError, match=f"2 of 5 pairs.*{IDS[0]}, {IDS[3]}"):
+        custom(root)
+    pairs, selection = custom(root, allow_missing=True)
+    assert (len(pairs), selection.expected, selection.missing) == (3, 5, [IDS[0], IDS[3]])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("boxes.json", "{", "cannot read the annotation"),
+        ("boxes.json", "[]", "holds no list"),
+        ("boxes.json", '[{"file": "a"}]', "entry 0"),
+        ("boxes.json", '[{"file": "a", "bbox": [[0, 1, "x", 1]]}]', "entry 0"),
+        ("boxes.json", '[{"file": "a", "bbox": [[0, 1, 1]]}]', "four numbers"),
+        ("ids.txt", "", "is empty"),
+        ("ids.txt", "a\na\n", "twice: a"),
+        ("ids.txt", "stranger\n", "no box for 1 ids"),
+    ],
+)
+def test_broken_lists_and_annotations_are_named(root, name, content, message):
+    (root / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        custom(root, test_list=str(root / "ids.txt"))
+
+
+def test_a_broken_picture_is_named_when_it_is_read(root):
+    (root / "frames" / f"{IDS[2]}.jpg").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=IDS[2]):
+        custom(root)[0][2]
+
+
+def test_absent_folders_are_named(root, monkeypatch):
+    monkeypatch.delenv("VGGSOUND_ROOT", raising=False)
+    with pytest.raises(UserError, match="VGGSOUND_ROOT"):
+        dataset.select_training_pairs("vggss_10k", None, "")
+    with pytest.raises(UserError, match="does not exist"):
+        dataset.select_training_pairs("custom", str(root / "absent"), "")
+    (root / "empty").mkdir()
+    with pytest.raises(UserError, match="no folders frames/ and audio/"):
+        dataset.select_training_pairs("custom", str(root / "empty"), "")
+
+
+def test_the_root_comes_from_the_environment_when_none_is_given(root, monkeypatch):
+    monkeypatch.setenv("VGGSOUND_ROOT", str(root))
+    (root / "vggss_10k.txt").write_text("\n".join(IDS[:2]))
+    assert [p.id for p in dataset.select_training_pairs("vggss_10k", None, str(root)).pairs] == IDS[:2]
+
+
+def test_flickr_reads_both_layouts_and_its_xml(tmp_path):
+    make_pairs(tmp_path, ["11", "22"], "Data", "Data")
+    (tmp_path / "Annotations").mkdir()
+    box = "<bbox><n>x</n><xmin>0</xmin><ymin>0</ymin><xmax>128</xmax><ymax>256</ymax></bbox>"
+    for name in ("11", "22"):
+        (tmp_path / "Annotations" / f"{name}.xml").write_text(
+            f"<a><filename>f</filename><who>{box}</who><who>{box}</who></a>"
+        )
+    (tmp_path / "flickr_test.csv").write_text("11,202\n22,0\n")
+    pairs, selection = dataset.build_test_set("flickr", str(tmp_path), None, str(tmp_path), 32, 0.5)
+    assert selection.expected == 250  # the published number, so that a short list shows
+    assert pairs[1].truth[:, :112].min() == 1 and pairs[1].truth[:, 112:].max() == 0
+    (tmp_path / "Annotations" / "22.xml").write_text("<a><b></a>")
+    with pytest.raises(UserError, match=r"22\.xml"):
+        pairs[1]
+
+
+def test_xml_that_expands_entities_is_refused(tmp_path):
+    (tmp_path / "a.xml").write_text('<!DOCTYPE a [<!ENTITY b "c">]><a><who><bbox>&b;</bbox></who></a>')
+    with pytest.raises(UserError, match=r"a\.xml"):
+        dataset.consensus_map(tmp_path / "a.xml")
+
+
+# ---------------------------------------------------------------- training pairs
+
+
+def test_what_is_drawn_depends_on_seed_epoch_and_index_alone(root):
+    pairs, _ = dataset.find_pairs(root, "vggsound", None)
+
+    def batches(workers, epoch=0, seed=0):
+        data = dataset.TrainingPairs(pairs, 32, 0.5, "hard", seed)
+        data.epoch = epoch
+        return torch.cat([batch.image for batch in dataset.make_loader(data, 2, workers)])
+
+    first = batches(0)
+    assert torch.equal(first, batches(0)) and torch.equal(first, batches(2))
+    assert not torch.equal(first, batches(0, epoch=1)) and not torch.equal(first, batches(0, seed=1))
+    state = torch.get_rng_state()
+    batches(0)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_held_out_pairs_are_not_trained_on(root):
+    selection = dataset.select_training_pairs("custom", str(root), "", str(root / "ids.txt"))
+    train, held_out = dataset.hold_out("custom", selection.pairs, str(root), None, 0.4, seed=1)
+    assert sorted(p.id for p in train + held_out) == sorted(IDS) and len(held_out) == 2
+    (root / "val.txt").write_text("b_000002\n")
+    train, held_out = dataset.hold_out("custom", selection.pairs, str(root), str(root / "val.txt"), 0.4, seed=1)
+    assert [p.id for p in held_out] == ["b_000002"] and len(train) == 4
+
+
+def test_spectrogram_masks_are_up_to_nine_wide_anywhere_on_their_own_axis():
+    torch.manual_seed(0)
+    widths, starts = [set(), set()], [set(), set()]
+    for _ in range(3000):
+        zero = dataset.mask_spectrogram(torch.ones(1, 40, 25))[0] == 0
+        for axis, lines in enumerate((zero.all(1), zero.all(0))):
+            found = lines.nonzero()[:, 0].tolist()
+            widths[axis].add(len(found))
+            starts[axis].update(found[:1])
+    assert widths == [set(range(10))] * 2
+    assert max(starts[0]) >= 36 and max(starts[1]) >= 22 and min(starts[0]) == min(starts[1]) == 0
+
+
+def test_hard_augmentation_changes_colour_and_plain_only_place():
+    grey = Image.new("RGB", (50, 50), (200, 60, 60))
+    plain = {dataset.train_transform(32, "plain")(grey)[:, 0, 0].numpy().tobytes() for _ in range(20)}
+    hard = {dataset.train_transform(32, "hard")(grey)[:, 0, 0].numpy().tobytes() for _ in range(20)}
+    assert len(plain) == 1 and len(hard) > 10
+
+
+def test_lists_of_the_field_have_their_known_counts():
+    folder = shared_folder("metadata")
+    for name, row in {**dataset.TRAIN_SETS, **dataset.TEST_SETS}.items():
+        if row.expected and row.ids:
+            assert len(dataset.read_ids(folder / row.ids)) == row.expected, name
+    assert len(dataset.load_boxes(folder / "vggss.json")) == dataset.TEST_SETS["vggss"].expected

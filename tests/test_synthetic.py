@@ -1,4 +1,5 @@
 """The synthetic set: reproducible, balanced, and not to be had without hearing."""
+
 import collections
 import hashlib
 import itertools
@@ -8,14 +9,29 @@ import cv2
 import numpy as np
 import pytest
 import soundfile
+import torch
 from scipy import stats
 
 import dataset
 import synthetic
-from synthetic import KINDS, SIDE, SPLITS
+import synthetic_kinds
+import synthetic_probe
+from metrics import MAP_SIZE
+from synthetic import SIDE, SPLITS
+from synthetic_kinds import KINDS
+from utils import run_cli
 
 COUNTS = {"train": 200, "val": 20, "test": 150, "distractor": 200, "interactive": 60}
 TINY = {"train": 12, "val": 2, "test": 2, "distractor": 11, "interactive": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small tensors on a busy machine: waiting for a second thread would cost more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +49,16 @@ def objects(root):
 
 @pytest.fixture(scope="module")
 def numbers(root):
-    return synthetic.probe(root)
+    return synthetic_probe.probe(root)
 
 
 def digests(folder):
     """{path below the folder: SHA-256 of its bytes}"""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def ids_of(folder, split):
@@ -49,14 +68,15 @@ def ids_of(folder, split):
 def kinds_by_role(objects, split):
     """How often each kind sounds, and how often it is in view and silent."""
     things = [thing for name, view in objects.items() if name.startswith(split) for thing in view]
-    return [collections.Counter(thing["kind"] for thing in things if thing["sounding"] == role)
-            for role in (True, False)]
+    return [
+        collections.Counter(thing["kind"] for thing in things if thing["sounding"] == role) for role in (True, False)
+    ]
 
 
 def failure(capsys, *arguments):
     """The one line with which the command line fails; exit status 2 and nothing on the standard output."""
     with pytest.raises(SystemExit) as stop:
-        synthetic.main([str(argument) for argument in arguments])
+        run_cli(lambda: synthetic.main([str(argument) for argument in arguments]))
     printed = capsys.readouterr()
     lines = [line for line in printed.err.splitlines() if "picture/s" not in line]
     assert stop.value.code == 2 and len(lines) == 1 and not printed.out
@@ -64,6 +84,7 @@ def failure(capsys, *arguments):
 
 
 # ---------------------------------------------------------------- reproducible, and apart
+
 
 def test_same_seed_same_bytes_for_any_number_of_processes(tmp_path):
     for name, processes in (("one", 1), ("three", 3)):
@@ -75,8 +96,9 @@ def test_other_seed_shares_no_picture_and_no_sound(tmp_path):
     made = []
     for seed in (5, 6):
         synthetic.generate(tmp_path / str(seed), seed=seed, counts=TINY)
-        made.append({digest for path, digest in digests(tmp_path / str(seed)).items()
-                     if path.startswith(("frames", "audio"))})
+        made.append(
+            {digest for path, digest in digests(tmp_path / str(seed)).items() if path.startswith(("frames", "audio"))}
+        )
     assert made[0] and not made[0] & made[1]
 
 
@@ -101,6 +123,7 @@ def test_no_id_picture_or_sound_is_in_two_splits(root):
 
 # ---------------------------------------------------------------- objects
 
+
 def test_boxes_are_inside_and_of_25_to_50_percent(objects):
     boxes = np.array([thing["bbox"] for view in objects.values() for thing in view])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
@@ -120,7 +143,7 @@ def test_objects_in_view_never_overlap(objects):
 @pytest.mark.parametrize("kind", KINDS)
 def test_box_is_tight_around_what_is_drawn(kind):
     for size in (32, 51):
-        rgb, opacity = synthetic.draw_object(kind, size, np.random.default_rng(size))
+        rgb, opacity = synthetic_kinds.draw_object(kind, size, np.random.default_rng(size))
         assert max(opacity.shape) == size and rgb.shape == (*opacity.shape, 3)
         edges = opacity[0], opacity[-1], opacity[:, 0], opacity[:, -1]
         assert all(edge.max() > 0.01 for edge in edges) and opacity.max() < 1 + 1e-6
@@ -175,6 +198,7 @@ def test_place_and_size_tell_nothing_about_the_kind_or_who_sounds(objects):
 
 # ---------------------------------------------------------------- sounds
 
+
 def test_sounds_are_16_khz_mono_16_bit_and_not_clipped(root):
     for path in (root / "audio").iterdir():
         sound = soundfile.info(path)
@@ -194,8 +218,8 @@ def test_loudness_tells_nothing_about_the_kind(root, objects):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_lies_10_to_20_db_below_and_sounds_vary(kind):
-    sounds, noises = zip(*(synthetic.make_sound(kind, np.random.default_rng(i)) for i in range(8)))
-    ratios = [10 * np.log10(np.mean(a ** 2) / np.mean(b ** 2)) for a, b in zip(sounds, noises)]
+    sounds, noises = zip(*(synthetic_kinds.make_sound(kind, np.random.default_rng(i)) for i in range(8)))
+    ratios = [10 * np.log10(np.mean(a**2) / np.mean(b**2)) for a, b in zip(sounds, noises)]
     assert min(ratios) > 9.99 and max(ratios) < 20.01 and np.ptp(ratios) > 2
     correlation = np.corrcoef(np.stack(sounds))
     assert np.isfinite(correlation).all() and np.abs(correlation[np.triu_indices(8, 1)]).max() < 0.9
@@ -217,10 +241,11 @@ def test_interactive_entries_share_the_picture_and_hear_their_own_kind(tmp_path,
 
 # ---------------------------------------------------------------- the loaders of the real sets
 
+
 @pytest.mark.parametrize("split", ["test", "distractor", "interactive"])
 def test_the_loader_of_the_real_sets_reads_it(root, objects, split):
     name = "synthetic" if split == "test" else f"synthetic_{split}"
-    pairs, selection = dataset.build_test_set(name, str(root), None, "metadata", 112, synthetic.AUDIO_SECONDS)
+    pairs, selection = dataset.build_test_set(name, str(root), None, "metadata", 112, synthetic_kinds.AUDIO_SECONDS)
     assert pairs.ids == ids_of(root, split) and not selection.missing
     sample = pairs[1]
     (thing,) = [thing for thing in objects[sample.id] if thing["sounding"]]
@@ -237,6 +262,7 @@ def test_the_training_loader_reads_it(root):
 
 # ---------------------------------------------------------------- how hard it is
 
+
 def test_what_does_not_hear_points_wrong_at_least_half_the_time(numbers):
     for split in ("distractor", "interactive"):
         for pointer, scores in numbers[split].items():
@@ -249,7 +275,8 @@ def test_the_deaf_oracle_guesses_among_the_objects_in_view(numbers):
     assert numbers["test"]["oracle"] == pytest.approx({"pointing": 1, "cIoU": 1})
     assert numbers["distractor"]["oracle"]["pointing"] == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert numbers["interactive"]["oracle"] == pytest.approx(
-        {"pointing": 0.5, "cIoU": 0.5, "both_pointing": 0.25, "IIoU": 0.25})
+        {"pointing": 0.5, "cIoU": 0.5, "both_pointing": 0.25, "IIoU": 0.25}
+    )
 
 
 def test_neither_colour_nor_spectrum_alone_gives_the_kind_away(numbers):
@@ -258,24 +285,33 @@ def test_neither_colour_nor_spectrum_alone_gives_the_kind_away(numbers):
 
 
 def test_probe_scores_a_right_and_a_wrong_map():
-    boxes = [[0.25, 0.25, 0.75, 0.75]] * 2
-    right = np.zeros((synthetic.MAP_SIZE,) * 2)
+    boxes = [[[0.25, 0.25, 0.75, 0.75]]] * 2
+    right = np.zeros((MAP_SIZE, MAP_SIZE))
     right[56:168, 56:168] = 1
-    wrong = synthetic.blob(0.05, 0.95)
-    assert synthetic.score_maps([right, right], boxes, {"a": [0, 1]}) == {
-        "pointing": 1, "cIoU": 1, "both_pointing": 1, "IIoU": 1}
-    assert synthetic.score_maps([right, wrong], boxes, {"a": [0, 1]}) == {
-        "pointing": 0.5, "cIoU": 0.5, "both_pointing": 0, "IIoU": 0}
+    wrong = synthetic_probe.blob(0.05, 0.95)
+    assert synthetic_probe.score_maps([right, right], boxes, {"a": [0, 1]}) == {
+        "pointing": 1,
+        "cIoU": 1,
+        "both_pointing": 1,
+        "IIoU": 1,
+    }
+    assert synthetic_probe.score_maps([right, wrong], boxes, {"a": [0, 1]}) == {
+        "pointing": 0.5,
+        "cIoU": 0.5,
+        "both_pointing": 0,
+        "IIoU": 0,
+    }
 
 
 def test_saliency_finds_a_patch_on_a_plain_ground():
     picture = np.full((SIDE, SIDE, 3), 120, np.uint8)
     picture[20:60, 70:110] = np.random.default_rng(0).integers(0, 255, (40, 40, 3))
     box = [70 / SIDE, 20 / SIDE, 110 / SIDE, 60 / SIDE]
-    assert synthetic.score_maps([synthetic.contrast_saliency(picture)], [box], {})["pointing"] == 1
+    assert synthetic_probe.score_maps([synthetic_probe.contrast_saliency(picture)], [[box]], {})["pointing"] == 1
 
 
 # ---------------------------------------------------------------- command line
+
 
 @pytest.fixture
 def tiny(monkeypatch):
@@ -300,7 +336,7 @@ def test_other_settings_are_refused_unless_forced(tmp_path, capsys, tiny, monkey
     assert "--force" in failure(capsys, "--out", out, "--seed", 1)
     assert "--force" in failure(capsys, "--out", out, "--train", 5, "--probe")
     with monkeypatch.context() as change:
-        change.setattr(synthetic, "TEXTURE_STRENGTH", 0.9)
+        change.setattr(synthetic_kinds, "TEXTURE_STRENGTH", 0.9)
         assert "--force" in failure(capsys, "--out", out)
     synthetic.main(["--out", str(out), "--train", "5", "--force"])
     pictures = {path.stem for path in (out / "frames").glob("*.jpg")}
@@ -325,10 +361,19 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("arguments, named", [
-    (["--seed", "-1"], "--seed"), (["--seed", "one"], "--seed"), (["--train", "0"], "--train"),
-    (["--train", "2.5"], "--train"), (["--json", "numbers.json"], "--probe"), (["--preview", "sheet.gif"], ".png"),
-    (["--prob"], "--prob"), (["--out"], "--out")])
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--seed", "-1"], "--seed"),
+        (["--seed", "one"], "--seed"),
+        (["--train", "0"], "--train"),
+        (["--train", "2.5"], "--train"),
+        (["--json", "numbers.json"], "--probe"),
+        (["--preview", "sheet.gif"], ".png"),
+        (["--prob"], "--prob"),
+        (["--out"], "--out"),
+    ],
+)
 def test_wrong_flags_end_with_one_line(tmp_path, capsys, monkeypatch, arguments, named):
     monkeypatch.chdir(tmp_path)
     assert named in failure(capsys, *arguments)

@@ -1,0 +1,243 @@
+"""Training: steps per epoch, schedule, selection, resume, flags, a whole small run."""
+
+import ast
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, shared_folder
+
+import train_slot
+from model_slot import JointSlotModel
+from utils import load_checkpoint
+
+SMALL = ["--arch", "small", "--dim", "16", "--image_size", "64", "--audio_seconds", "0.8", "--imagenet_weights", "none"]
+SHORT = ["--epochs", "2", "--batch_size", "16", "--lr", "1e-3", "--num_workers", "0", "--gpu", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def train(cli):
+    """Run train_slot.py on the small synthetic set: train(root, folder, *flags)."""
+
+    def run(root, folder, *arguments):
+        data = ["--trainset", "synthetic", "--train_data_path", root, "--test_data_path", root]
+        flags = [*data, *SMALL, *SHORT, "--model_dir", folder, "--experiment_name", "run", *arguments]
+        return cli("train_slot", *flags)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(synthetic_root, tmp_path_factory, train):
+    """Two epochs on 70 pairs with everything on, resumable, scored."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    done = train(synthetic_root, folder, "--testset", "synthetic,synthetic_interactive", "--wandb", "offline")
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_small_training_ends_in_a_table_and_pictures(finished):
+    folder, done = finished
+    for name in ("best.pth", "latest.pth", "configs.json", "train_ids.txt", "curves.png"):
+        assert (folder / name).stat().st_size > 0
+    for name in ("synthetic", "synthetic_interactive"):
+        results = json.loads((folder / "results" / name / "results.json").read_text())
+        assert results["training_test_overlap"] == 0
+        assert "held-out" in results["checkpoint"]["selected_by"]
+        assert len(list(csv.DictReader((folder / "results" / name / "per_sample.csv").open()))) == 20
+        assert (folder / "results" / name / "contact_sheet.png").stat().st_size > 10_000
+    assert "IIoU" in done.stdout and "retrieval by class" in done.stdout
+    for piece in ("revision:", "torch:", "--tau 0.03", "parameters:", "70 train", "10 held_out", "20 of 20 pairs"):
+        assert piece in done.stdout
+
+
+def test_an_epoch_sees_every_full_batch(finished):
+    state = load_checkpoint(finished[0] / "latest.pth")
+    steps = {int(entry["step"]) for entry in state["optimizer"]["state"].values()}
+    assert steps == {2 * (70 // 16)}
+    assert state["scheduler"]["last_epoch"] == 2 * (70 // 16)
+
+
+def test_the_log_has_a_line_per_epoch_with_losses_rate_speed_and_scores(finished):
+    lines = log_of(finished[0])
+    assert [line["epoch"] for line in lines] == [1, 2]
+    wanted = {"info_nce", "reconstruction", "slot_divergence", "attention_matching", "loss", "lr", "grad_norm"}
+    assert wanted | {"pairs_per_second", "val/retrieval_score", "synthetic/IQR/cIoU"} <= lines[1].keys()
+    line = lines[0]
+    total = line["info_nce"] + 0.1 * line["reconstruction"] + 0.1 * line["slot_divergence"]
+    assert line["loss"] == pytest.approx(total + 100 * line["attention_matching"], rel=1e-4)
+
+
+def test_an_offline_wandb_run_is_recorded(finished):
+    assert list(finished[0].glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_the_checkpoint_says_how_it_was_chosen_and_loads_by_itself(finished):
+    state = load_checkpoint(finished[0] / "best.pth")
+    assert {"model", "model_config", "args", "epoch", "scores", "optimizer", "scheduler", "random"} <= state.keys()
+    model = JointSlotModel.from_checkpoint(finished[0] / "best.pth")
+    assert model.config["arch"] == "small" and model.config["image_size"] == 64
+
+
+def test_the_test_script_gives_the_figures_of_the_training_run(finished, synthetic_root, tmp_path, cli):
+    done = cli(
+        "test_model", "--model_dir", finished[0].parent, "--experiment_name", "run", "--testset", "synthetic",
+        "--gpu", "cpu", "--test_data_path", synthetic_root, "--out_dir", tmp_path, "--imagenet_weights", "none",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "synthetic" / "results.json").read_text())
+    before = json.loads((finished[0] / "results" / "synthetic" / "results.json").read_text())
+    for name, figures in before["maps"].items():
+        assert figures == pytest.approx(again["maps"][name], abs=1e-3, nan_ok=True)
+    assert again["training_test_overlap"] == 0
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def test_a_resumed_run_ends_like_one_in_one_go_and_so_does_the_same_seed(synthetic_root, tmp_path, train):
+    for name in ("whole", "halves"):
+        (tmp_path / name).mkdir()
+    constant = ["--lr_schedule", "step", "--eval_every", "0"]
+    assert train(synthetic_root, tmp_path / "whole", *constant).returncode == 0
+    assert train(synthetic_root, tmp_path / "halves", *constant, "--epochs", "1").returncode == 0
+    assert len(log_of(tmp_path / "halves" / "run")) == 1
+    done = train(synthetic_root, tmp_path / "halves", *constant, "--resume")
+    assert done.returncode == 0, done.stderr
+    whole, halves = (load_checkpoint(tmp_path / name / "run" / "latest.pth") for name in ("whole", "halves"))
+    for key in ("model", "optimizer", "scheduler", "random", "epoch", "best"):
+        assert same(whole[key], halves[key]), key
+    lines = [[{k: v for k, v in line.items() if "second" not in k} for line in log_of(tmp_path / n / "run")]
+             for n in ("whole", "halves")]  # fmt: skip
+    assert lines[0] == lines[1]
+
+
+def test_a_resume_with_other_settings_says_which_and_stops(finished, synthetic_root, train):
+    done = train(synthetic_root, finished[0].parent, "--resume", "--tau", "0.1")
+    assert done.returncode == 2 and "--tau 0.03 -> 0.1" in done.stderr
+
+
+def test_finished_work_is_not_replaced_unless_asked(finished, synthetic_root, train):
+    before = (finished[0] / "best.pth").read_bytes()
+    done = train(synthetic_root, finished[0].parent)
+    assert done.returncode == 2 and "--overwrite" in done.stderr
+    assert (finished[0] / "best.pth").read_bytes() == before
+
+
+def test_a_dry_run_touches_every_set_and_writes_nothing(synthetic_root, tmp_path, train):
+    done = train(synthetic_root, tmp_path, "--testset", "synthetic", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "one step: loss" in done.stdout and "one evaluation batch" in done.stdout and "held-out" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_selection_on_the_test_set_is_written_into_the_result(synthetic_root, tmp_path, train):
+    done = train(synthetic_root, tmp_path, "--testset", "synthetic", "--select", "test", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results" / "synthetic" / "results.json").read_text())
+    assert "this very test set" in results["checkpoint"]["selected_by"]
+
+
+def test_real_pairs_train_a_step(tmp_path, cli):
+    clips = shared_folder("clips")
+    done = cli(
+        "train_slot", "--trainset", "custom", "--train_data_path", clips, *SMALL, *SHORT, "--batch_size", "4",
+        "--epochs", "1", "--model_dir", tmp_path, "--experiment_name", "clips", "--val_fraction", "0.2", "--testset", "custom",
+        "--test_data_path", clips, "--test_gt_path", clips / "annotations.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert math.isfinite(log_of(tmp_path / "clips")[0]["loss"])
+
+
+# ---------------------------------------------------------------- schedule, weights, flags
+
+
+def test_the_learning_rate_warms_up_then_follows_the_schedule():
+    def factor(step, schedule="constant", warmup=0.0):
+        return train_slot.lr_factor(step, 10, 10, schedule, warmup, 0.9)
+
+    assert factor(57) == 1
+    assert [factor(s, "step") for s in (9, 10, 25)] == pytest.approx([1, 0.9, 0.81])
+    assert [factor(s, "cosine") for s in (0, 50, 100)] == pytest.approx([1, 0.5, 0], abs=1e-9)
+    assert [factor(s, "cosine", 0.1) for s in (0, 9, 10)] == pytest.approx([0.1, 1, 1])
+
+
+def test_only_the_contrastive_loss_counts_during_the_warm_up(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_slot.py", "--experiment_name", "x", "--warmup", "2"])
+    args = train_slot.parse_args()
+    first, third = train_slot.loss_weights(args, 1), train_slot.loss_weights(args, 2)
+    assert first == {"info_nce": 1, "reconstruction": 0, "slot_divergence": 0, "attention_matching": 0}
+    assert third == {"info_nce": 1, "reconstruction": 0.1, "slot_divergence": 0.1, "attention_matching": 100}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_ids(synthetic_root, tmp_path, train):
+    done = train(synthetic_root, tmp_path, "--lr", "1e30", "--amp", "none")
+    assert done.returncode == 2
+    assert "not finite" in done.stderr and "train_0000" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train_slot.py", "test_model.py", "demo.py"])
+def test_every_flag_is_read(script):
+    """A flag that nothing reads is a lie: each one's destination is used as an attribute of args in the scripts."""
+    tree = ast.parse((ROOT / script).read_text())
+    flags = {
+        node.args[0].value.removeprefix("--")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
+    }
+    text = (ROOT / "train_slot.py").read_text() + (ROOT / "test_model.py").read_text() + (ROOT / script).read_text()
+    unread = {flag for flag in flags if not re.search(rf"\bargs\.{flag}\b", text)}
+    assert flags and not unread
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--trainset", "nonsense"], "vggss_10k"),
+        (["--testset", "nonsense"], "unknown test set nonsense"),
+        (["--batch_size", "71"], "larger than the 70 training pairs"),
+        (["--reciprocal_k", "16"], "leaves no negative"),
+        (["--train_list", "absent.txt"], "absent.txt"),
+        (["--train_data_path", "absent"], "absent"),
+        (["--imagenet_weights", "absent.pth"], "no ImageNet weights for --arch small"),
+        (["--dim", "7"], "must be even"),
+        (["--mask_ratio", "nan"], "nan"),
+        (["--lr", "-1"], "-1"),
+        (["--select", "test"], "--testset"),
+        (["--experiment_name", "../x"], "plain name"),
+        (["--resume"], "latest.pth"),
+        (["--wandb", "maybe"], "maybe"),
+    ],
+)
+def test_junk_is_one_clear_line_and_status_2(arguments, message, synthetic_root, tmp_path, train):
+    done = train(synthetic_root, tmp_path, *arguments)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2
+    assert len(lines) == 1 and message in lines[0]
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_the_shell_script_shows_its_usage_and_passes_errors_on(tmp_path):
+    usage = subprocess.run(["bash", ROOT / "train_script.sh"], capture_output=True, text=True)
+    assert usage.returncode == 2 and "TRAINSET" in usage.stderr and "vggss_144k" in usage.stderr
+    command = ["bash", ROOT / "train_script.sh", "nonsense", "synthetic", "cpu"]
+    unknown = subprocess.run(
+        command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}
+    )
+    assert unknown.returncode == 2 and "synthetic" in unknown.stderr and "flickr_144k" in unknown.stderr
