@@ -136,8 +136,8 @@ def data_root(row: SetRow, given: str | Path | None) -> Path:
             raise UserError(f"where are the data? Give their root on the command line or set {row.root}=/path/to/data/")
     root = Path(given or row.root)
     if not root.is_dir():
-        made = " (python synthetic.py makes it)" if row.root == str(root) else ""
-        raise UserError(f"the data folder {root} does not exist{made}")
+        mend = f"set {row.root}" if row.root.endswith("_ROOT") else "python synthetic.py makes it"
+        raise UserError(f"the data folder {root} does not exist: {mend}, or give its path on the command line")
     return root
 
 
@@ -177,7 +177,9 @@ def load_boxes(path: str | Path) -> dict[str, tuple[str, list[list[float]]]]:
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"the annotation {path} does not exist: give it as --test_gt_path") from None
+        raise UserError(
+            f"the annotation {path} does not exist: metadata/README.md says where each comes from"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the annotation {path}: {error}") from error
     boxes: dict[str, tuple[str, list[list[float]]]] = {}

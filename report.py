@@ -95,11 +95,14 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
     if tied := {name: scores["tied_half"] for name, scores in maps.items() if scores.get("tied_half")}:
         counts = ", ".join(f"{name} {count}" for name, count in tied.items())
         lines.append(f"ties: more than 1 % of the pixels tie at the cut of rule half in {counts} maps")
+    if overlap := results.get("training_test_overlap"):
+        lines.append(f"overlap: {overlap} of these pairs were trained on")
     if checkpoint := results.get("checkpoint"):
         epoch, selected_by = checkpoint.get("epoch", "?"), checkpoint.get("selected_by", "?")
         lines.append(f"checkpoint: {checkpoint.get('path', '?')}, epoch {epoch}, selected by {selected_by}")
     if settings := results.get("settings"):
-        lines.append("settings: " + ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None))
+        settings = {key: value for key, value in settings.items() if key != "rules"}
+        lines.append("settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
     return lines
 
 

@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock, conv1x1
 
 
 class Recipe(NamedTuple):
-    """A ResNet of basic blocks, two a stage.
+    """A ResNet of basic blocks.
 
     aligned: a token's receptive field is centred where the enlarged map draws it (one stride-4 convolution with an even
     kernel, averaging between stages). The paper's ResNet-18 is not: its odd strided kernels move maps by half a token
@@ -23,6 +23,7 @@ class Recipe(NamedTuple):
     """
 
     widths: tuple[int, ...]  # channels of each stage; every stage but the first halves the resolution
+    blocks: int  # basic blocks a stage; fewer see less far, which keeps small maps sharp
     dim: int  # embedding channels D when none are asked for
     aligned: bool
 
@@ -33,8 +34,8 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "resnet18": Recipe(widths=(64, 128, 256, 512), dim=512, aligned=False),
-    "small": Recipe(widths=(16, 32, 64), dim=128, aligned=True),
+    "resnet18": Recipe(widths=(64, 128, 256, 512), blocks=2, dim=512, aligned=False),
+    "small": Recipe(widths=(16, 32, 64), blocks=2, dim=128, aligned=True),
 }
 
 
@@ -55,13 +56,14 @@ def _stem(in_channels: int, recipe: Recipe) -> nn.Conv2d:
     return nn.Conv2d(in_channels, recipe.widths[0], kernel, stride, padding, bias=False)
 
 
-def _stage(in_width: int, width: int, halve: bool, aligned: bool) -> nn.Sequential:
-    stride = 2 if halve and not aligned else 1
+def _stage(in_width: int, width: int, halve: bool, recipe: Recipe) -> nn.Sequential:
+    stride = 2 if halve and not recipe.aligned else 1
     shortcut = None
     if stride != 1 or in_width != width:
         shortcut = nn.Sequential(conv1x1(in_width, width, stride), nn.BatchNorm2d(width))
-    blocks = [BasicBlock(in_width, width, stride, shortcut), BasicBlock(width, width)]
-    return nn.Sequential(*([nn.AvgPool2d(2)] if halve and aligned else []), *blocks)
+    pool = [nn.AvgPool2d(2)] if halve and recipe.aligned else []
+    first = BasicBlock(in_width, width, stride, shortcut)
+    return nn.Sequential(*pool, first, *(BasicBlock(width, width) for _ in range(recipe.blocks - 1)))
 
 
 class ResNetTrunk(nn.Module):
@@ -76,7 +78,7 @@ class ResNetTrunk(nn.Module):
         self.maxpool = nn.Identity() if recipe.aligned else nn.MaxPool2d(3, 2, 1)
         self.stages = len(widths)
         for number, (in_width, width) in enumerate(zip((widths[0], *widths[:-1]), widths), start=1):
-            self.add_module(f"layer{number}", _stage(in_width, width, number > 1, recipe.aligned))
+            self.add_module(f"layer{number}", _stage(in_width, width, number > 1, recipe))
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """Output of the first convolution -> output of the last stage."""

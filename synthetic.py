@@ -192,14 +192,11 @@ def generate(
 
 def preview(path: Path, seed: int, columns: int = 6) -> None:
     """Draw a contact sheet: a row per kind, with pictures of it and the log spectrogram of one of its sounds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # nothing else here needs it, and it takes its time
 
     widths = [1] * columns + [2.2]
-    size = sum(widths), 0.98 * len(KINDS)
-    figure, axes = pyplot.subplots(len(KINDS), columns + 1, figsize=size, width_ratios=widths)
+    figure = Figure(figsize=(sum(widths), 0.98 * len(KINDS)))
+    axes = figure.subplots(len(KINDS), columns + 1, width_ratios=widths)
     for row, kind in enumerate(KINDS):
         for column in range(columns):
             rng = np.random.default_rng([seed, len(SPLITS), row, column + 1])  # in no split
@@ -210,14 +207,13 @@ def preview(path: Path, seed: int, columns: int = 6) -> None:
         )
         axes[row, 0].set_ylabel(kind)
         axes[row, -1].yaxis.tick_right()
-    pyplot.setp(axes[:, :-1], xticks=[], yticks=[])
-    pyplot.setp(axes[:-1, -1], xticks=[], yticks=[])
+    for axis in (*axes[:, :-1].flat, *axes[:-1, -1]):
+        axis.set(xticks=[], yticks=[])
     axes[-1, -1].set(xlabel="s", ylabel="kHz", yticks=[0, 4, 8])
     axes[-1, -1].yaxis.set_label_position("right")
     figure.subplots_adjust(left=0.035, right=0.945, top=0.995, bottom=0.05, wspace=0.04, hspace=0.04)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
-    pyplot.close(figure)
 
 
 def parse_args(arguments: Sequence[str] | None) -> Namespace:

@@ -182,7 +182,8 @@ TEXTURES: dict[str, Callable[..., np.ndarray]] = {
 # ---------------------------------------------------------------- sounds
 # Each takes a random generator and returns a waveform (SAMPLES,) of any level.
 
-TIME = np.arange(SAMPLES) / SAMPLE_RATE
+TIME = np.arange(SAMPLES) / SAMPLE_RATE  # of each sample, in s
+OCTAVES = np.log2(np.maximum(np.fft.rfftfreq(SAMPLES, 1 / SAMPLE_RATE), 50) / 1000)  # of each frequency, from 1 kHz
 
 
 def between(rng: Generator, low: float, high: float) -> float:
@@ -376,9 +377,8 @@ def draw_object(kind: str, size: int, rng: Generator) -> tuple[np.ndarray, np.nd
 
 
 def unit_level(sound: np.ndarray, slope_db: float) -> np.ndarray:
-    """A waveform (n,) with its spectrum sloped by so many dB per octave, at a root mean square of 1."""
-    octaves = np.log2(np.maximum(np.fft.rfftfreq(len(sound), 1 / SAMPLE_RATE), 50) / 1000)
-    sound = np.fft.irfft(np.fft.rfft(sound - sound.mean()) * 10 ** (slope_db * octaves / 20), len(sound))
+    """A waveform (SAMPLES,) with its spectrum sloped by so many dB per octave, at a root mean square of 1."""
+    sound = np.fft.irfft(np.fft.rfft(sound - sound.mean()) * 10 ** (slope_db * OCTAVES / 20), SAMPLES)
     return sound / np.sqrt(np.mean(sound**2))
 
 

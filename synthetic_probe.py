@@ -30,6 +30,7 @@ from metrics import (
 from synthetic_kinds import KINDS
 from utils import UserError, as_user_error
 
+BATCH = 16  # maps scored at once: more would leave the processor's cache
 Boxes = list[list[float]]  # [xmin, ymin, xmax, ymax] in 0..1, of one entry
 
 
@@ -55,9 +56,9 @@ def contrast_saliency(picture: np.ndarray) -> np.ndarray:
 def score_maps(maps: Iterable[np.ndarray], boxes: Sequence[Boxes], groups: Groups) -> dict[str, float]:
     """Scores of N maps (MAP_SIZE, MAP_SIZE) against the sounding boxes; groups: {picture: its entries} or empty."""
     maps, ious, hits = iter(maps), [], []
-    for start in range(0, len(boxes), 64):
-        batch = normalize_maps(torch.from_numpy(np.stack(list(islice(maps, 64))).astype(np.float32)))
-        truth = torch.stack([box_map(drawn) for drawn in boxes[start : start + 64]])
+    for start in range(0, len(boxes), BATCH):
+        batch = normalize_maps(torch.from_numpy(np.stack(list(islice(maps, BATCH))).astype(np.float32)))
+        truth = torch.stack([box_map(drawn) for drawn in boxes[start : start + BATCH]])
         ious.append(consensus_iou(region_fixed(batch), truth))
         hits.append(pointing(batch, truth))
     ious, hits = torch.cat(ious), torch.cat(hits).double()
@@ -85,13 +86,20 @@ def blind_scores(root: Path, split: str, objects: dict[str, list[dict]]) -> dict
         "random": score_maps((blob(x, y) for x, y in places), boxes, groups),
         "saliency": score_maps(map(contrast_saliency, pictures), boxes, groups),
     }
-    # The oracle takes one of the boxes in view, which are disjoint: its IoU is 1 if that one sounds, and else 0.
-    chance = torch.tensor([1 / len(objects[name]) for name in names], dtype=torch.float64)
-    oracle = {"pointing": chance.mean().item(), "cIoU": chance.mean().item()}
+    return {**scores, "oracle": oracle_scores([objects[name] for name in names], groups)}
+
+
+def oracle_scores(in_view: Sequence[list[dict]], groups: Groups) -> dict[str, float]:
+    """Expected scores of taking one of the boxes in view at random: it sees every object and hears nothing.
+
+    in_view: the objects of each entry. Boxes are disjoint: the IoU is 1 if the taken one sounds, and else 0.
+    """
+    chance = torch.tensor([1 / len(things) for things in in_view], dtype=torch.float64)
+    scores = {"pointing": chance.mean().item(), "cIoU": chance.mean().item()}
     if groups:
         both = torch.stack([chance[group].prod() for group in groups.values()]).mean().item()
-        oracle |= {"both_pointing": both, "IIoU": both}
-    return {**scores, "oracle": oracle}
+        scores |= {"both_pointing": both, "IIoU": both}
+    return scores
 
 
 # ---------------------------------------------------------------- what is it?

@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 import metrics
 from dataset import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     INTERACTIVE_SETS,
     TEST_SETS,
     EvaluationPairs,
@@ -39,6 +41,7 @@ from utils import (
     UserError,
     as_user_error,
     boolean,
+    load_checkpoint,
     number,
     pick_device,
     provenance,
@@ -172,7 +175,9 @@ def evaluate(
     loader = make_loader(WithWrongSound(dataset, seed), batch_size, workers)
     total = min(len(loader), max_batches or len(loader))
     try:
-        for number_of_batch, (batch, wrong) in enumerate(tqdm(loader, "evaluating", total, leave=False, unit="batch")):
+        for number_of_batch, (batch, wrong) in enumerate(
+            tqdm(loader, "evaluating", total, leave=False, unit="batch", disable=None)
+        ):
             if number_of_batch == max_batches:
                 break
             inputs = (x.to(device, non_blocking=True) for x in (batch.image, batch.spectrogram, wrong))
@@ -217,7 +222,7 @@ class Drawer:
         for i, name in enumerate(batch.id):
             if self.overlays or self.seen in self.on_sheet:
                 drawn = {m: maps[m][i].cpu().numpy() for m in DRAWN_MAPS}
-                picture = denormalize(upsample_picture(batch.image[i]))
+                picture = denormalize(upsample_picture(batch.image[i]), IMAGENET_MEAN, IMAGENET_STD)
                 panel = sample_panel(picture, batch.truth[i].numpy(), drawn, f"{name}   {batch.class_name[i]}".strip())
                 if self.overlays:
                     contact_sheet([panel], self.overlays / f"{name}.png")
@@ -252,24 +257,32 @@ def training_overlap(path: Path, ids: list[str]) -> int | None:
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return {
-        "path": str(path),
-        "epoch": state.get("epoch", "unknown"),
-        "selected_by": state.get("selected_by", "unknown"),
-        "trained_on": state.get("args", {}).get("trainset", "unknown")
-        if isinstance(state.get("args"), dict)
-        else "unknown",
-    }
+    """Where the weights come from and how they were chosen, as far as the checkpoint says."""
+    state = load_checkpoint(path)
+    args = state["args"] if isinstance(state.get("args"), dict) else {}
+    chosen = "last epoch trained" if path.name == "latest.pth" else state.get("selected_by", "unknown")
+    epoch, trainset = state.get("epoch", "unknown"), args.get("trainset", "unknown")
+    return {"path": str(path), "epoch": epoch, "selected_by": chosen, "trained_on": trainset}
 
 
-def write_results(evaluation: Evaluation, folder: Path) -> None:
-    write_json(folder / "results.json", evaluation.results)
+def publish(evaluation: Evaluation, name: str, selection: Selection, checkpoint: Path, folder: Path) -> None:
+    """Add to a set's figures where they come from, write results.json and per_sample.csv, print the table."""
+    ids = [row["id"] for row in evaluation.rows]
+    evaluation.results.update(
+        testset=name,
+        pairs={"scored": len(ids), "expected": selection.expected, "left_out": selection.missing},
+        checkpoint=describe_checkpoint(checkpoint),
+        training_test_overlap=training_overlap(checkpoint, ids),
+        provenance=provenance(),
+    )
     text = io.StringIO()
     writer = csv.DictWriter(text, evaluation.rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(evaluation.rows)
     write_text(folder / "per_sample.csv", text.getvalue())
+    write_json(folder / "results.json", evaluation.results)
+    print(results_table(evaluation.results))
+    print(f"written: {folder / 'results.json'}, {folder / 'per_sample.csv'}")
 
 
 def load_saliency(source: str, device: torch.device) -> ObjectSaliency | None:
@@ -283,10 +296,6 @@ def load_saliency(source: str, device: torch.device) -> ObjectSaliency | None:
             raise UserError(str(error)) from error
         print(f"OBJ_PRIOR, OGL and IQR_OGL are left out: {error}")
         return None
-
-
-def pair_counts(selection: Selection) -> dict[str, Any]:
-    return {"scored": len(selection.pairs), "expected": selection.expected, "left_out": selection.missing}
 
 
 def parse_testsets(text: str) -> list[str]:
@@ -381,14 +390,7 @@ def main() -> None:
             model, dataset, device, args.batch_size, args.num_workers, args.alpha, args.infer_sharpening, saliency,
             name in INTERACTIVE_SETS, args.seed, drawer,
         )  # fmt: skip
-        overlap = training_overlap(path, dataset.ids)
-        evaluation.results.update(
-            testset=name, pairs=pair_counts(selection), checkpoint=describe_checkpoint(path), provenance=provenance(),
-            training_test_overlap=overlap,
-        )  # fmt: skip
-        write_results(evaluation, folder)
-        print(results_table(evaluation.results))
-        print(f"written: {folder / 'results.json'}, {folder / 'per_sample.csv'}")
+        publish(evaluation, name, selection, path, folder)
         if drawer:
             print(f"pictures: {drawer.finish()}, {folder / 'samples'}")
         print()

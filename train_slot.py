@@ -19,9 +19,9 @@ from tqdm import tqdm
 import metrics
 from dataset import INTERACTIVE_SETS, TRAIN_SETS, TrainingPairs, hold_out, make_loader, select_training_pairs
 from model_slot import JointSlotModel
-from report import RunLog, results_table
+from report import RunLog
 from resnet import RECIPES, load_imagenet_weights
-from test_model import Drawer, add_test_set_flags, build_test_sets, embed_set, evaluate, pair_counts, write_results
+from test_model import Drawer, add_test_set_flags, build_test_sets, embed_set, evaluate, publish
 from utils import (
     ArgumentParser,
     UserError,
@@ -78,7 +78,7 @@ def train_one_epoch(
     device = next(model.parameters()).device
     sums = dict.fromkeys([*weights, "loss", "grad_norm"], 0.0)
     start, seen = time.monotonic(), 0
-    bar = tqdm(loader, title, leave=False, unit="batch")
+    bar = tqdm(loader, title, leave=False, unit="batch", disable=None)
     for steps, batch in enumerate(bar, start=1):
         image = batch.image.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         spectrogram = batch.spectrogram.to(device, non_blocking=True)
@@ -362,20 +362,8 @@ class Run:
             for map_name, figures in evaluation.results["maps"].items():
                 scores |= {f"{name}/{map_name}/{metric}": value for metric, value in figures.items()}
             if write:
-                self.write_test(name, evaluation, selection, results)
+                publish(evaluation, name, selection, self.folder / "best.pth", results)
         return scores
-
-    def write_test(self, name: str, evaluation, selection, folder: Path) -> None:
-        path = self.folder / "best.pth"
-        state = load_checkpoint(path)
-        trained_on = {pair.id for pair in self.train.pairs}
-        evaluation.results.update(
-            testset=name, pairs=pair_counts(selection), provenance=provenance(),
-            checkpoint={"path": str(path), "epoch": state["epoch"], "selected_by": state["selected_by"]},
-            training_test_overlap=sum(row["id"] in trained_on for row in evaluation.rows),
-        )  # fmt: skip
-        write_results(evaluation, folder)
-        print(results_table(evaluation.results))
 
     def save(self, epoch: int, scores: dict[str, float]) -> None:
         """latest.pth always, best.pth when this epoch is at least as good as all before it."""
@@ -413,6 +401,9 @@ class Run:
                 line |= self.test(log)
             self.save(epoch, line)
             log.write(line)
+            shown = ("loss", "info_nce", "pairs_per_second", "val/retrieval_score")
+            figures = ", ".join(f"{name} {line[name]:.4g}" for name in shown if name in line)
+            print(f"epoch {epoch + 1}/{self.args.epochs}: {figures}", flush=True)
         log.finish()
         best = load_checkpoint(self.folder / "best.pth")
         self.model.load_state_dict(best["model"])

@@ -24,7 +24,6 @@ from utils import atomic_path
 Floats = Sequence[float]
 Log = Sequence[Mapping[str, Any]]  # one dict per epoch
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRUTH_COLOUR = (60, 255, 90)
 INK, SOFT_INK, PAPER = (25, 25, 30), (105, 105, 115), (255, 255, 255)
 GAP, LABEL_HEIGHT, TITLE_HEIGHT, HEADER_HEIGHT = 8, 24, 26, 44  # pixels
@@ -36,7 +35,7 @@ DRAWN_SCORES = ("cIoU", "AUC", "cIoU_half", "mAP", "pointing", "IIoU", "listenin
 # ---------------------------------------------------------------- one picture
 
 
-def denormalize(image: torch.Tensor, mean: Floats = IMAGENET_MEAN, std: Floats = IMAGENET_STD) -> np.ndarray:
+def denormalize(image: torch.Tensor, mean: Floats, std: Floats) -> np.ndarray:
     """Undo the network's normalisation: (3, H, W) float, (x - mean) / std -> (H, W, 3) uint8."""
     pixels = image.detach().cpu().float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     return (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

@@ -21,7 +21,7 @@ from synthetic import SIDE, SPLITS
 from synthetic_kinds import KINDS
 from utils import run_cli
 
-COUNTS = {"train": 200, "val": 20, "test": 150, "distractor": 200, "interactive": 60}
+COUNTS = {"train": 100, "val": 20, "test": 150, "distractor": 200, "interactive": 60}
 TINY = {"train": 12, "val": 2, "test": 2, "distractor": 11, "interactive": 2}
 
 
@@ -39,6 +39,14 @@ def root(tmp_path_factory):
     """A set large enough to measure something on; tests only read it."""
     folder = tmp_path_factory.mktemp("synthetic") / "set"
     synthetic.generate(folder, seed=3, counts=COUNTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_root(tmp_path_factory):
+    """A tiny set of another seed, made by one process; tests only read it."""
+    folder = tmp_path_factory.mktemp("synthetic") / "other"
+    assert synthetic.generate(folder, seed=5, counts=TINY, processes=1)
     return folder
 
 
@@ -86,24 +94,21 @@ def failure(capsys, *arguments):
 # ---------------------------------------------------------------- reproducible, and apart
 
 
-def test_same_seed_same_bytes_for_any_number_of_processes(tmp_path):
-    for name, processes in (("one", 1), ("three", 3)):
-        assert synthetic.generate(tmp_path / name, seed=5, counts=TINY, processes=processes)
-    assert digests(tmp_path / "one") == digests(tmp_path / "three")
+def test_same_seed_same_bytes_for_any_number_of_processes(other_root, tmp_path):
+    synthetic.generate(tmp_path, seed=5, counts=TINY, processes=3)
+    assert digests(tmp_path) == digests(other_root)
 
 
-def test_other_seed_shares_no_picture_and_no_sound(tmp_path):
-    made = []
-    for seed in (5, 6):
-        synthetic.generate(tmp_path / str(seed), seed=seed, counts=TINY)
-        made.append(
-            {digest for path, digest in digests(tmp_path / str(seed)).items() if path.startswith(("frames", "audio"))}
-        )
-    assert made[0] and not made[0] & made[1]
+def test_other_seed_shares_no_picture_and_no_sound(root, other_root):
+    made = [
+        {digest for path, digest in digests(folder).items() if path.startswith(("frames", "audio"))}
+        for folder in (root, other_root)
+    ]
+    assert all(made) and not made[0] & made[1]
 
 
 def test_a_sample_does_not_depend_on_how_many_there_are(root, tmp_path):
-    synthetic.generate(tmp_path, seed=3, counts=TINY)
+    synthetic.generate(tmp_path, seed=3, counts=TINY, processes=1)
     for name in ("frames/test_000001.jpg", "audio/distractor_000000.wav"):
         assert (tmp_path / name).read_bytes() == (root / name).read_bytes()
 
@@ -179,7 +184,7 @@ def test_views_hold_the_promised_objects(objects):
     for name, view in objects.items():
         assert len({thing["kind"] for thing in view}) == len(view) and sum(thing["sounding"] for thing in view) == 1
         counts[name.split("_")[0]][len(view)] += 1
-    assert counts["train"] == {1: 200} and counts["interactive"] == {2: 120}
+    assert counts["train"] == {1: 100} and counts["interactive"] == {2: 120}
     assert counts["distractor"] == {2: 100, 3: 100}
 
 
@@ -335,9 +340,10 @@ def test_other_settings_are_refused_unless_forced(tmp_path, capsys, tiny, monkey
     capsys.readouterr()
     assert "--force" in failure(capsys, "--out", out, "--seed", 1)
     assert "--force" in failure(capsys, "--out", out, "--train", 5, "--probe")
-    with monkeypatch.context() as change:
-        change.setattr(synthetic_kinds, "TEXTURE_STRENGTH", 0.9)
-        assert "--force" in failure(capsys, "--out", out)
+    for constant in synthetic_kinds.difficulty():
+        with monkeypatch.context() as change:
+            change.setattr(synthetic_kinds, constant, 0.9)
+            assert "--force" in failure(capsys, "--out", out), constant
     synthetic.main(["--out", str(out), "--train", "5", "--force"])
     pictures = {path.stem for path in (out / "frames").glob("*.jpg")}
     assert {name for name in pictures if name.startswith("train")} == set(ids_of(out, "train")) and "mine" in pictures
@@ -389,6 +395,8 @@ def test_probe_makes_the_set_prints_a_table_and_writes_the_numbers(tmp_path, cap
     assert capsys.readouterr().out in table
     (tmp_path / "set" / "frames" / "test_000001.jpg").unlink()
     assert "test_000001.jpg" in failure(capsys, "--out", tmp_path / "set", "--probe")
+    (tmp_path / "set" / "objects.json").write_text("{")
+    assert "objects.json" in failure(capsys, "--out", tmp_path / "set", "--probe")
 
 
 def test_preview_draws_a_sheet_and_no_set(tmp_path, monkeypatch):

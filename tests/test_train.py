@@ -158,8 +158,8 @@ def test_real_pairs_train_a_step(tmp_path, cli):
     clips = shared_folder("clips")
     done = cli(
         "train_slot", "--trainset", "custom", "--train_data_path", clips, *SMALL, *SHORT, "--batch_size", "4",
-        "--epochs", "1", "--model_dir", tmp_path, "--experiment_name", "clips", "--val_fraction", "0.2", "--testset", "custom",
-        "--test_data_path", clips, "--test_gt_path", clips / "annotations.json",
+        "--epochs", "1", "--model_dir", tmp_path, "--experiment_name", "clips", "--val_fraction", "0.2", "--testset",
+        "custom", "--test_data_path", clips, "--test_gt_path", clips / "annotations.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert math.isfinite(log_of(tmp_path / "clips")[0]["loss"])
