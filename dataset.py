@@ -407,7 +407,7 @@ def build_test_set(
             raise UserError(f"{annotation} has no box for {len(unknown)} ids of {list_path}: {first_ids(unknown)}")
         truth_of, class_of = (lambda i: box_map(boxes[i][1])), (lambda i: boxes[i][0])
     pairs, missing = find_pairs(folder, row.layout, ids, allow_missing)
-    selection = Selection(pairs, missing, max(len(ids), row.expected or 0))
+    selection = Selection(pairs, missing, len(ids) if test_list else max(len(ids), row.expected or 0))
     return EvaluationPairs(pairs, truth_of, class_of, image_size, audio_seconds), selection
 
 

@@ -92,4 +92,4 @@ def build_avs_set(
             return mask_map(files[frame].mask)
 
     dataset = EvaluationPairs(pairs, truth_of, categories.__getitem__, image_size, audio_seconds)
-    return dataset, Selection(pairs, missing, max(len(files), row.expected))
+    return dataset, Selection(pairs, missing, len(files) if test_list else max(len(files), row.expected))

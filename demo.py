@@ -12,10 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dataset import INTERACTIVE_SETS, read_ids
+import numpy as np
+
+from dataset import INTERACTIVE_SETS, load_image, read_ids
 from metrics import interactive_groups
 from synthetic_probe import oracle_scores
 from utils import ArgumentParser, UserError, load_checkpoint, number, run_cli, save_checkpoint
+from visualize import contact_sheet
 
 DATA = Path("data/synthetic")
 SPLITS = ("synthetic", "synthetic_distractor", "synthetic_interactive")
@@ -45,13 +48,15 @@ def figures(folder: Path) -> dict[tuple[str, str], float]:
     table = {}
     for split in SPLITS:
         results: dict[str, Any] = json.loads((folder / "results" / split / "results.json").read_text())
-        maps, by_class = results["maps"], results["retrieval"]["by_class"]
+        maps = results["maps"]
         for name in ("AUD", "IQR"):
             for metric in ("cIoU", "pointing", "IIoU", "both_pointing"):
                 if metric in maps[name]:
                     table[split, f"{name} {metric}"] = maps[name][metric]
         table[split, "listening"] = maps["AUD"]["listening"]
-        table[split, "class R@1, worse way"] = min(recalls["R@1"] for recalls in by_class.values())
+        if split not in INTERACTIVE_SETS:
+            by_class = results["retrieval"]["by_class"]
+            table[split, "class R@1, worse way"] = min(recalls["R@1"] for recalls in by_class.values())
     return table
 
 
@@ -85,10 +90,30 @@ def export(source: Path, target: Path) -> None:
     print(f"{target}: {target.stat().st_size / 1e6:.2f} MB, sha256 {digest}")
 
 
+def draw(checkpoint: Path, target: Path, each: int = 2) -> None:
+    """A sheet of the first samples of every split, as the exported model scores them."""
+    folder = Path("checkpoints") / "demo_results"
+    flags = ["--imagenet_weights", "none", "--save_visualizations", "true", "--out_dir", str(folder)]
+    call(
+        sys.executable,
+        "test_model.py",
+        "--checkpoint",
+        str(checkpoint),
+        "--testset",
+        ",".join(SPLITS),
+        "--gpu",
+        "cpu",
+        *flags,
+    )
+    samples = [path for split in SPLITS for path in sorted((folder / split / "samples").glob("*.png"))[:each]]
+    contact_sheet([np.array(load_image(path)) for path in samples], target)
+    print(f"{target}: {len(samples)} samples")
+
+
 def main() -> None:
     parser = ArgumentParser(description="Make the synthetic data, train, score, draw.")
     parser.add_argument("--seeds", type=number(int, low=0), nargs="+", default=[0], help="one training each")
-    parser.add_argument("--export", help="write the first seed's best model here, without what resuming needs")
+    parser.add_argument("--export", help="write the first seed's best model here, and demo.png")
     args = parser.parse_args()
     call(sys.executable, "synthetic.py", "--out", str(DATA))
     folders = [train(seed) for seed in args.seeds]
@@ -96,6 +121,7 @@ def main() -> None:
     print_table([figures(folder) for folder in folders])
     if args.export:
         export(folders[0] / "best.pth", Path(args.export))
+        draw(Path(args.export), Path("demo.png"))
     print("\nlook at the tables and pictures:")
     for split in SPLITS:
         results = folders[0] / "results" / split

@@ -35,7 +35,7 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "resnet18": Recipe(widths=(64, 128, 256, 512), blocks=2, dim=512, aligned=False),
-    "small": Recipe(widths=(16, 32, 64), blocks=2, dim=128, aligned=True),
+    "small": Recipe(widths=(16, 32, 64), blocks=1, dim=144, aligned=True),
 }
 
 

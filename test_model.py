@@ -108,7 +108,7 @@ class SetScores:
         maps["AUD"]["listening"] = maps["AUD"]["cIoU"] - maps["AUD_wrong"]["cIoU"]
         image, audio = torch.cat(self.image_target), torch.cat(self.audio_target)
         retrieval = {}
-        if all(self.class_names):
+        if all(self.class_names) and not interactive:  # there a picture belongs to several classes
             retrieval["by_class"] = metrics.retrieval_recall(image, audio, self.class_names)
         if pairs_are_unique:
             retrieval["by_pair"] = metrics.retrieval_recall(image, audio)
@@ -270,7 +270,12 @@ def publish(evaluation: Evaluation, name: str, selection: Selection, checkpoint:
     ids = [row["id"] for row in evaluation.rows]
     evaluation.results.update(
         testset=name,
-        pairs={"scored": len(ids), "expected": selection.expected, "left_out": selection.missing},
+        pairs={
+            "scored": len(ids),
+            "expected": selection.expected,
+            "left_out": selection.missing,
+            "left_out_because": "picture, sound or mask not found" if selection.missing else "",
+        },
         checkpoint=describe_checkpoint(checkpoint),
         training_test_overlap=training_overlap(checkpoint, ids),
         provenance=provenance(),

@@ -36,12 +36,10 @@ case $trainset in
     *_144k | vggss_heard) recipe=(--epochs 50 --infer_sharpening 1.0) ;;
     synthetic)
         recipe=(--arch small --imagenet_weights none --image_size 112 --audio_seconds 1.6 --augment plain
-            --epochs 24 --batch_size 64 --lr 1e-3 --lr_warmup 0.06 --lr_schedule cosine --clip 5
-            --tau 0.07 --iterations 3 --reciprocal_k 0 --lam1 0 --eval_every 0) ;;
+            --epochs 10 --batch_size 64 --lr 1e-3 --lr_warmup 0.06 --lr_schedule cosine --clip 5
+            --tau 0.05 --iterations 3 --reciprocal_k 0 --eval_every 0) ;;
     *) recipe=(--epochs 100) ;;
 esac
 
-"$python" train_slot.py --trainset "$trainset" --testset "$testset" --gpu "$gpu" --experiment_name "$name" "${recipe[@]}" "$@"
-
-echo "test it again, with pictures:"
-echo "  python test_model.py --model_dir ./checkpoints --experiment_name $name --testset $testset --gpu $gpu --save_visualizations true"
+# It ends by printing the test_model.py command for what it trained.
+exec "$python" train_slot.py --trainset "$trainset" --testset "$testset" --gpu "$gpu" --experiment_name "$name" "${recipe[@]}" "$@"

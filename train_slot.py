@@ -7,6 +7,8 @@ Every epoch sees every full batch; best.pth is chosen by retrieval on held-out t
 """
 
 import math
+import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,16 @@ from dataset import INTERACTIVE_SETS, TRAIN_SETS, TrainingPairs, hold_out, make_
 from model_slot import JointSlotModel
 from report import RunLog
 from resnet import RECIPES, load_imagenet_weights
-from test_model import Drawer, add_test_set_flags, build_test_sets, embed_set, evaluate, publish
+from test_model import (
+    ALL_SETS,
+    Drawer,
+    add_test_set_flags,
+    build_test_sets,
+    embed_set,
+    evaluate,
+    parse_testsets,
+    publish,
+)
 from utils import (
     ArgumentParser,
     UserError,
@@ -102,7 +113,7 @@ def train_one_epoch(
             sums[name] += value.item()
         bar.set_postfix(loss=f"{sums['loss'] / steps:.3f}", pairs_per_s=f"{seen / (time.monotonic() - start):.0f}")
     averages = {name: value / len(loader) for name, value in sums.items()}
-    return averages | {"pairs_per_second": seen / (time.monotonic() - start)}
+    return averages | {"steps": len(loader), "pairs_per_second": seen / (time.monotonic() - start)}
 
 
 def lr_factor(step: int, steps_per_epoch: int, epochs: int, schedule: str, warmup: float, decay: float) -> float:
@@ -287,6 +298,17 @@ def print_start(
         print(f"test set {name}: {len(dataset)} of {selection.expected} pairs")
 
 
+def test_command(args) -> str:
+    """The command that scores what was trained, with the roots that came from the environment in front."""
+    roots = {ALL_SETS[name].root for name in parse_testsets(args.testset)}
+    command = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(roots) if name in os.environ]
+    command += ["python", "test_model.py", "--save_visualizations", "true"]
+    for name in ("model_dir", "experiment_name", "testset", "test_data_path", "test_gt_path", "test_list", "gpu"):
+        if getattr(args, name) is not None:
+            command += [f"--{name}", shlex.quote(getattr(args, name))]
+    return " ".join(command)
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -410,6 +432,8 @@ class Run:
         print(f"best.pth: epoch {best['epoch']}, chosen by {best['selected_by']}")
         self.test(write=True)
         print(f"in {self.folder}: best.pth, latest.pth, log.jsonl, curves.png" + (", results/" if self.tests else ""))
+        if self.tests:
+            print(f"test it again, with a picture of every sample:\n  {test_command(self.args)}")
 
 
 def main() -> None:

@@ -64,6 +64,7 @@ def test_an_epoch_sees_every_full_batch(finished):
     state = load_checkpoint(finished[0] / "latest.pth")
     steps = {int(entry["step"]) for entry in state["optimizer"]["state"].values()}
     assert steps == {2 * (70 // 16)}
+    assert [line["steps"] for line in log_of(finished[0])] == [70 // 16] * 2
     assert state["scheduler"]["last_epoch"] == 2 * (70 // 16)
 
 
@@ -241,3 +242,19 @@ def test_the_shell_script_shows_its_usage_and_passes_errors_on(tmp_path):
         command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}
     )
     assert unknown.returncode == 2 and "synthetic" in unknown.stderr and "flickr_144k" in unknown.stderr
+
+
+def test_the_run_ends_with_the_command_that_tests_it(finished):
+    command = finished[1].stdout.strip().splitlines()[-1].split()
+    assert command[:2] == ["python", "test_model.py"]
+    assert "--experiment_name" in command and "synthetic,synthetic_interactive" in command and "cpu" in command
+
+
+def test_wandb_without_a_login_records_offline_and_says_so(synthetic_root, tmp_path, train, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "nobody"))
+    done = train(synthetic_root, tmp_path, "--wandb", "true", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    assert "recorded offline" in done.stdout
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))

@@ -1,0 +1,93 @@
+"""The demonstration: the committed model, the claims of the README about it, and, slowly, the training itself."""
+
+import hashlib
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+
+import demo
+from model_slot import JointSlotModel
+from synthetic import generate
+from synthetic_probe import probe
+from utils import load_checkpoint, save_checkpoint
+
+CHECKPOINT = ROOT / "checkpoints" / "demo.pth"
+
+
+def test_the_committed_model_is_small_loads_and_is_the_one_that_the_readme_names():
+    assert CHECKPOINT.stat().st_size <= 4e6
+    assert JointSlotModel.from_checkpoint(CHECKPOINT).shape["arch"] == "small"
+    assert hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest() in (ROOT / "README.md").read_text()
+
+
+def test_the_table_shows_mean_worst_bar_and_deaf_oracle(synthetic_root, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "DATA", synthetic_root)
+    runs = [{("synthetic", "AUD cIoU"): x, ("synthetic_interactive", "AUD both_pointing"): 0.1} for x in (0.7, 0.8)]
+    demo.print_table(runs)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| synthetic | AUD cIoU | 75.0 | 70.0 | 60 |  |"
+    assert lines[3] == "| synthetic_interactive | AUD both_pointing | 10.0 | 10.0 |  | 25 |"
+
+
+def test_an_exported_model_keeps_what_testing_needs_and_nothing_of_resuming(tmp_path):
+    model = JointSlotModel("small", 16, image_size=64, audio_seconds=0.8)
+    state = {
+        "model": model.state_dict(),
+        "model_config": model.config,
+        "epoch": 3,
+        "optimizer": {},
+        "random": torch.ones(1),
+    }
+    save_checkpoint(tmp_path / "best.pth", state)
+    demo.export(tmp_path / "best.pth", tmp_path / "demo.pth")
+    assert set(load_checkpoint(tmp_path / "demo.pth")) == {"model", "model_config", "epoch"}
+    assert JointSlotModel.from_checkpoint(tmp_path / "demo.pth").config == model.config
+
+
+@pytest.fixture(scope="session")
+def default_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("default") / "synthetic"
+    generate(root, seed=0)
+    return root
+
+
+@pytest.mark.slow
+def test_the_default_data_are_as_hard_as_the_readme_says(default_root):
+    numbers = probe(default_root)
+    for split in ("distractor", "interactive"):
+        for blind in numbers[split].values():
+            assert blind["pointing"] <= 0.5 and blind.get("both_pointing", 0) <= 0.25
+    assert numbers["class_accuracy"]["colour"] <= 0.95 and numbers["class_accuracy"]["spectrum"] <= 0.8
+    readme = (ROOT / "README.md").read_text()
+    row = re.search(r"^ *distractor +saliency +([\d.]+)", readme, re.M)
+    assert float(row[1]) == pytest.approx(100 * numbers["distractor"]["saliency"]["pointing"], abs=0.06)
+
+
+def bars_missed(results):
+    by_class = results["retrieval"]["by_class"]
+    figures = {
+        "AUD cIoU": results["maps"]["AUD"]["cIoU"],
+        "AUD pointing": results["maps"]["AUD"]["pointing"],
+        "class R@1, worse way": min(recalls["R@1"] for recalls in by_class.values()),
+    }
+    return {name: value for name, value in figures.items() if value < demo.BARS["synthetic", name]}
+
+
+@pytest.mark.slow
+def test_the_committed_model_reaches_the_bars(default_root, tmp_path, cli):
+    done = cli(
+        "test_model", "--checkpoint", CHECKPOINT, "--testset", "synthetic", "--test_data_path", default_root, "--gpu",
+        "cpu", "--imagenet_weights", "none", "--out_dir", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not bars_missed(json.loads((tmp_path / "synthetic" / "results.json").read_text()))
+
+
+@pytest.mark.slow
+def test_the_demonstration_trains_to_the_bars(default_root, tmp_path):
+    data = ["--train_data_path", str(default_root), "--test_data_path", str(default_root)]
+    demo.call("bash", "train_script.sh", "synthetic", "synthetic", "cpu", "demo", "--model_dir", str(tmp_path), *data)
+    assert not bars_missed(json.loads((tmp_path / "demo" / "results" / "synthetic" / "results.json").read_text()))
