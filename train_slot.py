@@ -303,9 +303,10 @@ def test_command(args) -> str:
     roots = {ALL_SETS[name].root for name in parse_testsets(args.testset)}
     command = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(roots) if name in os.environ]
     command += ["python", "test_model.py", "--save_visualizations", "true"]
-    for name in ("model_dir", "experiment_name", "testset", "test_data_path", "test_gt_path", "test_list", "gpu"):
+    data = ("testset", "test_data_path", "test_gt_path", "test_list")
+    for name in ("model_dir", "experiment_name", *data, "alpha", "infer_sharpening", "gpu"):
         if getattr(args, name) is not None:
-            command += [f"--{name}", shlex.quote(getattr(args, name))]
+            command += [f"--{name}", shlex.quote(str(getattr(args, name)))]
     return " ".join(command)
 
 

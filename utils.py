@@ -1,6 +1,7 @@
 """Checkpoints, seeds, devices and the command line: what every script needs and no method depends on."""
 
 import argparse
+import codecs
 import json
 import math
 import os
@@ -192,12 +193,25 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
         torch.save(state, temporary)
 
 
+# NumPy scalars (a best score, as released checkpoints carry) are data, not code, under their old and new module names.
+SAFE_GLOBALS = [
+    np.dtype,
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.int64)),
+    codecs.encode,
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+]
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU with `weights_only=True`. Raises UserError when there is none or it is broken."""
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}: train first, or give --checkpoint a path")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the checkpoint {path} cannot be read ({reason}): damaged, or not PyTorch's") from error

@@ -49,7 +49,7 @@ def golden_model(golden, tmp_path_factory):
     """The reference weights, written as a released checkpoint is and read back."""
     folder = tmp_path_factory.mktemp("released")
     weights = {f"module.{key}": value for key, value in golden_weights(golden[0]["shapes"]).items()}
-    torch.save({"model": weights, "epoch": 3}, folder / "best.pth")
+    torch.save({"model": weights, "epoch": 3, "best_cIoU": np.float64(0.5)}, folder / "best.pth")
     (folder / "configs.json").write_text(json.dumps({"tau": 0.03, "reciprocal_k": 3, "mask_ratio": 0.0, "gpu": 7}))
     return JointSlotModel.from_checkpoint(folder / "best.pth")
 
