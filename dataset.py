@@ -6,6 +6,7 @@ An id names one pair. H x W picture, F bins, L frames; ground truth is a (224, 2
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree.ElementTree import ParseError
@@ -20,9 +21,9 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import to_tensor
 
 from audio_io import AUDIO_SUFFIXES, load_spectrogram
+from metrics import MAP_SIZE
 from utils import UserError, as_user_error
 
-TRUTH_SIZE = 224  # maps and ground truth are compared at this size (EZ-VSL and all its successors)
 FLICKR_BOX_UNITS = 256
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -57,7 +58,7 @@ class SetRow(NamedTuple):
     lists_in_root: bool = False  # lists and annotation lie in the data's root, not in metadata/
 
 
-LAYOUTS = {  # the first pair of folders (pictures, sounds) that exists below the root is taken
+LAYOUTS = {  # pairs of folders (pictures, sounds): all that exist below the root are searched
     "vggsound": (("frames", "audio"),),
     "flickr": (("frames", "audio"), ("Data", "Data")),
 }
@@ -144,28 +145,30 @@ def data_root(row: SetRow, given: str | Path | None) -> Path:
 def find_pairs(
     root: Path, layout: str, ids: Sequence[str] | None, allow_missing: bool = False
 ) -> tuple[list[Pair], list[str]]:
-    """Pairs of `ids` (None: every id with a picture and a sound) below root, and the ids that are missing.
+    """Pairs of `ids` (None: every id with a picture or a sound) below root, and the ids that lack one of them.
 
     Raises UserError when the folders are not there, nothing is found or, unless allow_missing, any is missing.
     """
-    for frames, audio in LAYOUTS[layout]:
-        if (root / frames).is_dir() and (root / audio).is_dir():
-            break
-    else:
-        wanted = " or ".join(f"{frames}/ and {audio}/" for frames, audio in LAYOUTS[layout])
+    wanted = " or ".join(f"{frames}/ and {audio}/" for frames, audio in LAYOUTS[layout])
+    present = [pair for pair in LAYOUTS[layout] if all((root / folder).is_dir() for folder in pair)]
+    if not present:
         raise UserError(f"{root} has no folders {wanted}")
-    images, sounds = index_folder(root / frames, IMAGE_SUFFIXES), index_folder(root / audio, AUDIO_SUFFIXES)
+    images: dict[str, Path] = {}
+    sounds: dict[str, Path] = {}
+    for frames, audio in reversed(present):  # the first layout wins
+        images |= index_folder(root / frames, IMAGE_SUFFIXES)
+        sounds |= index_folder(root / audio, AUDIO_SUFFIXES)
     if ids is None:
-        ids = sorted(images.keys() & sounds.keys())
+        ids = sorted(images.keys() | sounds.keys())
     pairs = [Pair(i, images[i], sounds[i]) for i in ids if i in images and i in sounds]
     missing = [i for i in ids if i not in images or i not in sounds]
     if missing and not allow_missing:
         raise UserError(
-            f"{len(missing)} of {len(ids)} pairs lack a picture in {root / frames} or a sound in {root / audio}: "
+            f"{len(missing)} of {len(ids)} pairs lack a picture or a sound in {wanted} below {root}: "
             f"{first_ids(missing)} (--allow_missing true goes on without them and counts them)"
         )
     if not pairs:
-        raise UserError(f"no pair of picture and sound was found in {root / frames} and {root / audio}")
+        raise UserError(f"no pair of picture and sound was found in {wanted} below {root}")
     return pairs, missing
 
 
@@ -201,19 +204,19 @@ def load_boxes(path: str | Path) -> dict[str, tuple[str, list[list[float]]]]:
 
 def box_map(boxes: Iterable[Sequence[float]]) -> torch.Tensor:
     """Boxes in 0..1 -> (224, 224) map, 1 inside any of them. Clipped to the picture, cut to whole pixels."""
-    truth = torch.zeros(TRUTH_SIZE, TRUTH_SIZE)
+    truth = torch.zeros(MAP_SIZE, MAP_SIZE)
     for box in boxes:
-        xmin, ymin, xmax, ymax = (int(min(max(v, 0.0), 1.0) * TRUTH_SIZE) for v in box)
+        xmin, ymin, xmax, ymax = (int(min(max(v, 0.0), 1.0) * MAP_SIZE) for v in box)
         truth[ymin:ymax, xmin:xmax] = 1
     return truth
 
 
 def consensus_map(path: str | Path) -> torch.Tensor:
     """Flickr-SoundNet XML -> (224, 224) map: every annotator's box adds one half, at most 1 (Senocak et al., 2018)."""
-    truth = torch.zeros(TRUTH_SIZE, TRUTH_SIZE)
+    truth = torch.zeros(MAP_SIZE, MAP_SIZE)
     try:
         for box in ElementTree.parse(path).getroot().iterfind("./*/bbox"):
-            scaled = [int(TRUTH_SIZE * float(side.text) / FLICKR_BOX_UNITS) for side in list(box)[1:]]
+            scaled = [int(MAP_SIZE * float(side.text) / FLICKR_BOX_UNITS) for side in list(box)[1:]]
             xmin, ymin, xmax, ymax = (max(v, 0) for v in scaled)
             truth[ymin:ymax, xmin:xmax] += 0.5
     except FileNotFoundError:
@@ -228,7 +231,7 @@ def mask_map(path: str | Path, threshold: int = 0) -> torch.Tensor:
     with Image.open(path) as picture:
         if picture.mode not in ("1", "L", "P"):
             picture = picture.convert("L")
-        resized = picture.resize((TRUTH_SIZE, TRUTH_SIZE), Image.Resampling.NEAREST)
+        resized = picture.resize((MAP_SIZE, MAP_SIZE), Image.Resampling.NEAREST)
         return torch.from_numpy((np.array(resized).astype(np.int32) > threshold).astype(np.float32))
 
 
@@ -297,7 +300,7 @@ class TrainingPairs(Dataset):
         pair = self.pairs[index]
         draw = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
         with torch.random.fork_rng(devices=[]), as_user_error(ValueError):
-            torch.manual_seed(draw)
+            torch.default_generator.manual_seed(draw)  # torch.manual_seed would reseed CUDA as well
             position = 0.5 if self.augment == "none" else 0.4 + 0.2 * float(torch.rand(()))
             spectrogram = load_spectrogram(pair.audio, self.audio_seconds, position)
             if self.augment == "hard":
@@ -306,19 +309,23 @@ class TrainingPairs(Dataset):
 
 
 class EvaluationPairs(Dataset):
-    """Pairs with ground truth. truth_of: id -> (224, 224) map; class_of: id -> class name, empty where unknown."""
+    """Pairs with ground truth.
+
+    truth_of: id -> (224, 224) map; class_of: {id: class name} as far as known; missing: ids that it should hold, too.
+    """
 
     def __init__(
         self,
         pairs: Sequence[Pair],
         truth_of: Callable[[str], torch.Tensor],
-        class_of: Callable[[str], str],
+        class_of: dict[str, str],
+        missing: Sequence[str],
         image_size: int,
         audio_seconds: float,
     ) -> None:
-        self.pairs, self.truth_of, self.audio_seconds = pairs, truth_of, audio_seconds
+        self.pairs, self.truth_of, self.missing, self.audio_seconds = pairs, truth_of, missing, audio_seconds
         self.ids = [pair.id for pair in pairs]
-        self.class_names = [class_of(pair.id) for pair in pairs]
+        self.class_names = [class_of.get(pair.id, "") for pair in pairs]
         self.transform = eval_transform(image_size)
 
     def __len__(self) -> int:
@@ -351,11 +358,18 @@ def select_training_pairs(
     folder = data_root(row, root)
     path = train_list or _own_list(row, row.ids, folder, metadata)
     pairs, missing = find_pairs(folder, row.layout, read_ids(path) if path else None, allow_missing)
-    return Selection(pairs, missing, len(pairs) + len(missing))
+    listed = len(pairs) + len(missing)
+    return Selection(pairs, missing, listed if train_list else max(listed, row.expected or 0))
 
 
 def hold_out(
-    name: str, pairs: list[Pair], root: str | None, val_list: str | None, val_fraction: float, seed: int
+    name: str,
+    pairs: list[Pair],
+    root: str | None,
+    val_list: str | None,
+    val_fraction: float,
+    seed: int,
+    allow_missing: bool = False,
 ) -> tuple[list[Pair], list[Pair]]:
     """Split into pairs to train on and pairs held out for choosing the best checkpoint, which needs no boxes.
 
@@ -364,7 +378,7 @@ def hold_out(
     row = TRAIN_SETS[name]
     path = val_list or _own_list(row, row.val_ids, data_root(row, root), "")
     if path:
-        held_out, _ = find_pairs(data_root(row, root), row.layout, read_ids(path))
+        held_out, _ = find_pairs(data_root(row, root), row.layout, read_ids(path), allow_missing)
     else:
         order = np.random.default_rng(seed).permutation(len(pairs))
         held_out = [pairs[i] for i in sorted(order[: round(val_fraction * len(order))])]
@@ -398,17 +412,25 @@ def build_test_set(
         if not annotation.is_dir():
             raise UserError(f"the folder of annotations {annotation} does not exist: give it as --test_gt_path")
         ids = read_ids(list_path)
-        truth_of, class_of = (lambda i: consensus_map(annotation / f"{i}.xml")), (lambda i: "")
+        truth_of, class_of = partial(_xml_truth, annotation), {}
     else:
         boxes = load_boxes(annotation)
         ids = read_ids(list_path) if list_path else list(boxes)
         unknown = [i for i in ids if i not in boxes]
         if unknown:
             raise UserError(f"{annotation} has no box for {len(unknown)} ids of {list_path}: {first_ids(unknown)}")
-        truth_of, class_of = (lambda i: box_map(boxes[i][1])), (lambda i: boxes[i][0])
+        truth_of, class_of = partial(_box_truth, boxes), {i: class_name for i, (class_name, _) in boxes.items()}
     pairs, missing = find_pairs(folder, row.layout, ids, allow_missing)
     selection = Selection(pairs, missing, len(ids) if test_list else max(len(ids), row.expected or 0))
-    return EvaluationPairs(pairs, truth_of, class_of, image_size, audio_seconds), selection
+    return EvaluationPairs(pairs, truth_of, class_of, missing, image_size, audio_seconds), selection
+
+
+def _box_truth(boxes: dict[str, tuple[str, list[list[float]]]], name: str) -> torch.Tensor:
+    return box_map(boxes[name][1])
+
+
+def _xml_truth(folder: Path, name: str) -> torch.Tensor:
+    return consensus_map(folder / f"{name}.xml")
 
 
 def make_loader(

@@ -5,8 +5,11 @@ Only the videos of split `test` are scored, five frames each, which share a soun
 """
 
 import csv
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from dataset import EvaluationPairs, Pair, Selection, SetRow, data_root, first_ids, mask_map
 from utils import UserError, as_user_error
@@ -59,6 +62,11 @@ def frame_files(root: Path, subset: str, video: Video, number: int, split: str =
     return Files(image, mask, official / "audio_wav" / below / f"{video.name}.wav")
 
 
+def _mask_truth(files: dict[str, Files], frame: str) -> torch.Tensor:
+    with as_user_error(OSError, ValueError):
+        return mask_map(files[frame].mask)
+
+
 def build_avs_set(
     name: str,
     root: str | None,
@@ -87,9 +95,5 @@ def build_avs_set(
     lost = set(missing)
     pairs = [Pair(frame, paths.image, paths.audio) for frame, paths in files.items() if frame not in lost]
 
-    def truth_of(frame: str):
-        with as_user_error(OSError, ValueError):
-            return mask_map(files[frame].mask)
-
-    dataset = EvaluationPairs(pairs, truth_of, categories.__getitem__, image_size, audio_seconds)
+    dataset = EvaluationPairs(pairs, partial(_mask_truth, files), categories, missing, image_size, audio_seconds)
     return dataset, Selection(pairs, missing, len(files) if test_list else max(len(files), row.expected))

@@ -112,7 +112,9 @@ def draw(checkpoint: Path, target: Path, each: int = 2) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description="Make the synthetic data, train, score, draw.")
-    parser.add_argument("--seeds", type=number(int, low=0), nargs="+", default=[0], help="one training each")
+    parser.add_argument(
+        "--seeds", type=number(int, low=0, high=2**32 - 1), nargs="+", default=[0], help="one training each"
+    )
     parser.add_argument("--export", help="write the first seed's best model here, and demo.png")
     args = parser.parse_args()
     call(sys.executable, "synthetic.py", "--out", str(DATA))

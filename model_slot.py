@@ -4,6 +4,7 @@ B batch, K slots, D channels, h x w image grid, N = h * w image tokens, T audio 
 Slot TARGET holds what is seen and heard, slot OFF_TARGET the rest. Weight names are those of the released checkpoints.
 """
 
+import inspect
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from audio_io import num_frames
-from metrics import normalize_maps, upsample_maps
+from metrics import MAP_SIZE, normalize_maps, upsample_maps
 from resnet import AudioEncoder, ImageEncoder, get_recipe, tokens_along
 from utils import UserError, load_checkpoint
 
@@ -220,7 +221,7 @@ def fuse_maps(
     image_map: torch.Tensor | None = None,
     object_prior: torch.Tensor | None = None,
     alpha: float = 0.6,
-    size: int = 224,
+    size: int = MAP_SIZE,
 ) -> torch.Tensor:
     """n(alpha AUD + (1 - alpha) rest), the rest shared equally between what is given: IQR, OGL or IQR_OGL.
 
@@ -278,9 +279,11 @@ class JointSlotModel(nn.Module):
         self.imgnet = ImageEncoder(arch, dim)
         self.audnet = AudioEncoder(arch, dim)
         self.slot_attn = JointSlotAttention(dim, num_slots, iterations)
-        side = tokens_along(image_size, arch)
+        side, steps = tokens_along(image_size, arch), tokens_along(num_frames(audio_seconds), arch)
+        if min(side, steps) < 1:
+            raise ValueError(f"{image_size} px and {audio_seconds} s leave arch {arch} no token: enlarge them")
         self.img_decoder = MlpDecoder(side, side, dim)
-        self.aud_decoder = MlpDecoder(1, tokens_along(num_frames(audio_seconds), arch), dim)
+        self.aud_decoder = MlpDecoder(1, steps, dim)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -389,7 +392,7 @@ def _released_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(beside.read_text(encoding="utf-8"))
-        known = {name: settings[name] for name in JointSlotModel().config if name in settings}
+        known = {name: settings[name] for name in inspect.signature(JointSlotModel).parameters if name in settings}
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"cannot read {beside}: {error}") from error
     print(f"settings of {path} from {beside}: {known or 'none of ours, so the defaults of the paper'}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import write_text
+from utils import strict_json, write_text
 from visualize import plot_curves
 
 COLUMNS = {  # key of a summary: head of its column
@@ -95,6 +95,8 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
     if tied := {name: scores["tied_half"] for name, scores in maps.items() if scores.get("tied_half")}:
         counts = ", ".join(f"{name} {count}" for name, count in tied.items())
         lines.append(f"ties: more than 1 % of the pixels tie at the cut of rule half in {counts} maps")
+    if shared := results.get("wrong_sounds_of_same_class"):
+        lines.append(f"AUD_wrong: {shared} of the wrong sounds are of the right class, for lack of others")
     if overlap := results.get("training_test_overlap"):
         lines.append(f"overlap: {overlap} of these pairs were trained on")
     if checkpoint := results.get("checkpoint"):
@@ -124,22 +126,27 @@ class RunLog:
     def write(self, line: dict[str, Any]) -> None:
         """One epoch's numbers."""
         self.lines.append(line)
-        write_text(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.lines))
+        write_text(self.folder / "log.jsonl", "".join(strict_json(entry) + "\n" for entry in self.lines))
         plot_curves(self.lines, self.folder / "curves.png")
         if self.wandb:
-            import wandb
-
-            pictures = {f"{name}/maps": wandb.Image(str(path)) for name, path in self.sheets.items()}
-            self.wandb.log(line | pictures, step=line["epoch"])
+            self.wandb.log(line | self._pictures(), step=line["epoch"])
         self.sheets = {}
 
     def add_sheet(self, name: str, path: Path) -> None:
         """Heat maps of fixed samples of a test set, drawn in this epoch."""
         self.sheets[name] = path
 
-    def finish(self) -> None:
+    def finish(self, scores: dict[str, float]) -> None:
+        """The chosen checkpoint's scores, and the pictures drawn with it."""
         if self.wandb:
+            self.wandb.log(self._pictures())
+            self.wandb.summary.update(scores)
             self.wandb.finish()
+
+    def _pictures(self) -> dict[str, Any]:
+        import wandb
+
+        return {f"{name}/maps": wandb.Image(str(path)) for name, path in self.sheets.items()}
 
 
 def _start_wandb(folder: Path, mode: str, name: str, config: Mapping[str, Any]):

@@ -42,6 +42,7 @@ OBJECT_SIDE = (0.25, 0.5)  # longer side of an object's box, as a part of the pi
 JPEG_QUALITY = 92
 COUNTS = {"train": 4000, "val": 256, "test": 400, "distractor": 400, "interactive": 200}  # pictures
 SPLITS = tuple(COUNTS)
+UNFINISHED = "unfinished"  # a file that stands in a root while it is written: an interrupted set is made anew
 
 
 # ---------------------------------------------------------------- pictures
@@ -139,6 +140,7 @@ def write_sample(task: tuple[Path, int, str, int]) -> list[tuple[str, list[dict]
 def is_complete(root: Path, settings: str, force: bool) -> bool:
     """Whether the root holds this very set; if not, clear it of any other synthetic set (with force) or raise."""
     marker = root / "synthetic.json"
+    force = force or (root / UNFINISHED).exists()
     if marker.is_file() and not force:
         if marker.read_bytes() == settings.encode():
             return True
@@ -165,6 +167,7 @@ def generate(
         return False
     for folder in ("frames", "audio"):
         (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / UNFINISHED).touch()
     tasks = [(root, seed, split, index) for split in SPLITS for index in range(counts[split])]
     entries = {split: [] for split in SPLITS}
     cv2.setNumThreads(1)  # before the fork: a child would wait forever for the threads of its parent's OpenCV
@@ -183,7 +186,8 @@ def generate(
         write_text(root / f"{split}.json", json.dumps(annotations))
     objects = {name: things for split in SPLITS for name, things in entries[split]}
     write_text(root / "objects.json", json.dumps(objects))
-    write_text(root / "synthetic.json", settings)  # last: the set is complete
+    write_text(root / "synthetic.json", settings)
+    (root / UNFINISHED).unlink()  # last: the set is complete
     return True
 
 
@@ -219,7 +223,9 @@ def preview(path: Path, seed: int, columns: int = 6) -> None:
 def parse_args(arguments: Sequence[str] | None) -> Namespace:
     parser = ArgumentParser(description="A synthetic set of sounding objects.")
     parser.add_argument("--out", type=Path, default=Path("data/synthetic"), help="folder of the set")
-    parser.add_argument("--seed", type=number(int, low=0), help="seed of the set and of the preview (default: 0)")
+    parser.add_argument(
+        "--seed", type=number(int, low=0, high=2**32 - 1), help="seed of the set and of the preview (default: 0)"
+    )
     parser.add_argument(
         "--train", type=number(int, low=1), metavar="N", help=f"number of training pairs (default: {COUNTS['train']})"
     )

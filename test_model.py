@@ -9,7 +9,9 @@ B batch, K slots, h x w image grid; maps are scored at 224 x 224.
 
 import csv
 import io
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,8 +104,8 @@ class SetScores:
         self.image_target.append(image_slots[:, TARGET].cpu())
         self.audio_target.append(audio_slots[:, TARGET].cpu())
 
-    def summary(self, interactive: bool, pairs_are_unique: bool) -> dict[str, Any]:
-        groups = metrics.interactive_groups(self.ids) if interactive else None
+    def summary(self, interactive: bool, pairs_are_unique: bool, missing: Sequence[str] = ()) -> dict[str, Any]:
+        groups = metrics.interactive_groups(self.ids, [*self.ids, *missing]) if interactive else None
         maps = {name: scores.summary(groups) for name, scores in self.maps.items()}
         maps["AUD"]["listening"] = maps["AUD"]["cIoU"] - maps["AUD_wrong"]["cIoU"]
         image, audio = torch.cat(self.image_target), torch.cat(self.audio_target)
@@ -171,8 +173,8 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    scores = SetScores()
-    loader = make_loader(WithWrongSound(dataset, seed), batch_size, workers)
+    scores, paired = SetScores(), WithWrongSound(dataset, seed)
+    loader = make_loader(paired, batch_size, workers)
     total = min(len(loader), max_batches or len(loader))
     try:
         for number_of_batch, (batch, wrong) in enumerate(
@@ -181,7 +183,8 @@ def evaluate(
             if number_of_batch == max_batches:
                 break
             inputs = (x.to(device, non_blocking=True) for x in (batch.image, batch.spectrogram, wrong))
-            maps, image_slots, audio_slots = score_maps(model, *inputs, alpha, infer_sharpening, saliency)
+            with as_user_error(ValueError):  # maps that are not finite
+                maps, image_slots, audio_slots = score_maps(model, *inputs, alpha, infer_sharpening, saliency)
             scores.add(batch, maps, image_slots, audio_slots)
             if on_batch:
                 on_batch(batch, maps)
@@ -196,7 +199,10 @@ def evaluate(
         "seed": seed,
     }
     unique = not interactive and len({pair.audio for pair in dataset.pairs}) == len(dataset)
-    return Evaluation(scores.summary(interactive, unique) | {"settings": settings}, scores.rows())
+    with as_user_error(ValueError):  # embeddings that are not finite
+        results = scores.summary(interactive, unique, dataset.missing)
+    results |= {"settings": settings, "wrong_sounds_of_same_class": paired.partners.same_label}
+    return Evaluation(results, scores.rows())
 
 
 @torch.no_grad()
@@ -212,10 +218,14 @@ def embed_set(model: JointSlotModel, loader: DataLoader, device: torch.device) -
 
 
 class Drawer:
-    """Draws while a set is scored: a contact sheet of some samples spread over it, an overlay of each if wanted."""
+    """Draws while a set is scored: a contact sheet of some samples spread over it, an overlay of each if wanted.
+
+    Nothing stands in its place before `finish`: a run that breaks off leaves no half set of pictures.
+    """
 
     def __init__(self, sheet: Path, testset: str, count: int, overlays: Path | None = None) -> None:
         self.sheet, self.testset, self.overlays, self.seen, self.panels = sheet, testset, overlays, 0, []
+        self.drafts = tempfile.TemporaryDirectory()
         self.on_sheet = {round(i * (count - 1) / (SHEET_SAMPLES - 1)) for i in range(SHEET_SAMPLES)}
 
     def __call__(self, batch: Sample, maps: dict[str, torch.Tensor]) -> None:
@@ -225,7 +235,7 @@ class Drawer:
                 picture = denormalize(upsample_picture(batch.image[i]), IMAGENET_MEAN, IMAGENET_STD)
                 panel = sample_panel(picture, batch.truth[i].numpy(), drawn, f"{name}   {batch.class_name[i]}".strip())
                 if self.overlays:
-                    contact_sheet([panel], self.overlays / f"{name}.png")
+                    contact_sheet([panel], Path(self.drafts.name) / f"{name}.png")
                 if self.seen in self.on_sheet:
                     self.panels.append(panel)
             self.seen += 1
@@ -233,6 +243,10 @@ class Drawer:
     def finish(self) -> Path:
         header = f"{self.testset}: {len(self.panels)} of {self.seen} samples, outline = ground truth"
         contact_sheet(self.panels, self.sheet, header)
+        if self.overlays:
+            shutil.rmtree(self.overlays, ignore_errors=True)
+            shutil.copytree(self.drafts.name, self.overlays)
+        self.drafts.cleanup()
         return self.sheet
 
 
@@ -330,6 +344,8 @@ def build_test_sets(args, model: JointSlotModel) -> dict[str, tuple[EvaluationPa
 
 def _build_test_set(name: str, args, image_size: int, audio_seconds: float) -> tuple[EvaluationPairs, Selection]:
     sizes, rest = (image_size, audio_seconds), (args.test_list, args.allow_missing)
+    if name in AVS_SETS and args.test_gt_path and args.testset == name:
+        raise UserError(f"--test_gt_path does not apply to {name}: its masks lie below the data's root")
     if name in AVS_SETS:
         return build_avs_set(name, args.test_data_path, args.metadata, *sizes, *rest)
     return build_test_set(name, args.test_data_path, args.test_gt_path, args.metadata, *sizes, *rest)
@@ -355,7 +371,9 @@ def parse_args():
     group = parser.add_argument_group("run")
     group.add_argument("--gpu", default="0", help="number of a CUDA device, or cpu")
     group.add_argument("--batch_size", type=number(int, low=1), default=64, help="changes speed and memory only")
-    group.add_argument("--seed", type=number(int, low=0), default=0, help="of the wrong sounds of AUD_wrong")
+    group.add_argument(
+        "--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="of the wrong sounds of AUD_wrong"
+    )
     group.add_argument("--out_dir", help="where results go (default: results/ beside the checkpoint, a folder per set)")
     group.add_argument("--save_visualizations", type=boolean, default=False, help="true: overlays and a contact sheet")
     return parser.parse_args()
@@ -380,21 +398,26 @@ def main() -> None:
     model = JointSlotModel.from_checkpoint(path, device)
     test_sets = build_test_sets(args, model)
     saliency = load_saliency(args.imagenet_weights, device)
-    experiment = args.experiment_name or path.stem
-    out_dir = (
-        Path(args.out_dir)
-        if args.out_dir
-        else path.parent / ("results" if args.experiment_name else f"{experiment}_results")
-    )
+    beside = path.parent / ("results" if args.experiment_name else f"{path.stem}_results")
+    out_dir = Path(args.out_dir) if args.out_dir else beside
+    out_dir.mkdir(parents=True, exist_ok=True)  # before the work: a place that cannot be written to shows now
     for name, (dataset, selection) in test_sets.items():
-        folder = out_dir / name
-        drawer = None
+        folder, drawer = out_dir / name, None
         if args.save_visualizations:
             drawer = Drawer(folder / "contact_sheet.png", name, len(dataset), folder / "samples")
         evaluation = evaluate(
-            model, dataset, device, args.batch_size, args.num_workers, args.alpha, args.infer_sharpening, saliency,
-            name in INTERACTIVE_SETS, args.seed, drawer,
-        )  # fmt: skip
+            model,
+            dataset,
+            device,
+            batch_size=args.batch_size,
+            workers=args.num_workers,
+            alpha=args.alpha,
+            infer_sharpening=args.infer_sharpening,
+            saliency=saliency,
+            interactive=name in INTERACTIVE_SETS,
+            seed=args.seed,
+            on_batch=drawer,
+        )
         publish(evaluation, name, selection, path, folder)
         if drawer:
             print(f"pictures: {drawer.finish()}, {folder / 'samples'}")

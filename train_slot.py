@@ -9,6 +9,7 @@ Every epoch sees every full batch; best.pth is chosen by retrieval on held-out t
 import math
 import os
 import shlex
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,13 @@ from utils import (
 
 SELECTED_BY = {
     "retrieval": "retrieval on held-out training pairs (no boxes)",
-    "test": "cIoU of IQR on this very test set",
+    "test": "cIoU of IQR on test set {first}",
     "last": "last epoch (no pairs were held out)",
 }
-MAY_CHANGE = {"resume", "dry_run", "overwrite", "gpu", "num_workers", "wandb", "epochs", "eval_every"}  # on --resume
+MAY_CHANGE = {  # on --resume; the other flags belong to the run
+    "resume", "dry_run", "overwrite", "gpu", "num_workers", "wandb", "eval_every", "model_dir", "metadata",
+    "train_data_path", "test_data_path", "test_gt_path",
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- one epoch
@@ -105,15 +109,19 @@ def train_one_epoch(
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip else math.inf)
+        if not (torch.isfinite(norm) or scaler.is_enabled()):  # the scaler skips such a step by itself
+            raise UserError(f"the gradient is not finite in step {steps} of {title}: ids {', '.join(batch.id[:8])} ...")
+        lr = optimizer.param_groups[0]["lr"]
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
         seen += len(image)
         for name, value in {**losses, "loss": loss, "grad_norm": norm}.items():
             sums[name] += value.item()
-        bar.set_postfix(loss=f"{sums['loss'] / steps:.3f}", pairs_per_s=f"{seen / (time.monotonic() - start):.0f}")
+        shown = {name: f"{sums[name] / steps:.3g}" for name in ("loss", *weights)}
+        bar.set_postfix(shown | {"pairs/s": f"{seen / (time.monotonic() - start):.0f}"})
     averages = {name: value / len(loader) for name, value in sums.items()}
-    return averages | {"steps": len(loader), "pairs_per_second": seen / (time.monotonic() - start)}
+    return averages | {"lr": lr, "steps": len(loader), "pairs_per_second": seen / (time.monotonic() - start)}
 
 
 def lr_factor(step: int, steps_per_epoch: int, epochs: int, schedule: str, warmup: float, decay: float) -> float:
@@ -143,11 +151,12 @@ def restore(path: Path, args, **objects: Any) -> dict[str, Any]:
     state = load_checkpoint(path)
     if not all(name in state for name in (*objects, "args", "random", "epoch")):
         raise UserError(f"{path} holds weights only and cannot be resumed")
-    now = vars(args)
+    now, to_the_end = vars(args), args.lr_schedule == "cosine" or args.lr_warmup
+    free = MAY_CHANGE | (set() if to_the_end else {"epochs"})
     different = [
         f"--{name} {state['args'].get(name)} -> {now[name]}"
         for name in now
-        if name not in MAY_CHANGE and state["args"].get(name) != now[name]
+        if name not in free and state["args"].get(name) != now[name]
     ]
     if different:
         raise UserError(f"{path} was trained with other settings: {'; '.join(different)}")
@@ -212,7 +221,9 @@ def parse_args():
     group.add_argument(
         "--amp", choices=("auto", "bf16", "fp16", "none"), default="auto", help="auto: bf16 where it is fast"
     )
-    group.add_argument("--seed", type=number(int, low=0), default=0, help="same seed, same numbers on a CPU")
+    group.add_argument(
+        "--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="same seed, same numbers on a CPU"
+    )
     group = parser.add_argument_group("run")
     group.add_argument("--gpu", default="0", help="number of a CUDA device, or cpu")
     group.add_argument("--model_dir", default="./checkpoints", help="folder of experiments")
@@ -235,6 +246,10 @@ def parse_args():
 def check_args(args) -> None:
     if args.select == "test" and not (args.testset and args.eval_every):
         raise UserError("--select test needs --testset and --eval_every 1 or more")
+    if args.select == "test" and args.eval_every > args.epochs:
+        raise UserError(f"--select test with --eval_every {args.eval_every} never tests within {args.epochs} epochs")
+    if args.testset:
+        parse_testsets(args.testset)
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with an experiment, --overwrite replaces it: choose one")
     if "/" in args.experiment_name or args.experiment_name in ("", ".", ".."):
@@ -242,7 +257,7 @@ def check_args(args) -> None:
 
 
 def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:
-    """Precision of encoders and decoders: auto is bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPUs."""
+    """Precision of the encoders: auto is bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPUs."""
     if amp == "auto":
         amp = "bf16" if bf16_is_fast(device) else "fp16" if device.type == "cuda" else "none"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
@@ -251,9 +266,16 @@ def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:
 def build_model(args, device: torch.device) -> JointSlotModel:
     with as_user_error(ValueError):
         model = JointSlotModel(
-            args.arch, args.dim, args.num_slots, args.iterations, args.image_size, args.audio_seconds, args.tau,
-            args.mask_ratio, args.reciprocal_k,
-        )  # fmt: skip
+            arch=args.arch,
+            dim=args.dim,
+            num_slots=args.num_slots,
+            iterations=args.iterations,
+            image_size=args.image_size,
+            audio_seconds=args.audio_seconds,
+            tau=args.tau,
+            mask_ratio=args.mask_ratio,
+            reciprocal_k=args.reciprocal_k,
+        )
         if args.imagenet_weights != "none":
             if args.arch != "resnet18":
                 raise UserError(f"there are no ImageNet weights for --arch {args.arch}: pass --imagenet_weights none")
@@ -267,7 +289,13 @@ def build_training_data(args) -> tuple[TrainingPairs, TrainingPairs, dict[str, i
         args.trainset, args.train_data_path, args.metadata, args.train_list, args.allow_missing
     )
     train, held_out = hold_out(
-        args.trainset, selection.pairs, args.train_data_path, args.val_list, args.val_fraction, args.seed
+        args.trainset,
+        selection.pairs,
+        args.train_data_path,
+        args.val_list,
+        args.val_fraction,
+        args.seed,
+        args.allow_missing,
     )
     if len(train) < args.batch_size:
         raise UserError(f"--batch_size {args.batch_size} is larger than the {len(train)} training pairs: lower it")
@@ -276,8 +304,8 @@ def build_training_data(args) -> tuple[TrainingPairs, TrainingPairs, dict[str, i
         raise UserError(f"--reciprocal_k {k} leaves no negative in a batch of {args.batch_size}: lower it")
     sizes = (args.image_size, args.audio_seconds)
     counts = {
-        "listed": selection.expected,
-        "missing": len(selection.missing),
+        "expected": selection.expected,
+        "absent": selection.expected - len(selection.pairs),
         "train": len(train),
         "held_out": len(held_out),
     }
@@ -304,10 +332,10 @@ def test_command(args) -> str:
     command = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(roots) if name in os.environ]
     command += ["python", "test_model.py", "--save_visualizations", "true"]
     data = ("testset", "test_data_path", "test_gt_path", "test_list")
-    for name in ("model_dir", "experiment_name", *data, "alpha", "infer_sharpening", "gpu"):
+    for name in ("model_dir", "experiment_name", *data, "metadata", "alpha", "infer_sharpening", "gpu"):
         if getattr(args, name) is not None:
             command += [f"--{name}", shlex.quote(str(getattr(args, name)))]
-    return " ".join(command)
+    return " ".join(command + ["--allow_missing true"] * args.allow_missing)
 
 
 # ---------------------------------------------------------------- the run
@@ -322,12 +350,12 @@ class Run:
         if (self.folder / "latest.pth").exists() and not (args.resume or args.overwrite or args.dry_run):
             raise UserError(f"{self.folder} holds a trained model: --resume goes on with it, --overwrite replaces it")
         seed_everything(args.seed)
-        self.train, self.held_out, self.counts = build_training_data(args)
+        self.train_pairs, self.held_out, self.counts = build_training_data(args)
         self.model = build_model(args, self.device)
-        self.tests = build_test_sets(args, self.model) if args.testset else {}
+        self.test_sets = build_test_sets(args, self.model) if args.testset else {}
         self.amp = choose_amp(args.amp, self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, weight_decay=args.weight_decay)
-        self.steps_per_epoch = len(self.train) // args.batch_size
+        self.steps_per_epoch = len(self.train_pairs) // args.batch_size
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
             lambda step: lr_factor(
@@ -347,15 +375,16 @@ class Run:
         print(f"resumed after epoch {self.start_epoch} of {self.args.epochs}")
 
     def train_epoch(self, epoch: int, max_batches: int | None = None) -> dict[str, float]:
-        self.train.epoch = epoch
-        data = torch.utils.data.Subset(self.train, range(self.args.batch_size)) if max_batches else self.train
+        self.train_pairs.epoch = epoch
+        data = (
+            torch.utils.data.Subset(self.train_pairs, range(self.args.batch_size)) if max_batches else self.train_pairs
+        )
         order_seed = self.args.seed * 100_003 + epoch
         loader = make_loader(data, self.args.batch_size, self.args.num_workers, order_seed, drop_last=True)
-        averages = train_one_epoch(
+        return train_one_epoch(
             self.model, loader, self.optimizer, self.scheduler, self.scaler, loss_weights(self.args, epoch), self.amp,
             self.args.clip, f"epoch {epoch + 1}/{self.args.epochs}",
         )  # fmt: skip
-        return averages | {"lr": self.optimizer.param_groups[0]["lr"]}
 
     def validate(self, count: int | None = None) -> dict[str, float]:
         """Retrieval on the held-out pairs: no boxes, no classes."""
@@ -368,16 +397,24 @@ class Run:
             f"val/{direction}_{k}": value for direction, by_k in recall.items() for k, value in by_k.items()
         }
 
-    def test(self, log: RunLog | None = None, max_batches: int | None = None, write: bool = False) -> dict[str, float]:
+    def score(self, log: RunLog | None = None, max_batches: int | None = None, write: bool = False) -> dict[str, float]:
         """Score every test set -> {"set/map/metric": value}; write: results and tables of the finished run."""
         scores = {}
-        for name, (dataset, selection) in self.tests.items():
+        for name, (dataset, selection) in self.test_sets.items():
             results = self.folder / "results" / name
             drawer = Drawer(results / "contact_sheet.png", name, len(dataset)) if log or write else None
             evaluation = evaluate(
-                self.model, dataset, self.device, self.args.batch_size, self.args.num_workers, self.args.alpha,
-                self.args.infer_sharpening, None, name in INTERACTIVE_SETS, self.args.seed, drawer, max_batches,
-            )  # fmt: skip
+                self.model,
+                dataset,
+                self.device,
+                batch_size=self.args.batch_size,
+                workers=self.args.num_workers,
+                alpha=self.args.alpha,
+                infer_sharpening=self.args.infer_sharpening,
+                interactive=name in INTERACTIVE_SETS,
+                on_batch=drawer,
+                max_batches=max_batches,
+            )
             if drawer:
                 drawer.finish()
             if log:
@@ -389,18 +426,21 @@ class Run:
         return scores
 
     def save(self, epoch: int, scores: dict[str, float]) -> None:
-        """latest.pth always, best.pth when this epoch is at least as good as all before it."""
-        measure = {
-            "retrieval": "val/retrieval_score",
-            "test": f"{next(iter(self.tests), '')}/IQR/cIoU",
-        }.get(self.select)
-        score = scores.get(measure, -math.inf) if measure else 0.0
+        """latest.pth always; best.pth, too, when the scores of this epoch are at least as good as all before."""
+        first = next(iter(self.test_sets), "")
+        measure = {"retrieval": "val/retrieval_score", "test": f"{first}/IQR/cIoU", "last": "epoch"}[self.select]
+        score = scores.get(measure, -math.inf)
         is_best = score >= self.best and score > -math.inf
         self.best = max(self.best, score)
         state = {name: target.state_dict() for name, target in self.objects().items()} | {
-            "model_config": self.model.config, "args": vars(self.args), "epoch": epoch + 1, "scores": scores,
-            "best": self.best, "random": random_states(), "selected_by": SELECTED_BY[self.select],
-        }  # fmt: skip
+            "model_config": self.model.config,
+            "args": vars(self.args),
+            "epoch": epoch + 1,
+            "scores": scores,
+            "best": self.best,
+            "random": random_states(),
+            "selected_by": SELECTED_BY[self.select].format(first=first),
+        }
         if is_best:
             save_checkpoint(self.folder / "best.pth", state)
         save_checkpoint(self.folder / "latest.pth", state)
@@ -409,31 +449,40 @@ class Run:
         averages = self.train_epoch(0, max_batches=1)
         print(f"one step: loss {averages['loss']:.4f}")
         print(f"one batch of held-out pairs: {self.validate(self.args.batch_size) or 'none'}")
-        for name, value in self.test(max_batches=1).items():
+        for name, value in self.score(max_batches=1).items():
             if name.endswith(("AUD/cIoU", "AUD/pointing")):
                 print(f"one evaluation batch: {name} {value:.3f}")
         print("dry run: data, model, one step and one evaluation batch work; nothing was written")
 
-    def run(self) -> None:
+    def prepare_folder(self) -> None:
+        """What a run leaves behind is of one run: an overwritten one goes first."""
+        if self.args.overwrite:
+            for name in ("best.pth", "latest.pth", "log.jsonl", "curves.png"):
+                (self.folder / name).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "results", ignore_errors=True)
         write_json(self.folder / "configs.json", vars(self.args) | self.model.config)
-        write_text(self.folder / "train_ids.txt", "".join(f"{pair.id}\n" for pair in self.train.pairs))
+        write_text(self.folder / "train_ids.txt", "".join(f"{pair.id}\n" for pair in self.train_pairs.pairs))
+
+    def run(self) -> None:
+        self.prepare_folder()
         log = RunLog(self.folder, self.args.wandb, self.args.experiment_name, vars(self.args), self.start_epoch)
         for epoch in range(self.start_epoch, self.args.epochs):
-            line = {"epoch": epoch + 1} | self.train_epoch(epoch) | self.validate()
+            line = {"epoch": epoch + 1} | self.train_epoch(epoch)
+            self.save(epoch, {})  # a sound that cannot be read while scoring does not cost the epoch
+            line |= self.validate()
             if self.args.eval_every and (epoch + 1) % self.args.eval_every == 0:
-                line |= self.test(log)
+                line |= self.score(log)
             self.save(epoch, line)
             log.write(line)
             shown = ("loss", "info_nce", "pairs_per_second", "val/retrieval_score")
             figures = ", ".join(f"{name} {line[name]:.4g}" for name in shown if name in line)
             print(f"epoch {epoch + 1}/{self.args.epochs}: {figures}", flush=True)
-        log.finish()
         best = load_checkpoint(self.folder / "best.pth")
         self.model.load_state_dict(best["model"])
         print(f"best.pth: epoch {best['epoch']}, chosen by {best['selected_by']}")
-        self.test(write=True)
-        print(f"in {self.folder}: best.pth, latest.pth, log.jsonl, curves.png" + (", results/" if self.tests else ""))
-        if self.tests:
+        log.finish(self.score(log, write=True))
+        print(f"in {self.folder}: best.pth, latest.pth, log.jsonl, curves.png" + ", results/" * bool(self.test_sets))
+        if self.test_sets:
             print(f"test it again, with a picture of every sample:\n  {test_command(self.args)}")
 
 
@@ -441,7 +490,7 @@ def main() -> None:
     args = parse_args()
     check_args(args)
     run = Run(args)
-    print_start(args, run.model, run.device, run.amp, run.counts, run.tests)
+    print_start(args, run.model, run.device, run.amp, run.counts, run.test_sets)
     if args.dry_run:
         run.dry_run()
         return

@@ -46,10 +46,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's main; a UserError becomes one line and exit status 2, whichever process raised it."""
+    """Run a script's main; a UserError, or a file or folder that cannot be used, becomes one line and exit status 2."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         last_line = str(error).strip().splitlines()[-1]  # a loader worker puts its traceback in front
         sys.exit(_fail(last_line.removeprefix("utils.UserError: "), 2))
     except KeyboardInterrupt:
@@ -174,9 +174,13 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every parser reads: what is not a finite number becomes null."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
 def write_json(path: str | Path, value: Any) -> None:
-    """Strict JSON: what is not a finite number becomes null."""
-    write_text(path, json.dumps(_without_nan(value), indent=2, allow_nan=False) + "\n")
+    write_text(path, strict_json(value, indent=2) + "\n")
 
 
 def _without_nan(value: Any) -> Any:
@@ -212,8 +216,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (
+        RuntimeError,
+        UnpicklingError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the checkpoint {path} cannot be read ({reason}): damaged, or not PyTorch's") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path} is not a checkpoint of this project: a dict with `model` is wanted")

@@ -106,6 +106,12 @@ def test_broken_lists_and_annotations_are_named(root, name, content, message):
         custom(root, test_list=str(root / "ids.txt"))
 
 
+def test_a_picture_without_a_sound_does_not_vanish_where_there_is_no_list(root):
+    (root / "audio" / f"{IDS[3]}.wav").unlink()
+    with pytest.raises(UserError, match=f"1 of 5 pairs.*{IDS[3]}"):
+        dataset.select_training_pairs("custom", str(root), "")
+
+
 def test_a_broken_picture_is_named_when_it_is_read(root):
     (root / "frames" / f"{IDS[2]}.jpg").write_bytes(b"not a picture")
     with pytest.raises(UserError, match=IDS[2]):
@@ -130,7 +136,8 @@ def test_the_root_comes_from_the_environment_when_none_is_given(root, monkeypatc
 
 
 def test_flickr_reads_both_layouts_and_its_xml(tmp_path):
-    make_pairs(tmp_path, ["11", "22"], "Data", "Data")
+    make_pairs(tmp_path, ["11"], "Data", "Data")
+    make_pairs(tmp_path, ["22"])
     (tmp_path / "Annotations").mkdir()
     box = "<bbox><n>x</n><xmin>0</xmin><ymin>0</ymin><xmax>128</xmax><ymax>256</ymax></bbox>"
     for name in ("11", "22"):

@@ -151,6 +151,8 @@ def test_real_pairs_are_scored_and_drawn(checkpoint, tmp_path, run):
         (["--gpu", "x"], "--gpu"),
         (["--imagenet_weights", "absent.pth", "--testset", "synthetic"], "absent.pth"),
         (["--alph", "0.5"], "unrecognized"),
+        (["--out_dir", "Makefile"], "Makefile"),
+        (["--checkpoint", "README.md"], "README.md"),
     ],
 )
 def test_junk_is_one_clear_line_and_status_2(arguments, message, checkpoint, synthetic_root, tmp_path, run):
@@ -171,8 +173,9 @@ def test_an_unreadable_sound_ends_with_its_name_and_writes_nothing(checkpoint, s
     (tmp_path / "data" / "audio" / "test_000004.wav").write_bytes(b"RIFF")
     done = run(
         "--checkpoint", checkpoint, "--testset", "synthetic", "--test_data_path", tmp_path / "data",
-        "--out_dir", tmp_path / "out", "--imagenet_weights", "none",
+        "--out_dir", tmp_path / "out", "--imagenet_weights", "none", "--save_visualizations", "true",
+        "--batch_size", "3",
     )  # fmt: skip
     assert done.returncode == 2
     assert "test_000004.wav" in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

@@ -350,17 +350,6 @@ def test_other_settings_are_refused_unless_forced(tmp_path, capsys, tiny, monkey
     assert len(ids_of(out, "train")) == 5
 
 
-def test_an_interrupted_run_does_not_pass_for_a_complete_one(tmp_path, capsys, tiny, monkeypatch):
-    out = tmp_path / "set"
-    with monkeypatch.context() as change:
-        change.setattr(synthetic, "write_sample", None)
-        with pytest.raises(TypeError):
-            synthetic.generate(out, counts=TINY)
-    capsys.readouterr()
-    assert (out / "frames").is_dir() and not (out / "synthetic.json").exists()
-    assert "no complete set" in failure(capsys, "--out", out)
-
-
 def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("words")
     assert "--force" in failure(capsys, "--out", tmp_path)
@@ -410,3 +399,14 @@ def test_generate_refuses_unknown_and_empty_splits(tmp_path):
     for counts in ({"valid": 3}, {"test": 0}):
         with pytest.raises(ValueError, match="counts"):
             synthetic.generate(tmp_path / "set", counts=counts)
+
+
+def test_an_interrupted_set_is_made_anew(tmp_path):
+    counts = dict.fromkeys(("train", "val", "test", "distractor", "interactive"), 1)
+    synthetic.generate(tmp_path / "whole", counts=counts)
+    synthetic.generate(tmp_path / "broken", counts=counts)
+    (tmp_path / "broken" / "unfinished").touch()
+    (tmp_path / "broken" / "frames" / "train_000000.jpg").write_bytes(b"half")
+    assert synthetic.generate(tmp_path / "broken", counts=counts)
+    for path in (tmp_path / "whole").rglob("*.*"):
+        assert (tmp_path / "broken" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()

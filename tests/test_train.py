@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -115,7 +116,7 @@ def same(one, other):
 def test_a_resumed_run_ends_like_one_in_one_go_and_so_does_the_same_seed(synthetic_root, tmp_path, train):
     for name in ("whole", "halves"):
         (tmp_path / name).mkdir()
-    constant = ["--lr_schedule", "step", "--eval_every", "0"]
+    constant = ["--lr_schedule", "step", "--eval_every", "0"]  # the others look at the number of epochs
     assert train(synthetic_root, tmp_path / "whole", *constant).returncode == 0
     assert train(synthetic_root, tmp_path / "halves", *constant, "--epochs", "1").returncode == 0
     assert len(log_of(tmp_path / "halves" / "run")) == 1
@@ -129,9 +130,28 @@ def test_a_resumed_run_ends_like_one_in_one_go_and_so_does_the_same_seed(synthet
     assert lines[0] == lines[1]
 
 
+def test_an_overwritten_run_leaves_nothing_of_the_old_one(synthetic_root, tmp_path, train):
+    assert train(synthetic_root, tmp_path, "--testset", "synthetic", "--epochs", "1").returncode == 0
+    done = train(synthetic_root, tmp_path, "--overwrite", "--epochs", "1", "--seed", "1")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run" / "results").exists()
+    assert load_checkpoint(tmp_path / "run" / "best.pth")["args"]["seed"] == 1
+
+
+def test_a_sound_that_breaks_the_scoring_does_not_cost_the_epoch(synthetic_root, tmp_path, train):
+    shutil.copytree(synthetic_root, tmp_path / "data")
+    (tmp_path / "data" / "audio" / "val_000003.wav").write_bytes(b"RIFF")
+    done = train(tmp_path / "data", tmp_path)
+    assert done.returncode == 2 and "val_000003" in done.stderr
+    assert load_checkpoint(tmp_path / "run" / "latest.pth")["epoch"] == 1
+
+
 def test_a_resume_with_other_settings_says_which_and_stops(finished, synthetic_root, train):
-    done = train(synthetic_root, finished[0].parent, "--resume", "--tau", "0.1")
-    assert done.returncode == 2 and "--tau 0.03 -> 0.1" in done.stderr
+    done = train(
+        synthetic_root, finished[0].parent, "--resume", "--tau", "0.1", "--lr_schedule", "cosine", "--epochs", "3"
+    )
+    assert done.returncode == 2
+    assert "--tau 0.03 -> 0.1" in done.stderr and "--epochs 2 -> 3" in done.stderr
 
 
 def test_finished_work_is_not_replaced_unless_asked(finished, synthetic_root, train):
@@ -152,7 +172,7 @@ def test_selection_on_the_test_set_is_written_into_the_result(synthetic_root, tm
     done = train(synthetic_root, tmp_path, "--testset", "synthetic", "--select", "test", "--epochs", "1")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results" / "synthetic" / "results.json").read_text())
-    assert "this very test set" in results["checkpoint"]["selected_by"]
+    assert "IQR on test set synthetic" in results["checkpoint"]["selected_by"]
 
 
 def test_real_pairs_train_a_step(tmp_path, cli):
@@ -193,16 +213,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_ids(synthetic_root, tm
     assert "not finite" in done.stderr and "train_0000" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("script", ["train_slot.py", "test_model.py", "demo.py"])
+@pytest.mark.parametrize("script", ["train_slot.py", "test_model.py", "demo.py", "synthetic.py"])
 def test_every_flag_is_read(script):
-    """A flag that nothing reads is a lie: each one's destination is used as an attribute of args in the scripts."""
-    tree = ast.parse((ROOT / script).read_text())
+    """A flag that nothing reads is a lie: each one is read, as args.<flag>, in the file that adds it."""
+    text = (ROOT / script).read_text()
     flags = {
         node.args[0].value.removeprefix("--")
-        for node in ast.walk(tree)
+        for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
     }
-    text = (ROOT / "train_slot.py").read_text() + (ROOT / "test_model.py").read_text() + (ROOT / script).read_text()
     unread = {flag for flag in flags if not re.search(rf"\bargs\.{flag}\b", text)}
     assert flags and not unread
 
@@ -221,6 +240,9 @@ def test_every_flag_is_read(script):
         (["--mask_ratio", "nan"], "nan"),
         (["--lr", "-1"], "-1"),
         (["--select", "test"], "--testset"),
+        (["--select", "test", "--testset", "synthetic", "--eval_every", "3"], "never tests"),
+        (["--seed", "4294967296"], "--seed"),
+        (["--audio_seconds", "0.1"], "no token"),
         (["--experiment_name", "../x"], "plain name"),
         (["--resume"], "latest.pth"),
         (["--wandb", "maybe"], "maybe"),
