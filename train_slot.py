@@ -170,23 +170,8 @@ def restore(path: Path, args, **objects: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------- command line
 
 
-def parse_args():
-    parser = ArgumentParser(description="Train joint slot attention on unlabelled image-audio pairs.")
-    group = parser.add_argument_group("training data")
-    group.add_argument(
-        "--trainset", choices=sorted(TRAIN_SETS), default="synthetic", help="row of the table in dataset.py"
-    )
-    group.add_argument("--train_data_path", help="root of the training data (default: the set's environment variable)")
-    group.add_argument("--train_list", help="list of training ids in the place of the set's own")
-    group.add_argument("--val_list", help="list of held-out ids that choose best.pth")
-    group.add_argument(
-        "--val_fraction", type=number(float, low=0, high=0.5), default=0.02, help="held out without a list"
-    )
-    group.add_argument(
-        "--augment", choices=("hard", "plain"), default="hard", help="hard: the paper's; plain: crop, flip"
-    )
-    group.add_argument("--num_workers", type=number(int, low=0), default=2, help="loader processes")
-    add_test_set_flags(parser.add_argument_group("test data"), default=None)
+def add_method_flags(parser: ArgumentParser) -> None:
+    """What the paper defines: the model's shape and its losses; the defaults are the paper's."""
     group = parser.add_argument_group("model")
     group.add_argument("--arch", choices=sorted(RECIPES), default="resnet18", help="encoder recipe")
     group.add_argument("--dim", type=number(int, low=2), help="embedding channels (default: the recipe's)")
@@ -205,6 +190,26 @@ def parse_args():
     group.add_argument(
         "--warmup", type=number(int, low=0), default=0, help="first epochs with the contrastive loss only"
     )
+
+
+def parse_args():
+    parser = ArgumentParser(description="Train joint slot attention on unlabelled image-audio pairs.")
+    group = parser.add_argument_group("training data")
+    group.add_argument(
+        "--trainset", choices=sorted(TRAIN_SETS), default="synthetic", help="row of the table in dataset.py"
+    )
+    group.add_argument("--train_data_path", help="root of the training data (default: the set's environment variable)")
+    group.add_argument("--train_list", help="list of training ids in the place of the set's own")
+    group.add_argument("--val_list", help="list of held-out ids that choose best.pth")
+    group.add_argument(
+        "--val_fraction", type=number(float, low=0, high=0.5), default=0.02, help="held out without a list"
+    )
+    group.add_argument(
+        "--augment", choices=("hard", "plain"), default="hard", help="hard: the paper's; plain: crop, flip"
+    )
+    group.add_argument("--num_workers", type=number(int, low=0), default=2, help="loader processes")
+    add_test_set_flags(parser.add_argument_group("test data"), default=None)
+    add_method_flags(parser)
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=number(int, low=1), default=100, help="passes over the training pairs")
     group.add_argument("--batch_size", type=number(int, low=2), default=256, help="pairs per step")

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -45,6 +47,16 @@ def test_an_exported_model_keeps_what_testing_needs_and_nothing_of_resuming(tmp_
     demo.export(tmp_path / "best.pth", tmp_path / "demo.pth")
     assert set(load_checkpoint(tmp_path / "demo.pth")) == {"model", "model_config", "epoch"}
     assert JointSlotModel.from_checkpoint(tmp_path / "demo.pth").config == model.config
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_says_so_when_no_fitting_python_is_there(tmp_path):
+    for tool in ("make", "sh", "bash", "echo", "touch", "test"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = subprocess.run(["make", "setup"], cwd=tmp_path, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2 and "Python 3.10, 3.11 or 3.12" in done.stdout
 
 
 @pytest.fixture(scope="session")
