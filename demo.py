@@ -53,6 +53,7 @@ def figures(folder: Path) -> dict[tuple[str, str], float]:
             for metric in ("cIoU", "pointing", "IIoU", "both_pointing"):
                 if metric in maps[name]:
                     table[split, f"{name} {metric}"] = maps[name][metric]
+        table[split, "AUD_wrong pointing"] = maps["AUD_wrong"]["pointing"]
         table[split, "listening"] = maps["AUD"]["listening"]
         if split not in INTERACTIVE_SETS:
             by_class = results["retrieval"]["by_class"]
