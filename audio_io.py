@@ -28,23 +28,42 @@ def num_frames(seconds: float) -> int:
 
 
 def load_audio(path: str | Path) -> np.ndarray:
-    """Decode a sound file to mono 16 kHz.
+    """Decode a sound file (WAV, FLAC, Ogg, MP3; any rate and number of channels) to mono 16 kHz.
 
     Returns (samples,) float32 in -1..1: the mean of the channels, resampled with soxr's high quality.
-    Raises ValueError, naming the file, when it cannot be decoded, is empty or holds a value that is not finite.
+    Raises ValueError, naming the file, when it cannot be decoded, is cut short, empty or not finite.
     """
     try:
         waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise ValueError(f"cannot decode the sound {path}: {error}") from error
+    _check_whole(Path(path))
     mono = waveform.mean(axis=1)
     if mono.size == 0:
         raise ValueError(f"the sound {path} is empty")
     if not np.isfinite(mono).all():
         raise ValueError(f"the sound {path} holds values that are not finite")
     if rate != SAMPLE_RATE:
-        mono = librosa.resample(mono, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq")
+        mono = _resample(mono, rate)
     return mono
+
+
+def _resample(mono: np.ndarray, rate: int) -> np.ndarray:
+    return librosa.resample(mono, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq")
+
+
+def load_resampler() -> None:
+    """Make librosa load its resampler now rather than at first use, which may be in a forked process that cannot."""
+    _resample(np.zeros(SAMPLE_RATE, np.float32), 2 * SAMPLE_RATE)
+
+
+def _check_whole(path: Path) -> None:
+    """A WAV shorter than its header says decodes without a word; streams write 0 or all ones as their length."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    length = int.from_bytes(head[4:8], "little")
+    if head[:4] == b"RIFF" and length not in (0, 2**32 - 1) and path.stat().st_size < length + 8 - length % 2:
+        raise ValueError(f"the sound {path} is cut short: {path.stat().st_size} of {length + 8} bytes")
 
 
 def crop_or_tile(waveform: np.ndarray, length: int, position: float = 0.5) -> np.ndarray:

@@ -129,16 +129,16 @@ def index_folder(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def data_root(row: SetRow, given: str | Path | None) -> Path:
-    """The root given on the command line, else that of the row. Raises UserError when there is none."""
+def data_root(row: SetRow, given: str | Path | None, flag: str) -> Path:
+    """The root given by the flag, else that of the row. Raises UserError when there is none."""
     if not given and row.root.endswith("_ROOT"):
         given = os.environ.get(row.root)
         if not given:
-            raise UserError(f"where are the data? Give their root on the command line or set {row.root}=/path/to/data/")
+            raise UserError(f"where are the data? Give their root as {flag}, or set {row.root}=/path/to/data/")
     root = Path(given or row.root)
     if not root.is_dir():
         mend = f"set {row.root}" if row.root.endswith("_ROOT") else "python synthetic.py makes it"
-        raise UserError(f"the data folder {root} does not exist: {mend}, or give its path on the command line")
+        raise UserError(f"the data folder {root} does not exist: {mend}, or give another as {flag}")
     return root
 
 
@@ -198,7 +198,13 @@ def load_boxes(path: str | Path) -> dict[str, tuple[str, list[list[float]]]]:
             raise UserError(f"{path}: {name} stands there twice")
         boxes[name] = (class_name, drawn)
     if not boxes:
-        raise UserError(f"the annotation {path} holds no list of {{file, class, bbox}}")
+        raise UserError(f"the annotation {path} holds no list of entries {{file, class, bbox}}")
+    if not any(box_map(drawn).any() for _, drawn in boxes.values()):
+        name, (_, drawn) = next(iter(boxes.items()))
+        raise UserError(
+            f"no box in {path} covers a pixel: [xmin, ymin, xmax, ymax] in 0..1 of the picture are wanted, "
+            f"{name} has {drawn}"
+        )
     return boxes
 
 
@@ -355,7 +361,7 @@ def select_training_pairs(
 ) -> Selection:
     """Pairs of a row of TRAIN_SETS; train_list replaces the row's own list."""
     row = TRAIN_SETS[name]
-    folder = data_root(row, root)
+    folder = data_root(row, root, "--train_data_path")
     path = train_list or _own_list(row, row.ids, folder, metadata)
     pairs, missing = find_pairs(folder, row.layout, read_ids(path) if path else None, allow_missing)
     listed = len(pairs) + len(missing)
@@ -376,9 +382,9 @@ def hold_out(
     Held out are the ids of val_list, else of the row's own list, else a seeded fraction.
     """
     row = TRAIN_SETS[name]
-    path = val_list or _own_list(row, row.val_ids, data_root(row, root), "")
+    path = val_list or _own_list(row, row.val_ids, data_root(row, root, "--train_data_path"), "")
     if path:
-        held_out, _ = find_pairs(data_root(row, root), row.layout, read_ids(path), allow_missing)
+        held_out, _ = find_pairs(data_root(row, root, "--train_data_path"), row.layout, read_ids(path), allow_missing)
     else:
         order = np.random.default_rng(seed).permutation(len(pairs))
         held_out = [pairs[i] for i in sorted(order[: round(val_fraction * len(order))])]
@@ -402,7 +408,7 @@ def build_test_set(
 ) -> tuple[EvaluationPairs, Selection]:
     """A row of TEST_SETS with its ground truth; test_list replaces the row's own list."""
     row = TEST_SETS[name]
-    folder = data_root(row, root)
+    folder = data_root(row, root, "--test_data_path")
     if gt_path is None and row.annotation is None:
         raise UserError(f"--testset {name} needs --test_gt_path: a JSON of {{file, class, bbox}}")
     in_root = row.lists_in_root or row.layout == "flickr"

@@ -78,7 +78,7 @@ def build_avs_set(
 ) -> tuple[EvaluationPairs, Selection]:
     """A row of AVS_SETS with its masks; test_list replaces the row's own meta data CSV."""
     row = AVS_SETS[name]
-    folder = data_root(row, root)
+    folder = data_root(row, root, "--test_data_path")
     files, categories = {}, {}
     for video in read_videos(Path(test_list) if test_list else Path(metadata) / row.ids):
         for number in range(1, FRAMES_PER_VIDEO + 1):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from audio_io import load_resampler
 from utils import strict_json, write_text
 from visualize import plot_curves
 
@@ -150,6 +151,7 @@ class RunLog:
 
 
 def _start_wandb(folder: Path, mode: str, name: str, config: Mapping[str, Any]):
+    load_resampler()  # wandb watches imports, and that breaks in the loader processes
     import wandb
 
     if mode == "true" and not wandb.api.api_key and os.environ.get("WANDB_MODE") is None:

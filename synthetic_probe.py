@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from audio_io import load_audio, log_spectrogram
 from dataset import box_map, load_boxes, load_image
@@ -151,7 +152,9 @@ def probe(root: str | Path) -> dict[str, dict]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}, which names the objects in view: {error}") from error
     splits = dict.fromkeys(name.partition("_")[0] for name in objects)
-    numbers = {split: blind_scores(root, split, objects) for split in splits}
+    numbers = {
+        split: blind_scores(root, split, objects) for split in tqdm(splits, "probing", leave=False, disable=None)
+    }
     numbers["class_accuracy"] = {
         "colour": nearest_mean_accuracy(root, mean_colour),
         "spectrum": nearest_mean_accuracy(root, mean_spectrum),

@@ -63,6 +63,8 @@ class WithWrongSound(Dataset):
 
     def __init__(self, dataset: EvaluationPairs, seed: int) -> None:
         self.dataset = dataset
+        if len(dataset) < 2:
+            raise UserError(f"a test set of {len(dataset)} pair has no wrong sound to ask with: give it two or more")
         sounds = [str(pair.audio) for pair in dataset.pairs]  # the frames of a video share one
         with as_user_error(ValueError):
             self.partners = metrics.derangement(dataset.class_names if all(dataset.class_names) else sounds, seed)
@@ -301,7 +303,7 @@ def publish(evaluation: Evaluation, name: str, selection: Selection, checkpoint:
     write_text(folder / "per_sample.csv", text.getvalue())
     write_json(folder / "results.json", evaluation.results)
     print(results_table(evaluation.results))
-    print(f"written: {folder / 'results.json'}, {folder / 'per_sample.csv'}")
+    print(f"written: {folder / 'results.json'}, {folder / 'per_sample.csv'}\n")
 
 
 def load_saliency(source: str, device: torch.device) -> ObjectSaliency | None:
@@ -374,7 +376,7 @@ def parse_args():
     group.add_argument(
         "--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="of the wrong sounds of AUD_wrong"
     )
-    group.add_argument("--out_dir", help="where results go (default: results/ beside the checkpoint, a folder per set)")
+    group.add_argument("--out_dir", help="default: NAME/results/, or PATH_results/ for --checkpoint PATH")
     group.add_argument("--save_visualizations", type=boolean, default=False, help="true: overlays and a contact sheet")
     return parser.parse_args()
 
@@ -420,8 +422,7 @@ def main() -> None:
         )
         publish(evaluation, name, selection, path, folder)
         if drawer:
-            print(f"pictures: {drawer.finish()}, {folder / 'samples'}")
-        print()
+            print(f"pictures: {drawer.finish()}, {folder / 'samples'}\n")
 
 
 if __name__ == "__main__":

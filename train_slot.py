@@ -10,6 +10,7 @@ import math
 import os
 import shlex
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -335,7 +336,10 @@ def test_command(args) -> str:
     """The command that scores what was trained, with the roots that came from the environment in front."""
     roots = {ALL_SETS[name].root for name in parse_testsets(args.testset)}
     command = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(roots) if name in os.environ]
-    command += ["python", "test_model.py", "--save_visualizations", "true"]
+    python = Path(sys.executable)
+    here = str(python.relative_to(Path.cwd())) if python.is_relative_to(Path.cwd()) else "python"
+    command += [here, "test_model.py", "--save_visualizations", "true"]
+    command += ["--imagenet_weights", "none"] * (args.imagenet_weights == "none")
     data = ("testset", "test_data_path", "test_gt_path", "test_list")
     for name in ("model_dir", "experiment_name", *data, "metadata", "alpha", "infer_sharpening", "gpu"):
         if getattr(args, name) is not None:
@@ -354,6 +358,8 @@ class Run:
         self.folder = Path(args.model_dir) / args.experiment_name
         if (self.folder / "latest.pth").exists() and not (args.resume or args.overwrite or args.dry_run):
             raise UserError(f"{self.folder} holds a trained model: --resume goes on with it, --overwrite replaces it")
+        if args.resume and not (self.folder / "latest.pth").exists():
+            raise UserError(f"there is nothing to resume in {self.folder}: no latest.pth")
         seed_everything(args.seed)
         self.train_pairs, self.held_out, self.counts = build_training_data(args)
         self.model = build_model(args, self.device)
@@ -453,7 +459,8 @@ class Run:
     def dry_run(self) -> None:
         averages = self.train_epoch(0, max_batches=1)
         print(f"one step: loss {averages['loss']:.4f}")
-        print(f"one batch of held-out pairs: {self.validate(self.args.batch_size) or 'none'}")
+        for name, value in self.validate(self.args.batch_size).items():
+            print(f"one batch of held-out pairs: {name} {value:.3f}")
         for name, value in self.score(max_batches=1).items():
             if name.endswith(("AUD/cIoU", "AUD/pointing")):
                 print(f"one evaluation batch: {name} {value:.3f}")

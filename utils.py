@@ -31,7 +31,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to a flag's help where there is one to speak of and the help does not say it already."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default in (None, False) or "default" in (action.help or "")
+        silent = action.default is None or action.default is False or "default" in (action.help or "")
         return action.help if silent else super()._get_help_string(action)
 
 
@@ -49,11 +49,13 @@ def run_cli(main: Callable[[], None]) -> None:
     """Run a script's main; a UserError, or a file or folder that cannot be used, becomes one line and exit status 2."""
     try:
         main()
-    except (UserError, OSError) as error:
+    except UserError as error:
         last_line = str(error).strip().splitlines()[-1]  # a loader worker puts its traceback in front
         sys.exit(_fail(last_line.removeprefix("utils.UserError: "), 2))
+    except OSError as error:
+        sys.exit(_fail(f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[-1], 2))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted", 130))
+        sys.exit(_fail("interrupted; what was finished is kept", 130))
 
 
 def _fail(message: str, status: int) -> int:
@@ -212,20 +214,13 @@ SAFE_GLOBALS = [
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU with `weights_only=True`. Raises UserError when there is none or it is broken."""
     if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}: train first, or give --checkpoint a path")
+        raise UserError(f"there is no checkpoint file {path}")
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        UnpicklingError,
-        EOFError,
-        OSError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-    ) as error:
+    except (LookupError, AttributeError, TypeError, EOFError) as error:  # what unpickling makes of other files
+        raise UserError(f"{path} is no PyTorch checkpoint, or a damaged one") from error
+    except (RuntimeError, UnpicklingError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the checkpoint {path} cannot be read ({reason}): damaged, or not PyTorch's") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):

@@ -28,7 +28,7 @@ TRUTH_COLOUR = (60, 255, 90)
 INK, SOFT_INK, PAPER = (25, 25, 30), (105, 105, 115), (255, 255, 255)
 GAP, LABEL_HEIGHT, TITLE_HEIGHT, HEADER_HEIGHT = 8, 24, 26, 44  # pixels
 LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222", "#999999")  # Okabe and Ito
-NOT_CURVES = ("epoch", "step", "seconds", "pairs_per_second")
+NOT_CURVES = ("epoch", "step", "steps", "seconds", "pairs_per_second")
 DRAWN_SCORES = ("cIoU", "AUC", "cIoU_half", "mAP", "pointing", "IIoU", "listening")  # of a test set, one axis each
 
 
@@ -198,6 +198,8 @@ def _sort_keys(log_lines: Log) -> dict[str, dict[str, str]]:
             axes["learning rate"][key] = key
         elif "retrieval" in key or "recall" in key or key.startswith("val"):
             axes["validation"][key] = key.removeprefix("val/")
+        elif key == "grad_norm":
+            axes["gradient norm"] = {key: key}
         elif key not in NOT_CURVES:
             axes["losses"][key] = key
     return {title: keys for title, keys in axes.items() if keys} or {"nothing to draw": {}}

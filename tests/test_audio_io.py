@@ -56,6 +56,18 @@ def test_a_broken_sound_is_named(tmp_path, name, content):
         audio_io.load_spectrogram(path, seconds=1.0)
 
 
+def test_a_wav_that_is_cut_short_is_refused(tmp_path):
+    path = tmp_path / "cut.wav"
+    soundfile.write(path, np.full(16000, 0.1), 16000)
+    whole = path.read_bytes()
+    assert len(audio_io.load_audio(path)) == 16000
+    path.write_bytes(whole[:9000])
+    with pytest.raises(ValueError, match=r"cut\.wav is cut short"):
+        audio_io.load_audio(path)
+    path.write_bytes(whole[:4] + b"\xff" * 4 + whole[8:])  # as a stream writes it
+    assert len(audio_io.load_audio(path)) == 16000
+
+
 def test_an_empty_sound_and_one_with_nan_are_refused(tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     with pytest.raises(ValueError, match="empty"):

@@ -98,6 +98,8 @@ def test_missing_pairs_stop_with_their_ids_and_are_counted_when_allowed(root):
         ("boxes.json", '[{"file": "a"}]', "entry 0"),
         ("boxes.json", '[{"file": "a", "bbox": [[0, 1, "x", 1]]}]', "entry 0"),
         ("boxes.json", '[{"file": "a", "bbox": [[0, 1, 1]]}]', "four numbers"),
+        ("boxes.json", '[{"file": "a", "bbox": [[30, 20, 90, 80]]}]', "in 0..1 of the picture are wanted, a has"),
+        ("boxes.json", '[{"file": "a", "bbox": [[0.9, 0.9, 0.1, 0.1]]}]', "covers a pixel"),
         ("ids.txt", "", "is empty"),
         ("ids.txt", "a\na\n", "twice: a"),
         ("ids.txt", "stranger\n", "no box for 1 ids"),
