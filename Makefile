@@ -9,8 +9,8 @@ RUN := $(VENV)/bin/python
 .PHONY: help setup demo demo-table test test-slow clean
 
 help:
-	@echo "make demo        set up, make the built-in data, train (about 6 minutes on 2 cores), evaluate, draw"
-	@echo "make test        set up, run ruff and every check"
+	@echo "make demo        set up, make the built-in data, train (3 minutes on 2 cores), evaluate, draw"
+	@echo "make test        set up, run ruff and all but the heavy checks"
 	@echo "make test-slow   the heavy proofs"
 	@echo "make demo-table  the demo with seeds 0, 1 and 2: the table of the README and checkpoints/demo.pth"
 	@echo "make clean       remove what the demo made"
