@@ -272,10 +272,15 @@ def training_overlap(path: Path, ids: list[str]) -> int | None:
     return len(set(read_ids(beside)) & set(ids)) if beside.is_file() else None
 
 
+def trained_with(path: Path) -> dict[str, Any]:
+    """The flags of the training run, where the checkpoint carries them; released ones do not."""
+    args = load_checkpoint(path).get("args")
+    return args if isinstance(args, dict) else {}
+
+
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """Where the weights come from and how they were chosen, as far as the checkpoint says."""
-    state = load_checkpoint(path)
-    args = state["args"] if isinstance(state.get("args"), dict) else {}
+    state, args = load_checkpoint(path), trained_with(path)
     chosen = "last epoch trained" if path.name == "latest.pth" else state.get("selected_by", "unknown")
     epoch, trainset = state.get("epoch", "unknown"), args.get("trainset", "unknown")
     return {"path": str(path), "epoch": epoch, "selected_by": chosen, "trained_on": trainset}
@@ -368,7 +373,9 @@ def parse_args():
     group = parser.add_argument_group("maps")
     group.add_argument("--alpha", type=number(float, low=0, high=1), default=0.6, help="weight of AUD in IQR and OGL")
     group.add_argument(
-        "--infer_sharpening", type=number(float, above=0), default=0.1, help="multiplies the attention logits"
+        "--infer_sharpening",
+        type=number(float, above=0),
+        help="multiplies the attention logits (default: what the model was trained with, else the paper's 0.1)",
     )
     group = parser.add_argument_group("run")
     group.add_argument("--gpu", default="0", help="number of a CUDA device, or cpu")
@@ -400,6 +407,7 @@ def main() -> None:
     model = JointSlotModel.from_checkpoint(path, device)
     test_sets = build_test_sets(args, model)
     saliency = load_saliency(args.imagenet_weights, device)
+    infer_sharpening = args.infer_sharpening or trained_with(path).get("infer_sharpening", 0.1)
     beside = path.parent / ("results" if args.experiment_name else f"{path.stem}_results")
     out_dir = Path(args.out_dir) if args.out_dir else beside
     out_dir.mkdir(parents=True, exist_ok=True)  # before the work: a place that cannot be written to shows now
@@ -414,7 +422,7 @@ def main() -> None:
             batch_size=args.batch_size,
             workers=args.num_workers,
             alpha=args.alpha,
-            infer_sharpening=args.infer_sharpening,
+            infer_sharpening=infer_sharpening,
             saliency=saliency,
             interactive=name in INTERACTIVE_SETS,
             seed=args.seed,

@@ -37,7 +37,7 @@ case $trainset in
     synthetic)
         recipe=(--arch small --imagenet_weights none --image_size 112 --audio_seconds 1.6 --augment plain
             --epochs 10 --batch_size 64 --lr 1e-3 --lr_warmup 0.06 --lr_schedule cosine --clip 5
-            --tau 0.05 --iterations 3 --reciprocal_k 0 --eval_every 0) ;;
+            --tau 0.05 --iterations 3 --reciprocal_k 0 --infer_sharpening 0.02 --eval_every 0) ;;
     *) recipe=(--epochs 100) ;;
 esac
 
