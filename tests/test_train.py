@@ -105,6 +105,27 @@ def test_the_test_script_gives_the_figures_of_the_training_run(finished, synthet
     assert again["training_test_overlap"] == 0
 
 
+def test_the_test_script_takes_the_sharpening_of_the_training_unless_told_another(synthetic_root, tmp_path, train, cli):
+    done = train(synthetic_root, tmp_path, "--epochs", "1", "--infer_sharpening", "0.5")
+    assert done.returncode == 0, done.stderr
+    for flags, expected in (([], 0.5), (["--infer_sharpening", "0.3"], 0.3)):
+        test = [
+            "--model_dir",
+            tmp_path,
+            "--experiment_name",
+            "run",
+            "--gpu",
+            "cpu",
+            "--imagenet_weights",
+            "none",
+            *flags,
+        ]
+        done = cli("test_model", *test, "--test_data_path", synthetic_root, "--num_workers", "0")
+        assert done.returncode == 0, done.stderr
+        results = json.loads((tmp_path / "run" / "results" / "synthetic" / "results.json").read_text())
+        assert results["settings"]["infer_sharpening"] == expected
+
+
 def same(one, other):
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
