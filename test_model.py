@@ -272,17 +272,17 @@ def training_overlap(path: Path, ids: list[str]) -> int | None:
     return len(set(read_ids(beside)) & set(ids)) if beside.is_file() else None
 
 
-def trained_with(path: Path) -> dict[str, Any]:
-    """The flags of the training run, where the checkpoint carries them; released ones do not."""
-    args = load_checkpoint(path).get("args")
+def trained_with(state: dict[str, Any]) -> dict[str, Any]:
+    """The flags of the training run, where a checkpoint carries them; released ones do not."""
+    args = state.get("args")
     return args if isinstance(args, dict) else {}
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """Where the weights come from and how they were chosen, as far as the checkpoint says."""
-    state, args = load_checkpoint(path), trained_with(path)
+    state = load_checkpoint(path)
     chosen = "last epoch trained" if path.name == "latest.pth" else state.get("selected_by", "unknown")
-    epoch, trainset = state.get("epoch", "unknown"), args.get("trainset", "unknown")
+    epoch, trainset = state.get("epoch", "unknown"), trained_with(state).get("trainset", "unknown")
     return {"path": str(path), "epoch": epoch, "selected_by": chosen, "trained_on": trainset}
 
 
@@ -407,7 +407,7 @@ def main() -> None:
     model = JointSlotModel.from_checkpoint(path, device)
     test_sets = build_test_sets(args, model)
     saliency = load_saliency(args.imagenet_weights, device)
-    infer_sharpening = args.infer_sharpening or trained_with(path).get("infer_sharpening", 0.1)
+    infer_sharpening = args.infer_sharpening or trained_with(load_checkpoint(path)).get("infer_sharpening", 0.1)
     beside = path.parent / ("results" if args.experiment_name else f"{path.stem}_results")
     out_dir = Path(args.out_dir) if args.out_dir else beside
     out_dir.mkdir(parents=True, exist_ok=True)  # before the work: a place that cannot be written to shows now
