@@ -3,28 +3,23 @@
 An id names one pair. H x W picture, F bins, L frames; ground truth is a (224, 224) map in 0..1.
 """
 
-import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from xml.etree.ElementTree import ParseError
 
 import numpy as np
 import torch
-from defusedxml import ElementTree
-from defusedxml.common import DefusedXmlException
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import to_tensor
 
+from annotations import GroundTruth, box_map, consensus_map, first_ids, load_boxes, read_ids
 from audio_io import AUDIO_SUFFIXES, load_spectrogram
-from metrics import MAP_SIZE
 from utils import UserError, as_user_error
 
-FLICKR_BOX_UNITS = 256
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SPECTROGRAM_MASK_BINS = 9
@@ -56,6 +51,7 @@ class SetRow(NamedTuple):
     expected: int | None = None  # published number of pairs
     val_ids: str | None = None  # list of held-out training ids
     lists_in_root: bool = False  # lists and annotation lie in the data's root, not in metadata/
+    interactive: bool = False  # entries of one picture share the id up to the last underscore
 
 
 LAYOUTS = {  # pairs of folders (pictures, sounds): all that exist below the root are searched
@@ -83,36 +79,13 @@ TEST_SETS = {
         "vggsound", "data/synthetic", "distractor.txt", "distractor.json", lists_in_root=True
     ),
     "synthetic_interactive": SetRow(
-        "vggsound", "data/synthetic", "interactive.txt", "interactive.json", lists_in_root=True
+        "vggsound", "data/synthetic", "interactive.txt", "interactive.json", lists_in_root=True, interactive=True
     ),
     "custom": SetRow("vggsound", "CUSTOM_ROOT"),
 }
-INTERACTIVE_SETS = ("synthetic_interactive",)  # entries of one picture share the id up to the last underscore
 
 
 # ---------------------------------------------------------------- ids and files
-
-
-def read_ids(path: str | Path) -> list[str]:
-    """Ids of a list, one a line, the first field where a line has commas. Raises UserError when there are none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"the list {path} does not exist: metadata/README.md says where each list comes from") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list {path}: {error}") from error
-    ids = [line.split(",")[0].strip() for line in lines if line.strip()]
-    if not ids:
-        raise UserError(f"the list {path} is empty")
-    if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        twice = [i for i in ids if i in seen or seen.add(i)]
-        raise UserError(f"the list {path} names {len(twice)} ids twice: {first_ids(twice)}")
-    return ids
-
-
-def first_ids(ids: Sequence[str], count: int = 5) -> str:
-    return ", ".join(ids[:count]) + (f" and {len(ids) - count} more" if len(ids) > count else "")
 
 
 def index_folder(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
@@ -170,75 +143,6 @@ def find_pairs(
     if not pairs:
         raise UserError(f"no pair of picture and sound was found in {wanted} below {root}")
     return pairs, missing
-
-
-# ---------------------------------------------------------------- annotations
-
-
-def load_boxes(path: str | Path) -> dict[str, tuple[str, list[list[float]]]]:
-    """VGG-SS JSON: {id: (class name, [[xmin, ymin, xmax, ymax], ...] in units of the picture)}."""
-    try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(
-            f"the annotation {path} does not exist: metadata/README.md says where each comes from"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the annotation {path}: {error}") from error
-    boxes: dict[str, tuple[str, list[list[float]]]] = {}
-    for number, entry in enumerate(entries if isinstance(entries, list) else []):
-        try:
-            drawn = [[float(v) for v in box] for box in entry["bbox"]]
-            name, class_name = str(entry["file"]), str(entry.get("class", ""))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"entry {number} of {path} is not {{file, class, bbox}}: {entry!r:.80}") from error
-        if any(len(box) != 4 or np.isnan(box).any() for box in drawn):
-            raise UserError(f"{path}: a box of {name} is not four numbers")
-        if name in boxes:
-            raise UserError(f"{path}: {name} stands there twice")
-        boxes[name] = (class_name, drawn)
-    if not boxes:
-        raise UserError(f"the annotation {path} holds no list of entries {{file, class, bbox}}")
-    if not any(box_map(drawn).any() for _, drawn in boxes.values()):
-        name, (_, drawn) = next(iter(boxes.items()))
-        raise UserError(
-            f"no box in {path} covers a pixel: [xmin, ymin, xmax, ymax] in 0..1 of the picture are wanted, "
-            f"{name} has {drawn}"
-        )
-    return boxes
-
-
-def box_map(boxes: Iterable[Sequence[float]]) -> torch.Tensor:
-    """Boxes in 0..1 -> (224, 224) map, 1 inside any of them. Clipped to the picture, cut to whole pixels."""
-    truth = torch.zeros(MAP_SIZE, MAP_SIZE)
-    for box in boxes:
-        xmin, ymin, xmax, ymax = (int(min(max(v, 0.0), 1.0) * MAP_SIZE) for v in box)
-        truth[ymin:ymax, xmin:xmax] = 1
-    return truth
-
-
-def consensus_map(path: str | Path) -> torch.Tensor:
-    """Flickr-SoundNet XML -> (224, 224) map: every annotator's box adds one half, at most 1 (Senocak et al., 2018)."""
-    truth = torch.zeros(MAP_SIZE, MAP_SIZE)
-    try:
-        for box in ElementTree.parse(path).getroot().iterfind("./*/bbox"):
-            scaled = [int(MAP_SIZE * float(side.text) / FLICKR_BOX_UNITS) for side in list(box)[1:]]
-            xmin, ymin, xmax, ymax = (max(v, 0) for v in scaled)
-            truth[ymin:ymax, xmin:xmax] += 0.5
-    except FileNotFoundError:
-        raise UserError(f"the annotation {path} does not exist: give its folder as --test_gt_path") from None
-    except (ParseError, DefusedXmlException, TypeError, ValueError, OverflowError, OSError) as error:
-        raise UserError(f"cannot read the annotation {path}: {error}") from error
-    return truth.clamp(max=1)
-
-
-def mask_map(path: str | Path, threshold: int = 0) -> torch.Tensor:
-    """Mask picture of mode 1, L or P -> (224, 224) map, 1 where a pixel is above threshold. Nearest neighbour."""
-    with Image.open(path) as picture:
-        if picture.mode not in ("1", "L", "P"):
-            picture = picture.convert("L")
-        resized = picture.resize((MAP_SIZE, MAP_SIZE), Image.Resampling.NEAREST)
-        return torch.from_numpy((np.array(resized).astype(np.int32) > threshold).astype(np.float32))
 
 
 # ---------------------------------------------------------------- transforms
@@ -315,23 +219,18 @@ class TrainingPairs(Dataset):
 
 
 class EvaluationPairs(Dataset):
-    """Pairs with ground truth.
-
-    truth_of: id -> (224, 224) map; class_of: {id: class name} as far as known; missing: ids that it should hold, too.
-    """
+    """Pairs with their ground truth; missing: ids that the set should hold, too."""
 
     def __init__(
         self,
         pairs: Sequence[Pair],
-        truth_of: Callable[[str], torch.Tensor],
-        class_of: dict[str, str],
+        ground_truth: GroundTruth,
         missing: Sequence[str],
         image_size: int,
         audio_seconds: float,
     ) -> None:
-        self.pairs, self.truth_of, self.missing, self.audio_seconds = pairs, truth_of, missing, audio_seconds
-        self.ids = [pair.id for pair in pairs]
-        self.class_names = [class_of.get(pair.id, "") for pair in pairs]
+        self.pairs, self.ground_truth, self.missing, self.audio_seconds = pairs, ground_truth, missing, audio_seconds
+        self.class_names = [ground_truth.class_of.get(pair.id, "") for pair in pairs]
         self.transform = eval_transform(image_size)
 
     def __len__(self) -> int:
@@ -345,11 +244,12 @@ class EvaluationPairs(Dataset):
         pair = self.pairs[index]
         with as_user_error(ValueError):
             image = self.transform(load_image(pair.image))
-        return Sample(image, self.spectrogram(index), self.truth_of(pair.id), pair.id, self.class_names[index])
+        truth = self.ground_truth.truth_of(pair.id)
+        return Sample(image, self.spectrogram(index), truth, pair.id, self.class_names[index])
 
 
 class Selection(NamedTuple):
-    """The pairs of a set and what is not there."""
+    """The pairs of a training set and what is not there."""
 
     pairs: list[Pair]
     missing: list[str]
@@ -396,6 +296,43 @@ def _own_list(row: SetRow, name: str | None, root: Path, metadata: str) -> Path 
     return None if name is None else (root if row.lists_in_root else Path(metadata)) / name
 
 
+def build_ground_truth(
+    name: str, root: str | None, gt_path: str | None, metadata: str, test_list: str | None = None
+) -> GroundTruth:
+    """What a row of TEST_SETS asks for, whether its pictures and sounds are there or not.
+
+    test_list replaces the row's own list.
+    """
+    row = TEST_SETS[name]
+    if gt_path is None and row.annotation is None:
+        raise UserError(f"--testset {name} needs --test_gt_path: a JSON of {{file, class, bbox}}")
+    in_root = row.lists_in_root or row.layout == "flickr"
+    needs_root = (in_root and not gt_path) or (row.lists_in_root and not test_list)
+    folder = data_root(row, root, "--test_data_path") if needs_root else Path()
+    annotation = Path(gt_path) if gt_path else (folder if in_root else Path(metadata)) / row.annotation
+    list_path = test_list or _own_list(row, row.ids, folder, metadata)
+    if row.layout == "flickr":
+        if not annotation.is_dir():
+            raise UserError(f"the folder of annotations {annotation} does not exist: give it as --test_gt_path")
+        ids = read_ids(list_path)
+        truth = {"truth_of": partial(_xml_truth, annotation)}
+    else:
+        boxes = load_boxes(annotation)
+        ids = read_ids(list_path) if list_path else list(boxes)
+        unknown = [i for i in ids if i not in boxes]
+        if unknown:
+            raise UserError(f"{annotation} has no box for {len(unknown)} ids of {list_path}: {first_ids(unknown)}")
+        truth = {
+            "truth_of": partial(_box_truth, boxes),
+            "class_of": {i: boxes[i][0] for i in ids},
+            "silent": frozenset(i for i in ids if not boxes[i][1]),
+        }
+    if row.interactive:
+        truth["unit_of"] = {i: i.rpartition("_")[0] for i in ids}
+    expected = len(ids) if test_list else max(len(ids), row.expected or 0)
+    return GroundTruth(name, ids, expected=expected, interactive=row.interactive, **truth)
+
+
 def build_test_set(
     name: str,
     root: str | None,
@@ -405,30 +342,13 @@ def build_test_set(
     audio_seconds: float,
     test_list: str | None = None,
     allow_missing: bool = False,
-) -> tuple[EvaluationPairs, Selection]:
-    """A row of TEST_SETS with its ground truth; test_list replaces the row's own list."""
+) -> EvaluationPairs:
+    """A row of TEST_SETS with its pictures, sounds and ground truth; test_list replaces the row's own list."""
     row = TEST_SETS[name]
     folder = data_root(row, root, "--test_data_path")
-    if gt_path is None and row.annotation is None:
-        raise UserError(f"--testset {name} needs --test_gt_path: a JSON of {{file, class, bbox}}")
-    in_root = row.lists_in_root or row.layout == "flickr"
-    annotation = Path(gt_path) if gt_path else (folder if in_root else Path(metadata)) / row.annotation
-    list_path = test_list or _own_list(row, row.ids, folder, metadata)
-    if row.layout == "flickr":
-        if not annotation.is_dir():
-            raise UserError(f"the folder of annotations {annotation} does not exist: give it as --test_gt_path")
-        ids = read_ids(list_path)
-        truth_of, class_of = partial(_xml_truth, annotation), {}
-    else:
-        boxes = load_boxes(annotation)
-        ids = read_ids(list_path) if list_path else list(boxes)
-        unknown = [i for i in ids if i not in boxes]
-        if unknown:
-            raise UserError(f"{annotation} has no box for {len(unknown)} ids of {list_path}: {first_ids(unknown)}")
-        truth_of, class_of = partial(_box_truth, boxes), {i: class_name for i, (class_name, _) in boxes.items()}
-    pairs, missing = find_pairs(folder, row.layout, ids, allow_missing)
-    selection = Selection(pairs, missing, len(ids) if test_list else max(len(ids), row.expected or 0))
-    return EvaluationPairs(pairs, truth_of, class_of, missing, image_size, audio_seconds), selection
+    ground_truth = build_ground_truth(name, root, gt_path, metadata, test_list)
+    pairs, missing = find_pairs(folder, row.layout, ground_truth.ids, allow_missing)
+    return EvaluationPairs(pairs, ground_truth, missing, image_size, audio_seconds)
 
 
 def _box_truth(boxes: dict[str, tuple[str, list[list[float]]]], name: str) -> torch.Tensor:

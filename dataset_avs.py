@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from dataset import EvaluationPairs, Pair, Selection, SetRow, data_root, first_ids, mask_map
+from annotations import GroundTruth, first_ids, mask_map
+from dataset import EvaluationPairs, Pair, SetRow, data_root
 from utils import UserError, as_user_error
 
 FRAMES_PER_VIDEO = 5
@@ -67,6 +68,33 @@ def _mask_truth(files: dict[str, Files], frame: str) -> torch.Tensor:
         return mask_map(files[frame].mask)
 
 
+def find_frames(name: str, root: str | None, metadata: str, test_list: str | None) -> tuple[GroundTruth, dict]:
+    """What a row of AVS_SETS asks for, and where each frame's files should lie: {frame: Files}.
+
+    test_list replaces the row's own meta data CSV.
+    """
+    row = AVS_SETS[name]
+    folder = data_root(row, root, "--test_data_path")
+    files, categories, videos = {}, {}, {}
+    for video in read_videos(Path(test_list) if test_list else Path(metadata) / row.ids):
+        for number in range(1, FRAMES_PER_VIDEO + 1):
+            frame = f"{video.name}_{number}"
+            files[frame], categories[frame] = frame_files(folder, row.layout, video, number), video.category
+            videos[frame] = video.name
+    expected = len(files) if test_list else max(len(files), row.expected)
+    truth_of = partial(_mask_truth, files)
+    return GroundTruth(name, list(files), truth_of, expected, categories, videos, masks=True), files
+
+
+def build_avs_truth(name: str, root: str | None, metadata: str, test_list: str | None = None) -> GroundTruth:
+    """What a row of AVS_SETS asks for. Its masks must be there, pictures and sounds need not."""
+    ground_truth, files = find_frames(name, root, metadata, test_list)
+    lost = [frame for frame, paths in files.items() if not paths.mask.is_file()]
+    if lost:
+        raise UserError(f"{len(lost)} of {len(files)} masks of {name} are missing: first {files[lost[0]].mask}")
+    return ground_truth
+
+
 def build_avs_set(
     name: str,
     root: str | None,
@@ -75,25 +103,18 @@ def build_avs_set(
     audio_seconds: float,
     test_list: str | None = None,
     allow_missing: bool = False,
-) -> tuple[EvaluationPairs, Selection]:
+) -> EvaluationPairs:
     """A row of AVS_SETS with its masks; test_list replaces the row's own meta data CSV."""
-    row = AVS_SETS[name]
-    folder = data_root(row, root, "--test_data_path")
-    files, categories = {}, {}
-    for video in read_videos(Path(test_list) if test_list else Path(metadata) / row.ids):
-        for number in range(1, FRAMES_PER_VIDEO + 1):
-            frame = f"{video.name}_{number}"
-            files[frame], categories[frame] = frame_files(folder, row.layout, video, number), video.category
+    ground_truth, files = find_frames(name, root, metadata, test_list)
     missing = [frame for frame, paths in files.items() if not all(path.is_file() for path in paths)]
     if len(missing) == len(files):
-        raise UserError(f"no frame of {name} was found below {folder}: first sought {files[missing[0]].image}")
+        raise UserError(f"no frame of {name} was found: first sought {files[missing[0]].image}")
     if missing and not allow_missing:
         raise UserError(
-            f"{len(missing)} of {len(files)} frames of {name} lack a picture, mask or sound below {folder}: "
-            f"{first_ids(missing)} (--allow_missing true goes on without them and counts them)"
+            f"{len(missing)} of {len(files)} frames of {name} lack a picture, mask or sound, first "
+            f"{files[missing[0]].image}: {first_ids(missing)} "
+            "(--allow_missing true goes on without them and counts them)"
         )
     lost = set(missing)
     pairs = [Pair(frame, paths.image, paths.audio) for frame, paths in files.items() if frame not in lost]
-
-    dataset = EvaluationPairs(pairs, partial(_mask_truth, files), categories, missing, image_size, audio_seconds)
-    return dataset, Selection(pairs, missing, len(files) if test_list else max(len(files), row.expected))
+    return EvaluationPairs(pairs, ground_truth, missing, image_size, audio_seconds)

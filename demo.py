@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dataset import INTERACTIVE_SETS, load_image, read_ids
+from annotations import read_ids
+from dataset import TEST_SETS, load_image
 from metrics import interactive_groups
 from synthetic_probe import oracle_scores
 from utils import ArgumentParser, UserError, load_checkpoint, number, run_cli, save_checkpoint
@@ -55,7 +56,7 @@ def figures(folder: Path) -> dict[tuple[str, str], float]:
                     table[split, f"{name} {metric}"] = maps[name][metric]
         table[split, "AUD_wrong pointing"] = maps["AUD_wrong"]["pointing"]
         table[split, "listening"] = maps["AUD"]["listening"]
-        if split not in INTERACTIVE_SETS:
+        if not TEST_SETS[split].interactive:
             by_class = results["retrieval"]["by_class"]
             table[split, "class R@1, worse way"] = min(recalls["R@1"] for recalls in by_class.values())
     return table
@@ -67,7 +68,7 @@ def deaf_oracle() -> dict[tuple[str, str], float]:
     table = {}
     for split in SPLITS[1:]:
         names = read_ids(DATA / f"{split.removeprefix('synthetic_')}.txt")
-        groups = interactive_groups(names) if split in INTERACTIVE_SETS else {}
+        groups = interactive_groups(names) if TEST_SETS[split].interactive else {}
         scores = oracle_scores([objects[name] for name in names], groups)
         table |= {(split, f"AUD {metric}"): value for metric, value in scores.items()}
     return table

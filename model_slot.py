@@ -45,15 +45,20 @@ class Embeddings(NamedTuple):
 
 
 def slot_attention(query: torch.Tensor, keys: torch.Tensor, sharpening: float = 1.0) -> torch.Tensor:
-    """Queries (B, K, D) over keys (B, N, D) -> (B, K, N): softmax over slots, plus 1e-8, then each row sums to 1.
+    """Queries (B, K, D) over keys (B, N, D) -> (B, K, N): `slot_share` plus 1e-8, then each row sums to 1."""
+    share = slot_share(query, keys, sharpening) + ATTENTION_FLOOR
+    return share / share.sum(dim=2, keepdim=True)
+
+
+def slot_share(query: torch.Tensor, keys: torch.Tensor, sharpening: float = 1.0) -> torch.Tensor:
+    """Queries (B, K, D) over keys (B, N, D) -> (B, K, N): softmax over slots, each slot's share of every token.
 
     sharpening multiplies the logits (below 1 it flattens). In fp32 whatever the inputs: 1e-8 is 0 in fp16.
     """
     with torch.autocast(query.device.type, enabled=False):
         query, keys = _at_least_fp32(query), _at_least_fp32(keys)
         logits = query @ keys.transpose(1, 2) / query.shape[-1] ** 0.5  # (B, K, N)
-        share = (logits * sharpening).softmax(dim=1) + ATTENTION_FLOOR
-        return share / share.sum(dim=2, keepdim=True)
+        return (logits * sharpening).softmax(dim=1)
 
 
 def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
@@ -92,8 +97,11 @@ class JointSlotAttention(nn.Module):
         masked = torch.rand(tokens.shape[:2], device=tokens.device) < ratio
         return torch.where(masked[..., None], getattr(self, f"mask_token_{modality}").to(tokens.dtype), tokens)
 
-    def forward(self, modality: str, tokens: torch.Tensor) -> SlotState:
-        """modality "img" or "aud", tokens (B, N, D) -> SlotState, in fp32 (it costs a few percent of a step)."""
+    def forward(self, modality: str, tokens: torch.Tensor, trace: list[torch.Tensor] | None = None) -> SlotState:
+        """modality "img" or "aud", tokens (B, N, D) -> SlotState, in fp32 (it costs a few percent of a step).
+
+        trace: a list that receives the intra attention of every iteration, (B, K, N) each, the last one last.
+        """
         norm_input, norm_slots, norm_pre_ff, to_q, to_k, to_v, gru, mlp = (
             getattr(self, f"{modality}_{name}")
             for name in ("norm_input", "norm_slots", "norm_pre_ff", "to_q", "to_k", "to_v", "gru", "mlp")
@@ -104,7 +112,10 @@ class JointSlotAttention(nn.Module):
             slots = self.slots.expand(len(x), -1, -1)  # (B, K, D)
             for _ in range(self.iterations):
                 query = to_q(norm_slots(slots))  # (B, K, D)
-                update = slot_attention(query, keys) @ values  # (B, K, D)
+                attention = slot_attention(query, keys)  # (B, K, N)
+                if trace is not None:
+                    trace.append(attention)
+                update = attention @ values  # (B, K, D)
                 slots = gru(update.flatten(0, 1), slots.flatten(0, 1)).view_as(update)
                 slots = slots + mlp(norm_pre_ff(slots))
         return SlotState(slots, query, keys)
@@ -213,7 +224,16 @@ def default_reciprocal_k(batch_size: int) -> int:
     return max(1, round(20 * batch_size / 256))
 
 
-# ---------------------------------------------------------------- inference maps
+# ---------------------------------------------------------------- inference
+
+
+def map_confidence(image: SlotState, audio: SlotState, infer_sharpening: float = 0.1) -> torch.Tensor:
+    """How surely the sound is in view, by AUD: (B,) in 0..1, the mean of the upper quarter of the target slot's share.
+
+    The share is that of the audio query over the image keys, before it is summed over tokens.
+    """
+    share = slot_share(audio.query, image.keys, infer_sharpening)[:, TARGET]  # (B, N)
+    return share.topk(max(1, share.shape[1] // 4), dim=1).values.mean(1)
 
 
 def fuse_maps(
@@ -230,13 +250,14 @@ def fuse_maps(
     rest = [n_map for n_map in (image_map, object_prior) if n_map is not None]
     if not rest:
         raise ValueError("fuse_maps needs an image map or an object prior beside the audio map")
+    return mix_maps(*(normalize_maps(upsample_maps(x, size)) for x in (audio_map, *rest)), alpha=alpha)
 
-    def ready(x: torch.Tensor) -> torch.Tensor:
-        return normalize_maps(upsample_maps(x, size))
 
-    mixed = alpha * ready(audio_map)
+def mix_maps(audio_map: torch.Tensor, *rest: torch.Tensor, alpha: float = 0.6) -> torch.Tensor:
+    """`fuse_maps` of maps (B, H, W) that are of one size and normalised already."""
+    mixed = alpha * audio_map
     for other in rest:
-        mixed = mixed + (1 - alpha) / len(rest) * ready(other)
+        mixed = mixed + (1 - alpha) / len(rest) * other
     return normalize_maps(mixed)
 
 

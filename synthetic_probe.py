@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from annotations import box_map, load_boxes
 from audio_io import load_audio, log_spectrogram
-from dataset import box_map, load_boxes, load_image
+from dataset import load_image
 from metrics import (
     MAP_SIZE,
     Groups,

@@ -1,43 +1,28 @@
-"""Score a trained model on test sets, and draw what it finds.
+"""Score localization maps on test sets, a trained model's or anyone's, draw what they find, compare results.
 
     python test_model.py --checkpoint checkpoints/demo.pth --testset synthetic --gpu cpu
     python test_model.py --model_dir ./checkpoints --experiment_name NAME --testset vggss \\
         --test_data_path /path/to/VGGSound/ --test_gt_path metadata/vggss.json --gpu 0 --save_visualizations true
-
-B batch, K slots, h x w image grid; maps are scored at 224 x 224.
+    python test_model.py --maps FILE.npz --testset vggss --test_gt_path metadata/vggss.json
+    python test_model.py --compare A/results/vggss/results.json B/results/vggss/results.json
 """
 
-import csv
-import io
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-import metrics
-from dataset import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    INTERACTIVE_SETS,
-    TEST_SETS,
-    EvaluationPairs,
-    Sample,
-    Selection,
-    build_test_set,
-    make_loader,
-    read_ids,
-)
-from dataset_avs import AVS_SETS, build_avs_set
-from metrics import MapScores, ReferenceScores, normalize_maps, upsample_maps
-from model_slot import TARGET, JointSlotModel, fuse_maps
-from report import results_table
+from comparison import compare
+from dataset import EvaluationPairs, TrainingPairs, select_training_pairs
+from diagnose import diagnose
+from evaluation import Evaluation, OnBatch, ScoredBatch, evaluate, evaluate_stored
+from html_report import Gallery
+from model_slot import JointSlotModel
+from report import Drawer, describe_checkpoint, pictures_of, publish, trained_with, training_overlap
 from resnet import ObjectSaliency
+from scores import RESAMPLES
+from stored_maps import MapWriter, StoredMaps
+from test_sets import add_test_set_flags, build_ground_truths, build_test_sets
 from utils import (
     ArgumentParser,
     UserError,
@@ -46,215 +31,8 @@ from utils import (
     load_checkpoint,
     number,
     pick_device,
-    provenance,
     run_cli,
-    write_json,
-    write_text,
 )
-from visualize import contact_sheet, denormalize, sample_panel
-
-ALL_SETS = TEST_SETS | AVS_SETS
-SHEET_SAMPLES = 12
-DRAWN_MAPS = ("AUD", "IMG_QUERY", "IQR")
-
-
-class WithWrongSound(Dataset):
-    """Every item of a set with a spectrogram of another class (another sound where classes are unknown)."""
-
-    def __init__(self, dataset: EvaluationPairs, seed: int) -> None:
-        self.dataset = dataset
-        if len(dataset) < 2:
-            raise UserError(f"a test set of {len(dataset)} pair has no wrong sound to ask with: give it two or more")
-        sounds = [str(pair.audio) for pair in dataset.pairs]  # the frames of a video share one
-        with as_user_error(ValueError):
-            self.partners = metrics.derangement(dataset.class_names if all(dataset.class_names) else sounds, seed)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Sample, torch.Tensor]:
-        return self.dataset[index], self.dataset.spectrogram(int(self.partners.permutation[index]))
-
-
-class Evaluation(NamedTuple):
-    results: dict[str, Any]  # nested, every figure a fraction of 1
-    rows: list[dict[str, Any]]  # one per sample
-
-
-class SetScores:
-    """Everything that one pass over a test set accumulates: scalars and target slots per sample, never maps."""
-
-    def __init__(self) -> None:
-        self.maps: dict[str, MapScores] = {}
-        self.references = ReferenceScores()
-        self.ids: list[str] = []
-        self.class_names: list[str] = []
-        self.areas: list[torch.Tensor] = []
-        self.image_target: list[torch.Tensor] = []
-        self.audio_target: list[torch.Tensor] = []
-
-    def add(
-        self, batch: Sample, maps: dict[str, torch.Tensor], image_slots: torch.Tensor, audio_slots: torch.Tensor
-    ) -> None:
-        truth = batch.truth.to(image_slots.device)
-        for name, scored in maps.items():
-            self.maps.setdefault(name, MapScores()).add(scored, truth)
-        self.references.add(truth)
-        self.ids += batch.id
-        self.class_names += batch.class_name
-        self.areas.append((truth > 0).flatten(1).sum(1).cpu())
-        self.image_target.append(image_slots[:, TARGET].cpu())
-        self.audio_target.append(audio_slots[:, TARGET].cpu())
-
-    def summary(self, interactive: bool, pairs_are_unique: bool, missing: Sequence[str] = ()) -> dict[str, Any]:
-        groups = metrics.interactive_groups(self.ids, [*self.ids, *missing]) if interactive else None
-        maps = {name: scores.summary(groups) for name, scores in self.maps.items()}
-        maps["AUD"]["listening"] = maps["AUD"]["cIoU"] - maps["AUD_wrong"]["cIoU"]
-        image, audio = torch.cat(self.image_target), torch.cat(self.audio_target)
-        retrieval = {}
-        if all(self.class_names) and not interactive:  # there a picture belongs to several classes
-            retrieval["by_class"] = metrics.retrieval_recall(image, audio, self.class_names)
-        if pairs_are_unique:
-            retrieval["by_pair"] = metrics.retrieval_recall(image, audio)
-        return {"maps": maps, "references": self.references.summary(groups), "retrieval": retrieval}
-
-    def rows(self) -> list[dict[str, Any]]:
-        confidence = F.cosine_similarity(torch.cat(self.image_target), torch.cat(self.audio_target))
-        columns = {"id": self.ids, "class": self.class_names, "area": torch.cat(self.areas).tolist()}
-        columns["confidence"] = confidence.tolist()
-        for name, scores in self.maps.items():
-            columns |= {
-                f"{name}_{column}": values.tolist() for column, values in scores.columns().items() if column != "empty"
-            }
-        return [dict(zip(columns, values)) for values in zip(*columns.values())]
-
-
-def score_maps(
-    model: JointSlotModel,
-    image: torch.Tensor,
-    spectrogram: torch.Tensor,
-    wrong: torch.Tensor,
-    alpha: float,
-    infer_sharpening: float,
-    saliency: ObjectSaliency | None,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Every map of a batch by name, (B, 224, 224) in 0..1, and the slots of both modalities, (B, K, D)."""
-    image_state, grid = model.attend_image(image)
-    audio_state = model.attend_audio(spectrogram)
-    own = model.maps(image_state, audio_state, grid, infer_sharpening)
-    other = model.maps(image_state, model.attend_audio(wrong), grid, infer_sharpening)
-    raw = {"AUD": own.audio_map, "AUD_wrong": other.audio_map, "IMG_QUERY": own.image_map}
-    if saliency is not None:
-        raw["OBJ_PRIOR"] = saliency(image)
-    maps = {name: normalize_maps(upsample_maps(m)) for name, m in raw.items()}
-    maps["IQR"] = fuse_maps(maps["AUD"], maps["IMG_QUERY"], alpha=alpha)
-    if saliency is not None:
-        maps["OGL"] = fuse_maps(maps["AUD"], None, maps["OBJ_PRIOR"], alpha)
-        maps["IQR_OGL"] = fuse_maps(maps["AUD"], maps["IMG_QUERY"], maps["OBJ_PRIOR"], alpha)
-    return maps, image_state.slots, audio_state.slots
-
-
-@torch.no_grad()
-def evaluate(
-    model: JointSlotModel,
-    dataset: EvaluationPairs,
-    device: torch.device,
-    batch_size: int = 64,
-    workers: int = 0,
-    alpha: float = 0.6,
-    infer_sharpening: float = 0.1,
-    saliency: ObjectSaliency | None = None,
-    interactive: bool = False,
-    seed: int = 0,
-    on_batch: Callable[[Sample, dict[str, torch.Tensor]], None] | None = None,
-    max_batches: int | None = None,
-) -> Evaluation:
-    """Score every map of a test set in one pass, in fp32; weights, buffers and the model's mode stay as they were.
-
-    on_batch sees each batch and its maps (to draw them); max_batches ends the pass early (dry runs).
-    """
-    was_training = model.training
-    model.eval()
-    scores, paired = SetScores(), WithWrongSound(dataset, seed)
-    loader = make_loader(paired, batch_size, workers)
-    total = min(len(loader), max_batches or len(loader))
-    try:
-        for number_of_batch, (batch, wrong) in enumerate(
-            tqdm(loader, "evaluating", total, leave=False, unit="batch", disable=None)
-        ):
-            if number_of_batch == max_batches:
-                break
-            inputs = (x.to(device, non_blocking=True) for x in (batch.image, batch.spectrogram, wrong))
-            with as_user_error(ValueError):  # maps that are not finite
-                maps, image_slots, audio_slots = score_maps(model, *inputs, alpha, infer_sharpening, saliency)
-            scores.add(batch, maps, image_slots, audio_slots)
-            if on_batch:
-                on_batch(batch, maps)
-    finally:
-        model.train(was_training)
-    settings = {
-        "alpha": alpha,
-        "infer_sharpening": infer_sharpening,
-        "threshold": metrics.THRESHOLD,
-        "interpolation": "bicubic",
-        "rules": {"cIoU": "fixed", "cIoU_half": "half"},
-        "seed": seed,
-    }
-    unique = not interactive and len({pair.audio for pair in dataset.pairs}) == len(dataset)
-    with as_user_error(ValueError):  # embeddings that are not finite
-        results = scores.summary(interactive, unique, dataset.missing)
-    results |= {"settings": settings, "wrong_sounds_of_same_class": paired.partners.same_label}
-    return Evaluation(results, scores.rows())
-
-
-@torch.no_grad()
-def embed_set(model: JointSlotModel, loader: DataLoader, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Target slots (N, D) of the pictures and of the sounds of a loader, in evaluation mode; the mode is put back."""
-    was_training = model.training
-    model.eval()
-    try:
-        slots = [model.embed(batch.image.to(device), batch.spectrogram.to(device)) for batch in loader]
-    finally:
-        model.train(was_training)
-    return tuple(torch.cat([s[side][:, TARGET].cpu() for s in slots]) for side in (0, 1))
-
-
-class Drawer:
-    """Draws while a set is scored: a contact sheet of some samples spread over it, an overlay of each if wanted.
-
-    Nothing stands in its place before `finish`: a run that breaks off leaves no half set of pictures.
-    """
-
-    def __init__(self, sheet: Path, testset: str, count: int, overlays: Path | None = None) -> None:
-        self.sheet, self.testset, self.overlays, self.seen, self.panels = sheet, testset, overlays, 0, []
-        self.drafts = tempfile.TemporaryDirectory()
-        self.on_sheet = {round(i * (count - 1) / (SHEET_SAMPLES - 1)) for i in range(SHEET_SAMPLES)}
-
-    def __call__(self, batch: Sample, maps: dict[str, torch.Tensor]) -> None:
-        for i, name in enumerate(batch.id):
-            if self.overlays or self.seen in self.on_sheet:
-                drawn = {m: maps[m][i].cpu().numpy() for m in DRAWN_MAPS}
-                picture = denormalize(upsample_picture(batch.image[i]), IMAGENET_MEAN, IMAGENET_STD)
-                panel = sample_panel(picture, batch.truth[i].numpy(), drawn, f"{name}   {batch.class_name[i]}".strip())
-                if self.overlays:
-                    contact_sheet([panel], Path(self.drafts.name) / f"{name}.png")
-                if self.seen in self.on_sheet:
-                    self.panels.append(panel)
-            self.seen += 1
-
-    def finish(self) -> Path:
-        header = f"{self.testset}: {len(self.panels)} of {self.seen} samples, outline = ground truth"
-        contact_sheet(self.panels, self.sheet, header)
-        if self.overlays:
-            shutil.rmtree(self.overlays, ignore_errors=True)
-            shutil.copytree(self.drafts.name, self.overlays)
-        self.drafts.cleanup()
-        return self.sheet
-
-
-def upsample_picture(image: torch.Tensor) -> torch.Tensor:
-    """(3, H, W) -> (3, 224, 224), the size of maps and ground truth."""
-    return F.interpolate(image[None], (metrics.MAP_SIZE,) * 2, mode="bicubic")[0]
 
 
 def checkpoint_path(args) -> Path:
@@ -262,53 +40,8 @@ def checkpoint_path(args) -> Path:
     if args.checkpoint not in ("best", "latest"):
         return Path(args.checkpoint)
     if not args.experiment_name:
-        raise UserError("say which model: --experiment_name NAME, or --checkpoint PATH")
+        raise UserError("say which model: --experiment_name NAME, or --checkpoint PATH (or maps: --maps FILE.npz)")
     return Path(args.model_dir) / args.experiment_name / f"{args.checkpoint}.pth"
-
-
-def training_overlap(path: Path, ids: list[str]) -> int | None:
-    """How many test ids the model was trained on; None where the list of training ids is not beside the checkpoint."""
-    beside = path.with_name("train_ids.txt")
-    return len(set(read_ids(beside)) & set(ids)) if beside.is_file() else None
-
-
-def trained_with(state: dict[str, Any]) -> dict[str, Any]:
-    """The flags of the training run, where a checkpoint carries them; released ones do not."""
-    args = state.get("args")
-    return args if isinstance(args, dict) else {}
-
-
-def describe_checkpoint(path: Path) -> dict[str, Any]:
-    """Where the weights come from and how they were chosen, as far as the checkpoint says."""
-    state = load_checkpoint(path)
-    chosen = "last epoch trained" if path.name == "latest.pth" else state.get("selected_by", "unknown")
-    epoch, trainset = state.get("epoch", "unknown"), trained_with(state).get("trainset", "unknown")
-    return {"path": str(path), "epoch": epoch, "selected_by": chosen, "trained_on": trainset}
-
-
-def publish(evaluation: Evaluation, name: str, selection: Selection, checkpoint: Path, folder: Path) -> None:
-    """Add to a set's figures where they come from, write results.json and per_sample.csv, print the table."""
-    ids = [row["id"] for row in evaluation.rows]
-    evaluation.results.update(
-        testset=name,
-        pairs={
-            "scored": len(ids),
-            "expected": selection.expected,
-            "left_out": selection.missing,
-            "left_out_because": "picture, sound or mask not found" if selection.missing else "",
-        },
-        checkpoint=describe_checkpoint(checkpoint),
-        training_test_overlap=training_overlap(checkpoint, ids),
-        provenance=provenance(),
-    )
-    text = io.StringIO()
-    writer = csv.DictWriter(text, evaluation.rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(evaluation.rows)
-    write_text(folder / "per_sample.csv", text.getvalue())
-    write_json(folder / "results.json", evaluation.results)
-    print(results_table(evaluation.results))
-    print(f"written: {folder / 'results.json'}, {folder / 'per_sample.csv'}\n")
 
 
 def load_saliency(source: str, device: torch.device) -> ObjectSaliency | None:
@@ -324,54 +57,154 @@ def load_saliency(source: str, device: torch.device) -> ObjectSaliency | None:
         return None
 
 
-def parse_testsets(text: str) -> list[str]:
-    names = list(ALL_SETS) if text == "all" else text.split(",")
-    unknown = [name for name in names if name not in ALL_SETS]
-    if unknown:
-        raise UserError(
-            f"unknown test set {', '.join(unknown)}: choose from {', '.join(ALL_SETS)}, a comma list, or all"
+# ---------------------------------------------------------------- what is kept of a pass
+
+
+class Keepsakes:
+    """Pictures, page and maps of one test set, as far as they are wanted; written when the pass has ended well."""
+
+    def __init__(self, args, folder: Path, dataset: EvaluationPairs | None, count: int) -> None:
+        self.folder, self.args = folder, args
+        self.drawer = self.gallery = self.writer = None
+        if dataset:
+            self.sounds = {pair.id: pair.audio for pair in dataset.pairs}
+            self.picture_of = pictures_of(dataset.pairs)
+        if args.save_visualizations:
+            sheet, overlays = folder / "contact_sheet.png", folder / "samples"
+            self.drawer = Drawer(sheet, dataset.ground_truth, count, self.picture_of, overlays)
+        if args.report:
+            self.gallery = Gallery(folder, seconds=dataset.audio_seconds)
+        if args.save_maps:
+            self.writer = MapWriter(folder / "maps.npz", count)
+
+    def on_batch(self) -> list[OnBatch]:
+        shows = {self.drawer: self.drawer, self.gallery: self.add_to_gallery, self.writer: self.add_maps}
+        return [show for wanted, show in shows.items() if wanted]
+
+    def add_to_gallery(self, batch: ScoredBatch) -> None:
+        for i, name in enumerate(batch.ids):
+            maps = {key: values[i].cpu().numpy() for key, values in batch.maps.items()}
+            with as_user_error(ValueError):
+                self.gallery.add(name, self.picture_of(name), batch.truth[i].numpy(), maps, self.sounds[name])
+
+    def add_maps(self, batch: ScoredBatch) -> None:
+        self.writer.add(batch.ids, batch.raw | batch.scalars)
+
+    def finish(self, evaluation: Evaluation) -> None:
+        if self.drawer:
+            print(f"pictures: {self.drawer.finish()}, {self.drawer.overlays}")
+        if self.gallery:
+            print(f"report: {self.gallery.finish(evaluation.results, evaluation.rows)}")
+        if self.writer:
+            settings = evaluation.results["settings"]
+            print(f"maps: {self.writer.finish(interpolation=settings['interpolation'], alpha=settings['alpha'])}")
+
+
+# ---------------------------------------------------------------- the two ways of scoring
+
+
+def score_model(args) -> None:
+    device, path = pick_device(args.gpu), checkpoint_path(args)
+    model = JointSlotModel.from_checkpoint(path, device)
+    state = load_checkpoint(path)
+    test_sets = build_test_sets(args, model.shape["image_size"], model.shape["audio_seconds"])
+    saliency = load_saliency(args.imagenet_weights, device)
+    infer_sharpening = args.infer_sharpening or trained_with(state).get("infer_sharpening", 0.1)
+    out_dir = make_out_dir(args, path.parent / ("results" if args.experiment_name else f"{path.stem}_results"))
+    for name, dataset in test_sets.items():
+        folder = out_dir / name
+        keepsakes = Keepsakes(args, folder, dataset, len(dataset))
+        evaluation = evaluate(
+            model,
+            dataset,
+            device,
+            batch_size=args.batch_size,
+            workers=args.num_workers,
+            alpha=0.6 if args.alpha is None else args.alpha,
+            infer_sharpening=infer_sharpening,
+            saliency=saliency,
+            seed=args.seed,
+            resamples=RESAMPLES,
+            on_batch=keepsakes.on_batch(),
         )
-    return names
+        about = describe_checkpoint(path, state)
+        overlap = training_overlap(path, [pair.id for pair in dataset.pairs])
+        publish(evaluation, folder, testset=name, checkpoint=about, training_test_overlap=overlap)
+        keepsakes.finish(evaluation)
+        if args.diagnose:
+            batch, why_not = training_batch(trained_with(state), model)
+            print(
+                "\n".join(
+                    why_not
+                    + [
+                        f"diagnosis: {picture}"
+                        for picture in diagnose(
+                            model,
+                            dataset,
+                            device,
+                            folder / "diagnosis",
+                            batch,
+                            seed=args.seed,
+                            workers=args.num_workers,
+                        )
+                    ]
+                )
+            )
 
 
-def build_test_sets(args, model: JointSlotModel) -> dict[str, tuple[EvaluationPairs, Selection]]:
-    """The sets that --testset names; for `all` those whose data are there, the others named with the reason."""
-    built = {}
-    for name in parse_testsets(args.testset):
-        try:
-            built[name] = _build_test_set(name, args, model.shape["image_size"], model.shape["audio_seconds"])
-        except UserError as error:
-            if args.testset != "all":
-                raise
-            print(f"left out: {name} ({error})")
-    if not built:
-        raise UserError("--testset all: the data of no test set are there")
-    return built
+def training_batch(flags: dict[str, Any], model: JointSlotModel) -> tuple[TrainingPairs | None, list[str]]:
+    """The first pairs of the training set, as many as a batch held; or None, and why they are not there."""
+    if not flags:
+        return None, ["the checkpoint names no training set: false negatives are those of a batch of test pairs"]
+    try:
+        pairs = select_training_pairs(
+            flags["trainset"], flags["train_data_path"], flags["metadata"], flags["train_list"], flags["allow_missing"]
+        ).pairs[: flags["batch_size"]]
+    except UserError as error:
+        return None, [f"false negatives are those of a batch of test pairs, for the training set is not there: {error}"]
+    return TrainingPairs(pairs, model.shape["image_size"], model.shape["audio_seconds"], "none"), []
 
 
-def _build_test_set(name: str, args, image_size: int, audio_seconds: float) -> tuple[EvaluationPairs, Selection]:
-    sizes, rest = (image_size, audio_seconds), (args.test_list, args.allow_missing)
-    if name in AVS_SETS and args.test_gt_path and args.testset == name:
-        raise UserError(f"--test_gt_path does not apply to {name}: its masks lie below the data's root")
-    if name in AVS_SETS:
-        return build_avs_set(name, args.test_data_path, args.metadata, *sizes, *rest)
-    return build_test_set(name, args.test_data_path, args.test_gt_path, args.metadata, *sizes, *rest)
+def score_file(args) -> None:
+    """Anyone's maps: no model, and pictures only where something is drawn."""
+    stored, truths = StoredMaps(args.maps), build_ground_truths(args)
+    if args.alpha is not None or args.infer_sharpening or args.diagnose or args.save_maps:
+        raise UserError("--alpha, --infer_sharpening, --diagnose and --save_maps belong to a model, not to --maps")
+    datasets = build_test_sets(args, 224, 5.0) if args.save_visualizations or args.report else {}
+    out_dir = make_out_dir(args, stored.path.with_name(f"{stored.path.stem}_results"))
+    for name, ground_truth in truths.items():
+        keepsakes = Keepsakes(args, out_dir / name, datasets.get(name), len(stored.ids))
+        evaluation = evaluate_stored(
+            stored, ground_truth, args.batch_size, args.allow_missing, args.seed, RESAMPLES, keepsakes.on_batch()
+        )
+        publish(evaluation, out_dir / name, testset=name)
+        keepsakes.finish(evaluation)
+
+
+def make_out_dir(args, default: Path) -> Path:
+    """Before the work: a place that cannot be written to shows now."""
+    out_dir = Path(args.out_dir) if args.out_dir else default
+    out_dir.mkdir(parents=True, exist_ok=True)
+    return out_dir
 
 
 def parse_args():
-    parser = ArgumentParser(description="Score a trained model on test sets, and draw what it finds.")
-    group = parser.add_argument_group("model")
+    parser = ArgumentParser(description="Score a trained model, or maps of any method, on test sets; compare results.")
+    group = parser.add_argument_group("what is scored")
     group.add_argument("--model_dir", default="./checkpoints", help="folder of experiments")
     group.add_argument("--experiment_name", help="experiment below --model_dir")
     group.add_argument("--checkpoint", default="best", help="best, latest, or the path of a checkpoint")
     group.add_argument(
         "--imagenet_weights", default="auto", help="for OBJ_PRIOR and OGL: auto (download), none, or a file"
     )
+    group.add_argument("--maps", help="score the maps of this .npz file, of any method, instead of a model")
+    group.add_argument("--compare", nargs="+", metavar="RESULTS.JSON", help="no scoring: one table of several results")
+    group.add_argument("--compare_map", help="with --compare: this map only (default: AUD and IQR)")
     group = parser.add_argument_group("data")
     add_test_set_flags(group, default="synthetic")
     group.add_argument("--num_workers", type=number(int, low=0), default=2, help="loader processes")
-    group = parser.add_argument_group("maps")
-    group.add_argument("--alpha", type=number(float, low=0, high=1), default=0.6, help="weight of AUD in IQR and OGL")
+    group = parser.add_argument_group("maps of a model")
+    group.add_argument("--alpha", type=number(float, low=0, high=1), help="weight of AUD in IQR and OGL (default: 0.6)")
     group.add_argument(
         "--infer_sharpening",
         type=number(float, above=0),
@@ -381,56 +214,25 @@ def parse_args():
     group.add_argument("--gpu", default="0", help="number of a CUDA device, or cpu")
     group.add_argument("--batch_size", type=number(int, low=1), default=64, help="changes speed and memory only")
     group.add_argument(
-        "--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="of the wrong sounds of AUD_wrong"
+        "--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="of the wrong sounds and the bootstrap"
     )
-    group.add_argument("--out_dir", help="default: NAME/results/, or PATH_results/ for --checkpoint PATH")
+    group = parser.add_argument_group("what is written, beside results.json and per_sample.csv")
+    group.add_argument("--out_dir", help="default: NAME/results/, or beside --checkpoint PATH or --maps FILE")
     group.add_argument("--save_visualizations", type=boolean, default=False, help="true: overlays and a contact sheet")
+    group.add_argument("--save_maps", type=boolean, default=False, help="true: maps.npz, which --maps reads")
+    group.add_argument("--report", type=boolean, default=False, help="true: report.html, to look at in a browser")
+    group.add_argument("--diagnose", type=boolean, default=False, help="true: t-SNE, slots, false negatives")
     return parser.parse_args()
-
-
-def add_test_set_flags(group, default: str | None) -> None:
-    """The flags that name test sets, the same in testing and training."""
-    group.add_argument("--testset", default=default, help=f"{', '.join(ALL_SETS)}, a comma list, or all")
-    group.add_argument("--test_data_path", help="root of the test data (default: the set's environment variable)")
-    group.add_argument("--test_gt_path", help="annotation: a JSON of boxes, for flickr the folder of XML files")
-    group.add_argument("--test_list", help="list of ids in the place of the set's own")
-    group.add_argument("--metadata", default="./metadata", help="folder of the public lists and annotations")
-    group.add_argument(
-        "--allow_missing", type=boolean, default=False, help="true: go on without missing pairs, counted"
-    )
 
 
 def main() -> None:
     args = parse_args()
-    device = pick_device(args.gpu)
-    path = checkpoint_path(args)
-    model = JointSlotModel.from_checkpoint(path, device)
-    test_sets = build_test_sets(args, model)
-    saliency = load_saliency(args.imagenet_weights, device)
-    infer_sharpening = args.infer_sharpening or trained_with(load_checkpoint(path)).get("infer_sharpening", 0.1)
-    beside = path.parent / ("results" if args.experiment_name else f"{path.stem}_results")
-    out_dir = Path(args.out_dir) if args.out_dir else beside
-    out_dir.mkdir(parents=True, exist_ok=True)  # before the work: a place that cannot be written to shows now
-    for name, (dataset, selection) in test_sets.items():
-        folder, drawer = out_dir / name, None
-        if args.save_visualizations:
-            drawer = Drawer(folder / "contact_sheet.png", name, len(dataset), folder / "samples")
-        evaluation = evaluate(
-            model,
-            dataset,
-            device,
-            batch_size=args.batch_size,
-            workers=args.num_workers,
-            alpha=args.alpha,
-            infer_sharpening=infer_sharpening,
-            saliency=saliency,
-            interactive=name in INTERACTIVE_SETS,
-            seed=args.seed,
-            on_batch=drawer,
-        )
-        publish(evaluation, name, selection, path, folder)
-        if drawer:
-            print(f"pictures: {drawer.finish()}, {folder / 'samples'}\n")
+    if args.compare:
+        print(compare(args.compare, args.compare_map))
+    elif args.maps:
+        score_file(args)
+    else:
+        score_model(args)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,11 @@
 #   GPU       number of a CUDA device, or cpu
 #   NAME      folder below checkpoints/ (default: TRAINSET)
 #
+#   ABLATION=no_match|no_div|no_recon|no_false_negatives|no_mask|one_slot   leaves one part of the method out
+#   SEEDS="0 1 2"                                                           one training each
+# They end the folder's name, NAME_no_match_seed1; one table of all, differences to the first:
+#   python test_model.py --compare checkpoints/NAME_seed*/results/SET/results.json checkpoints/NAME_no*/results/SET/results.json
+#
 # Nobody edits this file to say where data lie: set these variables, in your shell or in front of the command.
 export VGGSOUND_ROOT="${VGGSOUND_ROOT:-/path/to/VGGSound/}"      # holds frames/ and audio/
 export FLICKR_ROOT="${FLICKR_ROOT:-/path/to/Flickr/}"            # holds frames/ and audio/, or Data/; and Annotations/
@@ -17,7 +22,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 if [ $# -lt 3 ]; then
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 trainset=$1 testset=$2 gpu=$3
@@ -41,5 +46,28 @@ case $trainset in
     *) recipe=(--epochs 100) ;;
 esac
 
-# It ends by printing the test_model.py command for what it trained.
-exec "$python" train_slot.py --trainset "$trainset" --testset "$testset" --gpu "$gpu" --experiment_name "$name" "${recipe[@]}" "$@"
+case ${ABLATION:=} in
+    "") ;;
+    no_match) recipe+=(--lam3 0) ;;
+    no_div) recipe+=(--lam2 0) ;;
+    no_recon) recipe+=(--lam1 0) ;;
+    no_false_negatives) recipe+=(--reciprocal_k 0) ;; # the synthetic recipe has none to begin with
+    no_mask) recipe+=(--mask_ratio 0) ;;
+    one_slot) recipe+=(--num_slots 1) ;;
+    *)
+        echo "ABLATION=$ABLATION: choose no_match, no_div, no_recon, no_false_negatives, no_mask or one_slot" >&2
+        exit 2
+        ;;
+esac
+name=$name${ABLATION:+_$ABLATION}
+
+# A training ends by printing the test_model.py command for what it made.
+train() {
+    "$python" train_slot.py --trainset "$trainset" --testset "$testset" --gpu "$gpu" "${recipe[@]}" "$@"
+}
+if [ -z "${SEEDS:-}" ]; then
+    train --experiment_name "$name" "$@"
+fi
+for seed in ${SEEDS:-}; do
+    train --experiment_name "${name}_seed$seed" "$@" --seed "$seed"
+done

@@ -20,21 +20,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import metrics
-from dataset import INTERACTIVE_SETS, TRAIN_SETS, TrainingPairs, hold_out, make_loader, select_training_pairs
+from dataset import TRAIN_SETS, TrainingPairs, hold_out, make_loader, select_training_pairs
+from evaluation import embed_set, evaluate
 from model_slot import JointSlotModel
-from report import RunLog
+from report import Drawer, RunLog, describe_checkpoint, pictures_of, publish, training_overlap
 from resnet import RECIPES, load_imagenet_weights
-from test_model import (
-    ALL_SETS,
-    Drawer,
-    add_test_set_flags,
-    build_test_sets,
-    embed_set,
-    evaluate,
-    parse_testsets,
-    publish,
-)
+from retrieval import retrieval_recall, retrieval_score
+from scores import RESAMPLES
+from test_sets import ALL_SETS, add_test_set_flags, build_test_sets, parse_testsets
 from utils import (
     ArgumentParser,
     UserError,
@@ -328,8 +321,8 @@ def print_start(
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"parameters: {millions:.2f} M; device: {device}; precision: {amp or 'float32'}")
     print("training pairs: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
-    for name, (dataset, selection) in tests.items():
-        print(f"test set {name}: {len(dataset)} of {selection.expected} pairs")
+    for name, dataset in tests.items():
+        print(f"test set {name}: {len(dataset)} of {dataset.ground_truth.expected} pairs")
 
 
 def test_command(args) -> str:
@@ -363,7 +356,8 @@ class Run:
         seed_everything(args.seed)
         self.train_pairs, self.held_out, self.counts = build_training_data(args)
         self.model = build_model(args, self.device)
-        self.test_sets = build_test_sets(args, self.model) if args.testset else {}
+        sizes = args.image_size, args.audio_seconds
+        self.test_sets = build_test_sets(args, *sizes) if args.testset else {}
         self.amp = choose_amp(args.amp, self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, weight_decay=args.weight_decay)
         self.steps_per_epoch = len(self.train_pairs) // args.batch_size
@@ -403,17 +397,20 @@ class Run:
         if not len(data):
             return {}
         embeddings = embed_set(self.model, make_loader(data, self.args.batch_size, self.args.num_workers), self.device)
-        recall = metrics.retrieval_recall(*embeddings)
-        return {"val/retrieval_score": metrics.retrieval_score(*embeddings)} | {
+        recall = retrieval_recall(*embeddings)
+        return {"val/retrieval_score": retrieval_score(*embeddings)} | {
             f"val/{direction}_{k}": value for direction, by_k in recall.items() for k, value in by_k.items()
         }
 
-    def score(self, log: RunLog | None = None, max_batches: int | None = None, write: bool = False) -> dict[str, float]:
-        """Score every test set -> {"set/map/metric": value}; write: results and tables of the finished run."""
+    def score(
+        self, log: RunLog | None = None, max_batches: int | None = None, best: dict[str, Any] | None = None
+    ) -> dict[str, float]:
+        """Score every test set -> {"set/map/metric": value}; best: a finished run's checkpoint, to be published."""
         scores = {}
-        for name, (dataset, selection) in self.test_sets.items():
-            results = self.folder / "results" / name
-            drawer = Drawer(results / "contact_sheet.png", name, len(dataset)) if log or write else None
+        for name, dataset in self.test_sets.items():
+            results, picture_of = self.folder / "results" / name, pictures_of(dataset.pairs)
+            sheet = results / "contact_sheet.png"
+            drawer = Drawer(sheet, dataset.ground_truth, len(dataset), picture_of) if log else None
             evaluation = evaluate(
                 self.model,
                 dataset,
@@ -422,8 +419,8 @@ class Run:
                 workers=self.args.num_workers,
                 alpha=self.args.alpha,
                 infer_sharpening=self.args.infer_sharpening,
-                interactive=name in INTERACTIVE_SETS,
-                on_batch=drawer,
+                resamples=RESAMPLES if best else 0,
+                on_batch=[drawer] if drawer else [],
                 max_batches=max_batches,
             )
             if drawer:
@@ -432,8 +429,11 @@ class Run:
                 log.add_sheet(name, drawer.sheet)
             for map_name, figures in evaluation.results["maps"].items():
                 scores |= {f"{name}/{map_name}/{metric}": value for metric, value in figures.items()}
-            if write:
-                publish(evaluation, name, selection, self.folder / "best.pth", results)
+            if best:
+                path = self.folder / "best.pth"
+                overlap = training_overlap(path, [pair.id for pair in dataset.pairs])
+                about = describe_checkpoint(path, best)
+                publish(evaluation, results, testset=name, checkpoint=about, training_test_overlap=overlap)
         return scores
 
     def save(self, epoch: int, scores: dict[str, float]) -> None:
@@ -492,7 +492,7 @@ class Run:
         best = load_checkpoint(self.folder / "best.pth")
         self.model.load_state_dict(best["model"])
         print(f"best.pth: epoch {best['epoch']}, chosen by {best['selected_by']}")
-        log.finish(self.score(log, write=True))
+        log.finish(self.score(log, best=best))
         print(f"in {self.folder}: best.pth, latest.pth, log.jsonl, curves.png" + ", results/" * bool(self.test_sets))
         if self.test_sets:
             print(f"test it again, with a picture of every sample:\n  {test_command(self.args)}")

@@ -7,9 +7,11 @@ import math
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +48,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's main; a UserError, or a file or folder that cannot be used, becomes one line and exit status 2."""
+    """Run a script's main; a UserError, or a file or folder that cannot be used, becomes one line and exit status 2.
+
+    A warning is one line, too.
+    """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         main()
     except UserError as error:
@@ -182,7 +188,10 @@ def strict_json(value: Any, indent: int | None = None) -> str:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    write_text(path, strict_json(value, indent=2) + "\n")
+    """Indented, but a list of numbers stays on one line."""
+    text = strict_json(value, indent=2)
+    text = re.sub(r"\[\n([\s\d.,eE+\-null]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    write_text(path, text + "\n")
 
 
 def _without_nan(value: Any) -> Any:

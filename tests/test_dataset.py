@@ -10,6 +10,7 @@ import torch
 from conftest import shared_folder
 from PIL import Image
 
+import annotations
 import dataset
 from utils import UserError
 
@@ -27,8 +28,10 @@ def test_evaluation_picture_matches_the_reference_exactly(name):
 def test_consensus_and_mask_match_the_reference():
     folder = shared_folder("golden")
     reference = np.load(folder / "preprocess_public.npz")
-    assert np.array_equal(dataset.consensus_map(folder / "preprocess" / "123.xml").numpy(), reference["consensus_123"])
-    assert np.array_equal(dataset.mask_map(folder / "preprocess" / "mask.png").numpy(), reference["mask"])
+    assert np.array_equal(
+        annotations.consensus_map(folder / "preprocess" / "123.xml").numpy(), reference["consensus_123"]
+    )
+    assert np.array_equal(annotations.mask_map(folder / "preprocess" / "mask.png").numpy(), reference["mask"])
 
 
 # ---------------------------------------------------------------- a miniature data set
@@ -65,20 +68,20 @@ def custom(root, **more):
 
 
 def test_an_item_has_the_documented_shapes(root):
-    pairs, selection = custom(root)
+    pairs = custom(root)
     sample = pairs[1]
     assert (sample.id, sample.class_name) == (IDS[1], "dog")
     assert sample.image.shape == (3, 32, 32) and sample.spectrogram.shape == (1, 257, 51)
     assert sample.truth.shape == (224, 224)
-    assert (selection.expected, selection.missing) == (5, [])
+    assert (pairs.ground_truth.expected, pairs.missing) == (5, [])
 
 
 def test_boxes_are_clipped_cut_to_whole_pixels_and_united():
-    truth = dataset.box_map([[0.25, 0.5, 0.75, 1.2], [-2.9e16, 0.0, 0.01, 0.01]])
+    truth = annotations.box_map([[0.25, 0.5, 0.75, 1.2], [-2.9e16, 0.0, 0.01, 0.01]])
     assert truth[112:, 56:168].min() == 1
     assert truth[:2, :2].min() == 1
     assert truth.sum() == 112 * 112 + 4
-    assert dataset.box_map([[0.3, 0.3, 0.3, 0.9]]).sum() == 0
+    assert annotations.box_map([[0.3, 0.3, 0.3, 0.9]]).sum() == 0
 
 
 def test_missing_pairs_stop_with_their_ids_and_are_counted_when_allowed(root):
@@ -86,8 +89,8 @@ def test_missing_pairs_stop_with_their_ids_and_are_counted_when_allowed(root):
     (root / "audio" / f"{IDS[3]}.wav").unlink()
     with pytest.raises(UserError, match=f"2 of 5 pairs.*{IDS[0]}, {IDS[3]}"):
         custom(root)
-    pairs, selection = custom(root, allow_missing=True)
-    assert (len(pairs), selection.expected, selection.missing) == (3, 5, [IDS[0], IDS[3]])
+    pairs = custom(root, allow_missing=True)
+    assert (len(pairs), pairs.ground_truth.expected, pairs.missing) == (3, 5, [IDS[0], IDS[3]])
 
 
 @pytest.mark.parametrize(
@@ -120,7 +123,7 @@ def test_a_picture_without_a_sound_does_not_vanish_where_there_is_no_list(root):
 def test_a_broken_picture_is_named_when_it_is_read(root):
     (root / "frames" / f"{IDS[2]}.jpg").write_bytes(b"not a picture")
     with pytest.raises(UserError, match=IDS[2]):
-        custom(root)[0][2]
+        custom(root)[2]
 
 
 def test_absent_folders_are_named(root, monkeypatch):
@@ -150,8 +153,8 @@ def test_flickr_reads_both_layouts_and_its_xml(tmp_path):
             f"<a><filename>f</filename><who>{box}</who><who>{box}</who></a>"
         )
     (tmp_path / "flickr_test.csv").write_text("11,202\n22,0\n")
-    pairs, selection = dataset.build_test_set("flickr", str(tmp_path), None, str(tmp_path), 32, 0.5)
-    assert selection.expected == 250  # the published number, so that a short list shows
+    pairs = dataset.build_test_set("flickr", str(tmp_path), None, str(tmp_path), 32, 0.5)
+    assert pairs.ground_truth.expected == 250  # the published number, so that a short list shows
     assert pairs[1].truth[:, :112].min() == 1 and pairs[1].truth[:, 112:].max() == 0
     (tmp_path / "Annotations" / "22.xml").write_text("<a><b></a>")
     with pytest.raises(UserError, match=r"22\.xml"):
@@ -161,7 +164,7 @@ def test_flickr_reads_both_layouts_and_its_xml(tmp_path):
 def test_xml_that_expands_entities_is_refused(tmp_path):
     (tmp_path / "a.xml").write_text('<!DOCTYPE a [<!ENTITY b "c">]><a><who><bbox>&b;</bbox></who></a>')
     with pytest.raises(UserError, match=r"a\.xml"):
-        dataset.consensus_map(tmp_path / "a.xml")
+        annotations.consensus_map(tmp_path / "a.xml")
 
 
 # ---------------------------------------------------------------- training pairs
@@ -216,5 +219,5 @@ def test_lists_of_the_field_have_their_known_counts():
     folder = shared_folder("metadata")
     for name, row in {**dataset.TRAIN_SETS, **dataset.TEST_SETS}.items():
         if row.expected and row.ids:
-            assert len(dataset.read_ids(folder / row.ids)) == row.expected, name
-    assert len(dataset.load_boxes(folder / "vggss.json")) == dataset.TEST_SETS["vggss"].expected
+            assert len(annotations.read_ids(folder / row.ids)) == row.expected, name
+    assert len(annotations.load_boxes(folder / "vggss.json")) == dataset.TEST_SETS["vggss"].expected

@@ -49,21 +49,21 @@ def build(avs, **more):
 
 
 def test_every_frame_of_the_test_split_is_an_item(avs):
-    dataset, selection = build(avs)
-    assert len(dataset) == 10 and dataset.ids[4] == "vid_a_5"
+    dataset = build(avs)
+    assert len(dataset) == 10 and dataset.pairs[4].id == "vid_a_5"
     assert len({pair.audio for pair in dataset.pairs}) == 2
     assert dataset[7].truth.mean().item() == pytest.approx(12 / 30, abs=0.01)
     assert dataset[0].truth.sum() == 0  # an empty mask stays in the set
     assert dataset.class_names[9] == VIDEOS[avs[0]][1][1]
-    assert selection.expected == dataset_avs.AVS_SETS[avs[0]].expected
+    assert dataset.ground_truth.expected == dataset_avs.AVS_SETS[avs[0]].expected
 
 
 def test_missing_frames_stop_and_are_counted_when_allowed(avs):
     next(avs[1].rglob("gt_masks/**/vid_b_3.png")).unlink()
     with pytest.raises(UserError, match=r"1 of 10 frames.*vid_b_3"):
         build(avs)
-    dataset, selection = build(avs, allow_missing=True)
-    assert len(dataset) == 9 and selection.missing == ["vid_b_3"]
+    dataset = build(avs, allow_missing=True)
+    assert len(dataset) == 9 and dataset.missing == ["vid_b_3"]
 
 
 def test_counts_of_the_real_lists():

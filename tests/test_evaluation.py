@@ -10,8 +10,8 @@ import torch
 from conftest import shared_folder
 from torchvision.models import resnet18
 
-import test_model
-from dataset import build_test_set
+import evaluation
+from dataset import EvaluationPairs, build_test_set
 from model_slot import JointSlotModel
 from utils import save_checkpoint
 
@@ -36,14 +36,14 @@ def run(cli):
 
 
 def build(synthetic_root, name="synthetic"):
-    return build_test_set(name, str(synthetic_root), None, "", **SIZES)[0]
+    return build_test_set(name, str(synthetic_root), None, "", **SIZES)
 
 
 def test_evaluation_leaves_weights_buffers_mode_and_random_state_untouched(checkpoint, synthetic_root):
     model = JointSlotModel.from_checkpoint(checkpoint).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    test_model.evaluate(model, build(synthetic_root), torch.device("cpu"))
+    evaluation.evaluate(model, build(synthetic_root), torch.device("cpu"))
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
@@ -52,7 +52,7 @@ def test_evaluation_leaves_weights_buffers_mode_and_random_state_untouched(check
 def test_batch_size_changes_no_figure(checkpoint, synthetic_root):
     model = JointSlotModel.from_checkpoint(checkpoint)
     one, other = (
-        test_model.evaluate(model, build(synthetic_root), torch.device("cpu"), batch_size=size).results["maps"]
+        evaluation.evaluate(model, build(synthetic_root), torch.device("cpu"), batch_size=size).results["maps"]
         for size in (3, 64)
     )
     for name, figures in one.items():
@@ -62,24 +62,26 @@ def test_batch_size_changes_no_figure(checkpoint, synthetic_root):
 def test_figures_are_those_of_the_maps_that_localize_gives(checkpoint, synthetic_root):
     """The whole path once more, by hand: localize, enlarge, threshold, intersect."""
     model, dataset = JointSlotModel.from_checkpoint(checkpoint), build(synthetic_root)
-    evaluation = test_model.evaluate(model, dataset, torch.device("cpu"))
+    scored = evaluation.evaluate(model, dataset, torch.device("cpu"))
     for i in (0, 3):
         sample = dataset[i]
         maps = model.localize(sample.image[None], sample.spectrogram[None])
         big = torch.nn.functional.interpolate(maps.audio_map[:, None], (224, 224), mode="bicubic")[0, 0]
         region = (big - big.min()) / (big.max() - big.min()) >= 0.6
         union = sample.truth.sum() + (region & (sample.truth == 0)).sum()
-        assert evaluation.rows[i]["AUD_iou"] == pytest.approx(((region * sample.truth).sum() / union).item(), abs=1e-3)
-        assert evaluation.rows[i]["id"] == sample.id
+        assert scored.rows[i]["AUD_iou"] == pytest.approx(((region * sample.truth).sum() / union).item(), abs=1e-3)
+        assert scored.rows[i]["id"] == sample.id
 
 
-def test_wrong_sounds_are_of_another_class(synthetic_root):
+def test_wrong_sounds_are_of_another_class_whatever_the_order_of_the_list(synthetic_root):
     dataset = build(synthetic_root)
-    paired = test_model.WithWrongSound(dataset, seed=0)
-    partners = paired.partners.permutation
-    assert sorted(partners) == list(range(len(dataset)))
-    assert all(dataset.class_names[i] != dataset.class_names[j] for i, j in enumerate(partners))
-    assert torch.equal(paired[2][1], dataset.spectrogram(int(partners[2])))
+    paired = evaluation.WithWrongSound(dataset, seed=0)
+    assert sorted(paired.partner) == list(range(len(dataset)))
+    assert all(dataset.class_names[i] != dataset.class_names[j] for i, j in enumerate(paired.partner))
+    assert torch.equal(paired[2][1], dataset.spectrogram(int(paired.partner[2])))
+    other = EvaluationPairs(dataset.pairs[::-1], dataset.ground_truth, [], **SIZES)
+    partner = evaluation.WithWrongSound(other, seed=0).partner
+    assert other.pairs[partner[-1]] == dataset.pairs[paired.partner[0]]
 
 
 def test_the_command_writes_results_rows_and_pictures(checkpoint, synthetic_root, tmp_path, run):
@@ -121,6 +123,28 @@ def test_the_object_prior_adds_its_three_maps(checkpoint, synthetic_root, tmp_pa
     assert done.returncode == 0, done.stderr
     maps = json.loads((tmp_path / "synthetic" / "results.json").read_text())["maps"]
     assert {"OBJ_PRIOR", "OGL", "IQR_OGL"} <= maps.keys()
+
+
+def test_saved_maps_score_exactly_as_they_did(checkpoint, synthetic_root, tmp_path, run):
+    torch.save(resnet18().state_dict(), tmp_path / "imagenet.pth")
+    where = ("--testset", "synthetic_interactive", "--test_data_path", synthetic_root)
+    done = run(
+        "--checkpoint", checkpoint, *where, "--out_dir", tmp_path / "model", "--save_maps", "true",
+        "--imagenet_weights", tmp_path / "imagenet.pth",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "model" / "synthetic_interactive"
+    stored = np.load(folder / "maps.npz")
+    assert stored["AUD"].shape == (20, 4, 4) and {"AUD_wrong", "IMG_QUERY", "OBJ_PRIOR", "id"} <= set(stored)
+    done = run("--maps", folder / "maps.npz", *where, "--out_dir", tmp_path / "file", "--batch_size", "3")
+    assert done.returncode == 0, done.stderr
+    own, again = (
+        json.loads((tmp_path / side / "synthetic_interactive" / "results.json").read_text())
+        for side in ("model", "file")
+    )
+    for key in ("maps", "intervals", "references", "by_class", "by_size"):
+        assert own[key] == again[key], key
+    assert "confidence_map" in (tmp_path / "file" / "synthetic_interactive" / "per_sample.csv").read_text()
 
 
 def test_real_pairs_are_scored_and_drawn(checkpoint, tmp_path, run):

@@ -1,7 +1,6 @@
 """Metrics: the reference numbers, scikit-learn, and what must hold for any map and any ground truth."""
 
 import json
-import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +11,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
 import metrics
-from metrics import MapScores, ReferenceScores, consensus_iou, normalize_maps, upsample_maps
+from metrics import consensus_iou, normalize_maps, upsample_maps
+from scores import map_columns
 
 SEEDS = st.integers(0, 2**32 - 1)
 few = settings(max_examples=20, deadline=None)
@@ -46,12 +46,6 @@ def random_batch(seed, count=6, size=24):
             sample[top : top + height, left : left + width] += weight
     truth[0] = 1
     return maps, truth
-
-
-def columns_of(maps, truth):
-    scores = MapScores(rules=("fixed", "half", "adaptive"))
-    scores.add(maps, truth)
-    return scores.columns()
 
 
 # ---------------------------------------------------------------- reference numbers
@@ -106,27 +100,26 @@ def test_half_and_adaptive_rules_and_interactive_scores_match_the_reference(gold
     assert np.allclose(summary, golden["summary_interactive"], rtol=0, atol=1e-6)
 
 
-def test_accumulated_summary_matches_the_reference(golden):
-    scores = MapScores()
-    for start in range(0, 48, 10):
-        scores.add(golden["audio_query"][start : start + 10], golden["truth"][start : start + 10])
-    summary = scores.summary(metrics.interactive_groups([f"image{index // 2}_{index % 2}" for index in range(48)]))
-    names = ["cIoU_half", "IIoU_half", "AUC_half", "IAUC_half"]
-    assert np.allclose([summary[n] for n in names], golden["summary_interactive"][[0, 2, 4, 6]], rtol=0, atol=1e-6)
-    assert summary["mAP"] == pytest.approx(golden["pixel_average_precision"].mean(), abs=1e-6)
-    assert summary["samples"] == 48 and summary["images"] == 24
-
-
 def test_pixel_average_precision_matches_the_reference(golden):
     ours = metrics.pixel_average_precision(golden["audio_query"], golden["truth"])
     assert np.allclose(ours, golden["pixel_average_precision"], rtol=0, atol=1e-6)
 
 
-def test_retrieval_matches_the_reference(golden):
-    image, audio = torch.from_numpy(golden["fn_image_slots"]), torch.from_numpy(golden["fn_audio_slots"])
-    recall = metrics.retrieval_recall(image, audio)
-    assert np.allclose(list(recall["image_to_audio"].values()), golden["retrieval_i2a"], rtol=0, atol=1e-6)
-    assert np.allclose(list(recall["audio_to_image"].values()), golden["retrieval_a2i"], rtol=0, atol=1e-6)
+def test_detection_matches_the_reference(golden):
+    ious, confidence = golden["detection_iou"], golden["detection_confidence"]
+    has_source = golden["detection_num_boxes"] > 0
+    by_bar = [metrics.detection_scores(ious, confidence, has_source, bar) for bar in (0.3, 0.5, 0.75)]
+    found = [scores["AP"] for scores in by_bar] + [by_bar[1]["max_F1"], by_bar[1]["max_F1_11"]]
+    assert np.allclose(found, golden["detection_summary"], rtol=0, atol=1e-6)
+
+
+def test_avsbench_matches_the_reference(golden):
+    maps, masks = torch.from_numpy(golden["avs_prob"]), torch.from_numpy(golden["avs_mask"])
+    at_half = metrics.jaccard(maps, masks)[:, metrics.JACCARD_THRESHOLDS.index(0.5)]
+    curves = metrics.f_scores(maps, masks)[:9]  # the last mask is empty
+    found = [at_half.mean().item(), curves.mean(0).max().item()]
+    assert np.allclose(found, golden["avs_summary"], rtol=0, atol=1e-6)
+    assert np.allclose(curves.amax(1), golden["avs_F_per_frame_max"], rtol=0, atol=1e-6)
 
 
 def test_vggss_ceiling_and_disc_are_the_known_bars(one_thread):
@@ -169,12 +162,12 @@ def test_a_constant_map_predicts_nothing_and_never_points(value):
     maps = torch.full((1, 24, 24), value)
     maps[0, 3, 3] += value * 5e-7  # below 1e-6 of the largest magnitude: rounding, not a source
     truth = torch.ones(1, 24, 24)
-    for ready in (maps, normalize_maps(maps)):
-        assert not metrics.region_fixed(ready, threshold=0.0).any()
-        assert not metrics.region_half(ready).any()
-        assert not metrics.region_adaptive(ready, truth).any()
-        assert not metrics.pointing(ready, truth).any()
-    assert (normalize_maps(maps) == 0).all()
+    ready = normalize_maps(maps)
+    assert not metrics.region_fixed(ready).any()
+    assert not metrics.region_half(ready).any()
+    assert not metrics.region_adaptive(ready, truth).any()
+    assert not metrics.pointing(ready, truth).any()
+    assert (ready == 0).all()
 
 
 def test_the_constant_bound_is_relative():
@@ -193,21 +186,6 @@ def test_half_and_adaptive_regions_have_their_size(seed):
     assert metrics.region_half(order).sum() == 23 * 24 - 1 - 23 * 24 // 2
     assert metrics.region_adaptive(order, truth).sum() == (truth != 0).sum() - 1
     assert not metrics.region_adaptive(order, torch.zeros_like(truth)).any()
-
-
-def test_ties_at_the_cut_are_measured_and_warned_about():
-    binary = torch.zeros(1, 10, 10)
-    binary[0, :3] = 1
-    assert metrics.tied_share(binary, metrics.cut_half(binary)).item() == pytest.approx(0.7)
-    scores = MapScores()
-    scores.add(binary, binary)
-    with pytest.warns(UserWarning, match="rule half"):
-        assert scores.summary()["tied_half"] == 1
-    smooth = MapScores()
-    smooth.add(torch.arange(400.0).reshape(1, 20, 20) / 399, torch.ones(1, 20, 20))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert smooth.summary()["tied_half"] == 0
 
 
 # ---------------------------------------------------------------- scores
@@ -247,8 +225,8 @@ def test_a_perfect_map_scores_one_under_the_fixed_rule(seed):
 @given(SEEDS, st.integers(-20, 20))
 def test_rescaling_a_map_changes_no_score(seed, exponent):
     maps, truth = random_batch(seed)
-    before = columns_of(maps, truth)
-    after = columns_of(normalize_maps(maps * 2.0**exponent), truth)  # a power of two: no rounding
+    before = map_columns(maps, truth)
+    after = map_columns(normalize_maps(maps * 2.0**exponent), truth)  # a power of two: no rounding
     assert all(torch.equal(after[name].nan_to_num(-1), before[name].nan_to_num(-1)) for name in before)
     coarse = (maps * 1024).round() / 1024  # room for an exact shift in float32
     shifted = normalize_maps(coarse.double() * 3 + 7)
@@ -262,10 +240,10 @@ def test_rescaling_a_map_changes_no_score(seed, exponent):
 @given(SEEDS)
 def test_neither_order_nor_batch_size_changes_a_score(seed):
     maps, truth = random_batch(seed, count=8)
-    together = columns_of(maps, truth)
+    together = map_columns(maps, truth)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
-    shuffled = columns_of(maps[order], truth[order])
-    single = [columns_of(maps[i : i + 1], truth[i : i + 1]) for i in range(8)]
+    shuffled = map_columns(maps[order], truth[order])
+    single = [map_columns(maps[i : i + 1], truth[i : i + 1]) for i in range(8)]
     for name, values in together.items():
         values = values.nan_to_num(-1)
         assert torch.equal(shuffled[name].nan_to_num(-1), values[order])
@@ -281,21 +259,6 @@ def test_average_precision_is_scikit_learns_with_ties(seed, levels, dtype):
     truth[:, 0, 0] = 1
     wanted = [average_precision_score((g >= 0.5).flatten(), m.flatten()) for m, g in zip(maps, truth, strict=True)]
     assert np.allclose(metrics.pixel_average_precision(maps, truth), wanted, rtol=0, atol=1e-12)
-
-
-def test_an_empty_ground_truth_is_a_miss_and_counted():
-    maps, truth = random_batch(1)
-    scores = MapScores()
-    scores.add(maps[[0, 5]], truth[[0, 5]])
-    scores.add(truth[1:2], truth[1:2].ceil())
-    with pytest.warns(UserWarning, match="1 of 3 maps"):  # the perfect map is binary
-        summary = scores.summary()
-    ious = scores.columns()["iou"]
-    assert scores.columns()["average_precision"][1].isnan() and ious[1] == 0
-    assert summary["empty"] == 1 and summary["samples"] == 3
-    assert summary["cIoU"] == pytest.approx((ious >= 0.5).sum().item() / 3)
-    assert summary["cIoU_sounding"] == pytest.approx((ious[[0, 2]] >= 0.5).sum().item() / 2)
-    assert summary["mAP"] == pytest.approx(scores.columns()["average_precision"][[0, 2]].sum().item() / 3)
 
 
 def test_pointing_needs_the_largest_pixel_inside():
@@ -344,85 +307,44 @@ def test_the_disc_covers_half_the_picture_and_is_centred():
     assert metrics.centred_disc(10, 20).shape == (10, 20)
 
 
-def test_references_know_the_whole_frame():
-    truth = torch.zeros(2, 20, 20)
-    truth[0, :12] = 1
-    references = ReferenceScores()
-    references.add(truth)
-    summary = references.summary()
-    assert summary["whole_frame"]["mean_iou"] == summary["whole_frame"]["mean_iou_half"] == pytest.approx(0.3)
-    assert summary["ceiling"]["cIoU"] == 0.5 and summary["ceiling"]["cIoU_sounding"] == 1
-    assert summary["ceiling"]["mean_iou_half"] == pytest.approx(199 / 240 / 2)
-
-
-# ---------------------------------------------------------------- retrieval
-
-
-def test_collapsed_embeddings_find_nothing():
-    collapsed = torch.randn(1, 8).expand(40, 8) * torch.linspace(1, 3, 40)[:, None]  # one direction, any length
-    for image, audio in ((collapsed, collapsed), (collapsed * (1 + 1e-7), -collapsed)):
-        for recalls in metrics.retrieval_recall(image, audio).values():
-            assert recalls == {"R@1": 0, "R@5": 0, "R@10": 0}
-        assert metrics.retrieval_score(image, audio) == 0
-    by_class = metrics.retrieval_recall(collapsed, collapsed, ["a", "b"] * 20)
-    assert by_class["image_to_audio"]["R@10"] == 0
-    assert metrics.retrieval_score(torch.zeros(5, 3), torch.zeros(5, 3)) == 0
+# ---------------------------------------------------------------- masks and detection
 
 
 @few
 @given(SEEDS)
-def test_retrieval_is_the_sorted_list(seed):
-    generator = torch.Generator().manual_seed(seed)
-    image, audio = torch.randn(2, 30, 6, generator=generator)
-    labels = torch.randint(0, 4, (30,), generator=generator).tolist()
-    similarity = torch.nn.functional.normalize(image, dim=1) @ torch.nn.functional.normalize(audio, dim=1).T
-    nearest = similarity.argsort(dim=1, descending=True)
-    for k, by_pair in metrics.retrieval_recall(image, audio, ks=(1, 5, 10))["image_to_audio"].items():
-        count = int(k[2:])
-        assert by_pair == pytest.approx(np.mean([i in nearest[i, :count] for i in range(30)]))
-        by_class = metrics.retrieval_recall(image, audio, labels)["image_to_audio"][k]
-        hits = [labels[i] in [labels[j] for j in nearest[i, :count]] for i in range(30)]
-        assert by_class == pytest.approx(np.mean(hits))
-    whole = metrics.partner_ranks(image, audio, labels)
-    assert torch.equal(metrics.partner_ranks(image, audio, labels, chunk=7), whole)
+def test_jaccard_and_f_are_those_of_the_counted_pixels(seed):
+    maps, masks = random_batch(seed)
+    maps, masks = (maps * 20).round() / 20, (masks > 0).float()  # pixels exactly on thresholds
+    for column, threshold in enumerate(metrics.JACCARD_THRESHOLDS):
+        region, mask = maps.double() > threshold, masks > 0
+        union = (region | mask).flatten(1).sum(1)
+        wanted = torch.where(
+            mask.flatten(1).any(1), (region & mask).flatten(1).sum(1) / union, 1 - region.double().mean((1, 2))
+        )
+        assert torch.allclose(metrics.jaccard(maps, masks)[:, column], wanted.double(), atol=1e-12)
+    curve = metrics.f_scores(maps, masks)
+    for column in (0, 100, 254):
+        region = maps.double() >= metrics.F_THRESHOLDS[column]
+        both = (region & (masks > 0)).flatten(1).sum(1).double()
+        precision, recall = both / region.flatten(1).sum(1), both / masks.flatten(1).sum(1)
+        wanted = (1.3 * precision * recall / (0.3 * precision + recall)).nan_to_num(0)
+        assert torch.allclose(curve[:, column], wanted, atol=1e-12)
 
 
-def test_the_retrieval_score_runs_from_chance_to_one():
-    generator = torch.Generator().manual_seed(0)
-    image, audio = torch.randn(2, 400, 16, generator=generator)
-    assert metrics.retrieval_score(image, 3 * image) == 1
-    assert metrics.retrieval_score(image, audio) == pytest.approx(0.5, abs=0.05)
-    assert metrics.retrieval_score(image, -image) < 0.01
+def test_a_region_scores_as_its_map_does():
+    _, truth = random_batch(3)
+    region = metrics.centred_disc(24, 24).expand_as(truth)
+    wanted = metrics.pixel_average_precision(region.float(), truth)
+    assert torch.allclose(metrics.region_average_precision(region, truth), wanted, equal_nan=True)
 
 
-def test_retrieval_refuses_what_would_score_by_accident():
-    good, bad = torch.rand(4, 3), torch.rand(4, 3)
-    bad[2, 1] = float("nan")
-    with pytest.raises(ValueError, match="finite"):
-        metrics.retrieval_recall(good, bad)
-    with pytest.raises(ValueError, match="targets"):
-        metrics.retrieval_recall(good, good, ["a"])
-    with pytest.raises(ValueError, match="embeddings"):
-        metrics.retrieval_recall(good, good[:3])
-
-
-# ---------------------------------------------------------------- wrong sounds
-
-
-@few
-@given(st.lists(st.sampled_from("abcde"), min_size=2, max_size=40), SEEDS)
-def test_a_derangement_avoids_the_label_wherever_it_can(labels, seed):
-    permutation, same_label = metrics.derangement(labels, seed)
-    assert sorted(permutation) == list(range(len(labels)))
-    assert all(i != j for i, j in enumerate(permutation))
-    clashes = sum(labels[i] == labels[j] for i, j in enumerate(permutation))
-    unavoidable = max(0, 2 * max(map(labels.count, labels)) - len(labels))
-    assert clashes == same_label == unavoidable
-    assert (metrics.derangement(labels, seed).permutation == permutation).all()
-
-
-def test_a_derangement_depends_on_its_seed_and_needs_two_samples():
-    ids = [f"id{i}" for i in range(50)]
-    assert (metrics.derangement(ids, 0).permutation != metrics.derangement(ids, 1).permutation).any()
-    with pytest.raises(ValueError, match="two"):
-        metrics.derangement(["a"], 0)
+def test_detection_by_hand():
+    ious, confidence = np.array([0.9, 0.2, 0.0, 0.8]), np.array([0.9, 0.8, 0.7, 0.1])
+    has_source = np.array([True, True, False, True])
+    scores = metrics.detection_scores(ious, confidence, has_source)
+    # confident from 0.9 down: 1 of 1 right; 1 of 2; 1 of 3; 2 of 4. Recall 1/3, 1/2, 1/2, 1
+    assert scores["max_F1"] == pytest.approx(2 * 0.5 * 1 / 1.5)
+    # cuts are all confidences but the largest: precision 1/2, 1/3, 2/4 -> best from there on 1/2
+    assert scores["AP"] == pytest.approx(0.5 * (1 / 2 - 1 / 2) + 0.5 * (1 - 1 / 2))
+    with pytest.raises(ValueError, match="confidence"):
+        metrics.detection_scores(ious, np.full(4, np.nan), has_source)

@@ -250,8 +250,8 @@ def test_interactive_entries_share_the_picture_and_hear_their_own_kind(tmp_path,
 @pytest.mark.parametrize("split", ["test", "distractor", "interactive"])
 def test_the_loader_of_the_real_sets_reads_it(root, objects, split):
     name = "synthetic" if split == "test" else f"synthetic_{split}"
-    pairs, selection = dataset.build_test_set(name, str(root), None, "metadata", 112, synthetic_kinds.AUDIO_SECONDS)
-    assert pairs.ids == ids_of(root, split) and not selection.missing
+    pairs = dataset.build_test_set(name, str(root), None, "metadata", 112, synthetic_kinds.AUDIO_SECONDS)
+    assert [pair.id for pair in pairs.pairs] == ids_of(root, split) and not pairs.missing
     sample = pairs[1]
     (thing,) = [thing for thing in objects[sample.id] if thing["sounding"]]
     left, top, right, bottom = thing["bbox"]

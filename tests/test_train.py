@@ -236,7 +236,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_ids(synthetic_root, tm
     assert "not finite" in done.stderr and "train_0000" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("script", ["train_slot.py", "test_model.py", "demo.py", "synthetic.py"])
+@pytest.mark.parametrize(
+    "script", ["train_slot.py", "test_model.py", "test_sets.py", "demo.py", "synthetic.py", "benchmark.py"]
+)
 def test_every_flag_is_read(script):
     """A flag that nothing reads is a lie: each one is read, as args.<flag>, in the file that adds it."""
     text = (ROOT / script).read_text()
@@ -287,6 +289,41 @@ def test_the_shell_script_shows_its_usage_and_passes_errors_on(tmp_path):
         command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}
     )
     assert unknown.returncode == 2 and "synthetic" in unknown.stderr and "flickr_144k" in unknown.stderr
+
+
+def shell(*arguments, **environment):
+    """The commands that the script would run: echo stands in for python."""
+    return subprocess.run(
+        ["bash", ROOT / "train_script.sh", *arguments], capture_output=True, text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": "echo", **environment},
+    )  # fmt: skip
+
+
+def test_ablations_and_seeds_are_one_training_each_under_a_name_of_its_own():
+    commands = shell("synthetic", "synthetic", "cpu", "mine", "--epochs", "3", ABLATION="no_match", SEEDS="0 7").stdout
+    first, second = commands.strip().splitlines()
+    assert "--lam3 0" in first and first.endswith("--experiment_name mine_no_match_seed0 --epochs 3 --seed 0")
+    assert second.endswith("--experiment_name mine_no_match_seed7 --epochs 3 --seed 7")
+    assert shell("synthetic", "synthetic", "cpu").stdout.strip().endswith("--experiment_name synthetic")
+    wrong = shell("synthetic", "synthetic", "cpu", ABLATION="no_luck")
+    assert wrong.returncode == 2 and "no_false_negatives" in wrong.stderr and not wrong.stdout
+
+
+@pytest.mark.parametrize(
+    "ablation, name, value",
+    [
+        ("no_match", "lam3", 0), ("no_div", "lam2", 0), ("no_recon", "lam1", 0), ("no_mask", "mask_ratio", 0),
+        ("no_false_negatives", "reciprocal_k", 0), ("one_slot", "num_slots", 1),
+    ],
+)  # fmt: skip
+def test_an_ablation_changes_one_flag_and_no_other(ablation, name, value, monkeypatch):
+    def flags(**environment):
+        words = shell("vggss_10k", "vggss", "0", "run", **environment).stdout.split()
+        monkeypatch.setattr(sys, "argv", words)
+        return vars(train_slot.parse_args()) | {"experiment_name": ""}
+
+    whole, less = flags(), flags(ABLATION=ablation)
+    assert {key for key in whole if whole[key] != less[key]} == {name} and less[name] == value
 
 
 def test_the_run_ends_with_the_command_that_tests_it(finished):

@@ -141,8 +141,8 @@ def test_the_table_orders_maps_and_prints_percent():
     order = ["AUD", "AUD_wrong", "IQR", "ceiling", "centred disc"]
     assert [start for start in starts if start in order] == order
     aud = lines[starts.index("AUD")]
-    assert aud.split() == ["AUD", "85.2", "65.3", "41.0", "40.0", "50.0", "-", "-"]
-    assert lines[starts.index("AUD") + 1].strip().startswith("listening -0.4")
+    assert aud.split() == ["AUD", "85.2", "65.3", "41.0", "40.0", "-", "50.0", "-", "-"]
+    assert "listening of AUD: -0.4" in "\n".join(lines)
     assert len({len(line) for line in lines if line.split("  ")[0] in order}) == 1, "columns are not aligned"
     text = "\n".join(lines)
     assert "IIoU" not in text
@@ -160,8 +160,14 @@ def test_the_table_orders_maps_and_prints_percent():
 def test_the_table_shows_interactive_columns_only_where_they_exist():
     with_pairs = results()
     with_pairs["maps"]["AUD"] = with_pairs["maps"]["AUD"] | {"IIoU": 0.2, "both_pointing": 0.3}
-    head = report.results_table(with_pairs).splitlines()[2]
-    assert "IIoU" in head and "both_pointing" in head and "IAUC" not in head
+    heads = [line for line in report.results_table(with_pairs).splitlines() if line.startswith("map ")]
+    assert "IIoU" in heads[1] and "both_pointing" in heads[1] and "IAUC" not in heads[1] and len(heads) == 2
+
+
+def test_the_table_shows_intervals_where_they_are_known():
+    known = results() | {"intervals": {"AUD": {"cIoU": [0.81, 0.89], "listening": [-0.02, 0.01]}}}
+    text = report.results_table(known)
+    assert "81.0 to 89.0" in text and "listening of AUD: -0.4 (-2.0 to 1.0)" in text
 
 
 def test_the_table_tolerates_missing_parts():

@@ -1,0 +1,410 @@
+"""The one path by which maps are scored, in testing and in training, a model's or anyone's from a file.
+
+B batch, K slots, D channels, h x w image grid; maps are scored at 224 x 224, in fp32.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from annotations import GroundTruth, first_ids
+from dataset import EvaluationPairs, Sample, make_loader
+from metrics import JACCARD_THRESHOLDS, RULES, THRESHOLD, interactive_groups, normalize_maps, upsample_maps
+from model_slot import TARGET, JointSlotModel, SlotState, map_confidence, mix_maps
+from resnet import ObjectSaliency
+from retrieval import derangement, retrieval_recall
+from scores import (
+    SIZES,
+    Columns,
+    Figure,
+    Table,
+    count_tied,
+    detect,
+    figures_of,
+    map_columns,
+    reference_columns,
+    size_names,
+    summarise,
+)
+from stored_maps import StoredMaps
+from utils import UserError, as_user_error
+
+PART = 8  # samples whose enlarged maps are scored at once: more would leave the processor's cache
+WRONG = "_wrong"  # ends the name of a map that was asked with a wrong sound
+
+
+class Evaluation(NamedTuple):
+    results: dict[str, Any]  # nested, every figure a fraction of 1
+    rows: list[dict[str, Any]]  # one per sample, in the order of the ids
+
+
+class ScoredBatch(NamedTuple):
+    """What a pass shows of a batch to those who draw or keep it."""
+
+    ids: list[str]
+    truth: torch.Tensor  # (B, 224, 224)
+    raw: dict[str, torch.Tensor]  # (B, h, w) each, as the model gives them
+    maps: dict[str, torch.Tensor]  # (B, 224, 224) each in 0..1
+    scalars: dict[str, torch.Tensor]  # (B,) each
+
+
+OnBatch = Callable[[ScoredBatch], None]
+
+
+Result = TypeVar("Result")
+
+
+def in_parts(work: Callable[[slice], Result], count: int) -> Iterator[Result]:
+    """work(slice of PART samples) for all of `count`, in order: one core for each part, not all cores for each step."""
+    slices = [slice(start, start + PART) for start in range(0, count, PART)]
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(work, slices)
+
+
+# ---------------------------------------------------------------- what a pass accumulates
+
+
+class SetScores:
+    """Scalars per sample (for masks two curves, too), never maps; and what they say about the set."""
+
+    def __init__(self, ground_truth: GroundTruth) -> None:
+        self.ground_truth, self.ids = ground_truth, []
+        self.maps: dict[str, Table] = {}
+        self.references: dict[str, Table] = {}
+        self.scalars = Table()
+
+    def add(
+        self,
+        ids: Sequence[str],
+        truth: torch.Tensor,
+        raw: Mapping[str, torch.Tensor],
+        scalars: Mapping[str, torch.Tensor],
+        interpolation: str = "bicubic",
+        alpha: float | None = None,
+    ) -> Iterator[ScoredBatch]:
+        """Score ids (B,), truth (B, 224, 224), raw (B, h, w) each, scalars (B,) each, in parts of a few samples.
+
+        The parts come as they are taken, in order; names are the same in every call. On the CPU, where sorting is fast.
+        """
+        raw, scalars = ({name: values.detach().cpu() for name, values in side.items()} for side in (raw, scalars))
+        masks = self.ground_truth.masks
+
+        def score(rows: slice) -> tuple[ScoredBatch, dict, dict]:
+            part = [{name: values[rows] for name, values in side.items()} for side in (raw, scalars)]
+            batch = ScoredBatch(ids[rows], truth[rows], part[0], enlarge(part[0], interpolation, alpha), part[1])
+            columns = {name: map_columns(maps, batch.truth, masks) for name, maps in batch.maps.items()}
+            return batch, columns, reference_columns(batch.truth, masks)
+
+        for batch, *tables in in_parts(score, len(ids)):
+            self.ids += batch.ids
+            for kept, columns_of in zip((self.maps, self.references), tables, strict=True):
+                for name, columns in columns_of.items():
+                    kept.setdefault(name, Table()).extend(columns)
+            self.scalars.extend({"area": (batch.truth > 0).flatten(1).sum(1), **batch.scalars})
+            yield batch
+
+    def _in_order(self) -> tuple[list[str], dict[str, Columns], dict[str, Columns], Columns]:
+        """Ids, columns of maps and of references, scalars, sorted by id: the order of the pass changes nothing."""
+        order = np.argsort(self.ids)
+        tables = (
+            {name: table.columns(order) for name, table in group.items()} for group in (self.maps, self.references)
+        )
+        return [self.ids[i] for i in order], *tables, self.scalars.columns(order)
+
+    def summary(self, missing: Sequence[str] = (), resamples: int = 0, seed: int = 0) -> dict[str, Any]:
+        """maps, intervals, references, by_class and by_size, all by map or reference and then by metric.
+
+        missing: ids that the set should hold, too. resamples: of the bootstrap over units; 0 leaves intervals out.
+        """
+        truth = self.ground_truth
+        ids, maps, references, scalars = self._in_order()
+        empty, units = scalars["area"] == 0, np.array([truth.unit_of.get(i, i) for i in ids])
+        groups = interactive_groups(ids, [*ids, *missing]) if truth.interactive else None
+        result = _summarise_group(maps, references, empty, units, groups, resamples, seed)
+        for name, tied in count_tied(maps).items():
+            counts = {"samples": len(ids), "empty": int(empty.sum()), **tied}
+            result["maps"][name] |= counts | ({"images": len(groups)} if groups is not None else {})
+        if truth.masks:
+            result["mIoU_at"] = {
+                name: dict(zip(map(str, JACCARD_THRESHOLDS), columns["jaccard"].mean(0).tolist(), strict=True))
+                for name, columns in maps.items()
+            }
+        if truth.silent:
+            has_source = np.array([i not in truth.silent for i in ids])
+            for score, end in (("confidence", ""), ("confidence_map", "@confidence_map")):
+                for name in maps if score in scalars else ():
+                    values, intervals = detect(maps[name], scalars[score], has_source, units, resamples, seed)
+                    result["maps"][name] |= {metric + end: value for metric, value in values.items()}
+                    result["intervals"].setdefault(name, {}).update({m + end: v for m, v in intervals.items()})
+        classes, sizes = np.array([truth.class_of.get(i, "") for i in ids]), size_names(scalars["area"])
+        for key, labels, names in (("by_class", classes, np.unique(classes)), ("by_size", sizes, (*SIZES, "empty"))):
+            chosen = {str(name): np.flatnonzero(labels == name) for name in names if name}
+            result[key] = {
+                name: {"samples": len(rows)}
+                | _summarise_group(
+                    _take(maps, rows), _take(references, rows), empty[rows], units[rows], None, resamples, seed
+                )
+                for name, rows in chosen.items()
+                if len(rows)
+            }
+        return result
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per sample, by id: what it is, its scalars, then the columns of every map."""
+        truth = self.ground_truth
+        ids, maps, _, scalars = self._in_order()
+        columns = {
+            "id": ids,
+            "class": [truth.class_of.get(i, "") for i in ids],
+            "unit": [truth.unit_of.get(i, i) for i in ids],
+            "has_source": [i not in truth.silent for i in ids],
+        } | {name: values.tolist() for name, values in scalars.items()}
+        for name, own in maps.items():
+            at_half = {"jaccard": own["jaccard"][:, JACCARD_THRESHOLDS.index(0.5)]} if "jaccard" in own else {}
+            plain = {column: values for column, values in own.items() if values.ndim == 1} | at_half
+            columns |= {f"{name}_{column}": values.tolist() for column, values in plain.items()}
+        return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def _take(tables: Mapping[str, Columns], rows: np.ndarray) -> dict[str, Columns]:
+    return {name: {key: values[rows] for key, values in columns.items()} for name, columns in tables.items()}
+
+
+def _summarise_group(maps, references, empty, units, groups, resamples, seed) -> dict[str, dict]:
+    """maps and intervals of some samples, and the values of their references."""
+    figures = {name: figures_of(columns, empty, groups) for name, columns in maps.items()}
+    for name in maps:
+        if name + WRONG in maps:
+            hits, wrong = figures[name]["cIoU"], figures[name + WRONG]["cIoU"]
+            difference = hits.numerator.astype(float) - wrong.numerator
+            figures[name]["listening"] = Figure(difference, hits.denominator)
+    bars = {
+        name: {metric: figure.value() for metric, figure in figures_of(columns, empty, groups).items()}
+        for name, columns in references.items()
+    }
+    return summarise(figures, units, resamples, seed) | {"references": bars}
+
+
+# ---------------------------------------------------------------- a model's maps
+
+
+class WithWrongSound(Dataset):
+    """Every item of a set with a spectrogram of another class (another sound where classes are unknown)."""
+
+    def __init__(self, dataset: EvaluationPairs, seed: int) -> None:
+        self.dataset = dataset
+        if len(dataset) < 2:
+            raise UserError(f"a test set of {len(dataset)} pair has no wrong sound to ask with: give it two or more")
+        sounds = [str(pair.audio) for pair in dataset.pairs]  # the frames of a video share one
+        labels = dataset.class_names if all(dataset.class_names) else sounds
+        order = np.argsort([pair.id for pair in dataset.pairs])  # the order of the list changes no partner
+        with as_user_error(ValueError):
+            drawn = derangement([labels[i] for i in order], seed)
+        self.partner = np.empty(len(dataset), dtype=int)
+        self.partner[order] = order[drawn.permutation]
+        self.same_label = drawn.same_label
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Sample, torch.Tensor]:
+        return self.dataset[index], self.dataset.spectrogram(int(self.partner[index]))
+
+
+def enlarge(raw: Mapping[str, torch.Tensor], interpolation: str, alpha: float | None) -> dict[str, torch.Tensor]:
+    """Maps (B, h, w) by name -> (B, 224, 224) in 0..1; with alpha also the sums IQR, OGL, IQR_OGL that they allow."""
+    maps = {name: normalize_maps(upsample_maps(values, interpolation=interpolation)) for name, values in raw.items()}
+    if alpha is None or "AUD" not in maps:
+        return maps
+    for name, rest in {"IQR": ["IMG_QUERY"], "OGL": ["OBJ_PRIOR"], "IQR_OGL": ["IMG_QUERY", "OBJ_PRIOR"]}.items():
+        if all(part in maps for part in rest):
+            maps[name] = mix_maps(maps["AUD"], *(maps[part] for part in rest), alpha=alpha)
+    return maps
+
+
+def localize_batch(
+    model: JointSlotModel,
+    image: torch.Tensor,
+    spectrogram: torch.Tensor,
+    wrong: torch.Tensor,
+    infer_sharpening: float,
+    saliency: ObjectSaliency | None,
+) -> tuple[dict[str, torch.Tensor], SlotState, SlotState]:
+    """Maps of a batch by name, (B, h, w) as the model gives them, and what attention left of both modalities."""
+    image_state, grid = model.attend_image(image)
+    audio_state = model.attend_audio(spectrogram)
+    own = model.maps(image_state, audio_state, grid, infer_sharpening)
+    other = model.maps(image_state, model.attend_audio(wrong), grid, infer_sharpening)
+    raw = {"AUD": own.audio_map, "AUD" + WRONG: other.audio_map, "IMG_QUERY": own.image_map}
+    if saliency is not None:
+        raw["OBJ_PRIOR"] = saliency(image)
+    return raw, image_state, audio_state
+
+
+@torch.no_grad()
+def evaluate(
+    model: JointSlotModel,
+    dataset: EvaluationPairs,
+    device: torch.device,
+    batch_size: int = 64,
+    workers: int = 0,
+    alpha: float = 0.6,
+    infer_sharpening: float = 0.1,
+    saliency: ObjectSaliency | None = None,
+    seed: int = 0,
+    resamples: int = 0,
+    on_batch: Iterable[OnBatch] = (),
+    max_batches: int | None = None,
+) -> Evaluation:
+    """Score every map of a test set in one pass, in fp32; weights, buffers and the model's mode stay as they were.
+
+    resamples: of the bootstrap (0: no intervals); on_batch see each batch (to draw or keep its maps); max_batches ends
+    the pass early (dry runs).
+    """
+    was_training = model.training
+    model.eval()
+    scores, paired = SetScores(dataset.ground_truth), WithWrongSound(dataset, seed)
+    image_target, audio_target = [], []
+    loader = make_loader(paired, batch_size, workers)
+    total = min(len(loader), max_batches or len(loader))
+    try:
+        for number, (batch, wrong) in enumerate(
+            tqdm(loader, "evaluating", total, leave=False, unit="batch", disable=None)
+        ):
+            if number == max_batches:
+                break
+            inputs = (x.to(device, non_blocking=True) for x in (batch.image, batch.spectrogram, wrong))
+            raw, image_state, audio_state = localize_batch(model, *inputs, infer_sharpening, saliency)
+            image_slots, audio_slots = image_state.slots[:, TARGET], audio_state.slots[:, TARGET]
+            scalars = {
+                "confidence": F.cosine_similarity(image_slots, audio_slots),
+                "confidence_map": map_confidence(image_state, audio_state, infer_sharpening),
+            }
+            image_target.append(image_slots.cpu())
+            audio_target.append(audio_slots.cpu())
+            with as_user_error(ValueError):  # maps that are not finite
+                for part in scores.add(batch.id, batch.truth, raw, scalars, "bicubic", alpha):
+                    for show in on_batch:
+                        show(part)
+    finally:
+        model.train(was_training)
+    with as_user_error(ValueError):  # embeddings that are not finite
+        results = scores.summary(dataset.missing, resamples, seed)
+        results["retrieval"] = _retrieval(dataset, scores.ids, torch.cat(image_target), torch.cat(audio_target))
+    settings = {"alpha": alpha, "infer_sharpening": infer_sharpening, "interpolation": "bicubic"}
+    results |= {
+        "settings": settings | _protocol(seed, resamples),
+        "wrong_sounds_of_same_class": paired.same_label,
+        "pairs": _count_pairs(dataset.ground_truth, scores.ids, dataset.missing, "picture, sound or mask not found"),
+    }
+    return Evaluation(results, scores.rows())
+
+
+def _protocol(seed: int, resamples: int) -> dict[str, Any]:
+    rules = {"cIoU" + suffix: rule for rule, suffix in RULES.items()}
+    return {"threshold": THRESHOLD, "rules": rules, "seed": seed, "resamples": resamples}
+
+
+def _count_pairs(
+    ground_truth: GroundTruth, ids: Sequence[str], left_out: Sequence[str], because: str
+) -> dict[str, Any]:
+    return {
+        "scored": len(ids),
+        "expected": ground_truth.expected,
+        "left_out": list(left_out),
+        "left_out_because": because if left_out else "",
+    }
+
+
+def _retrieval(dataset: EvaluationPairs, ids: Sequence[str], image: torch.Tensor, audio: torch.Tensor) -> dict:
+    """By class and by pair, each where it is defined. On interactive sets a picture belongs to several classes."""
+    truth = dataset.ground_truth
+    classes, sounds = [truth.class_of.get(i, "") for i in ids], {pair.audio for pair in dataset.pairs}
+    retrieval = {}
+    if all(classes) and not truth.interactive:
+        retrieval["by_class"] = retrieval_recall(image, audio, classes)
+    if len(sounds) == len(dataset) and not truth.interactive:
+        retrieval["by_pair"] = retrieval_recall(image, audio)
+    return retrieval
+
+
+@torch.no_grad()
+def embed_set(model: JointSlotModel, loader: DataLoader, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Target slots (N, D) of the pictures and of the sounds of a loader, in evaluation mode; the mode is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        slots = [model.embed(batch.image.to(device), batch.spectrogram.to(device)) for batch in loader]
+    finally:
+        model.train(was_training)
+    return tuple(torch.cat([s[side][:, TARGET].cpu() for s in slots]) for side in (0, 1))
+
+
+# ---------------------------------------------------------------- anyone's maps
+
+
+def evaluate_stored(
+    stored: StoredMaps,
+    ground_truth: GroundTruth,
+    batch_size: int = 64,
+    allow_missing: bool = False,
+    seed: int = 0,
+    resamples: int = 0,
+    on_batch: Iterable[OnBatch] = (),
+) -> Evaluation:
+    """Score the maps of a file against a test set, each of its arrays a row; ids are matched.
+
+    UserError for an id that stands twice, one that the set does not hold and, unless allow_missing, one that the set
+    holds and the file does not, or the other way round.
+    """
+    left_out, unknown = match_ids(stored, ground_truth, allow_missing)
+    skipped = set(unknown)
+    scores = SetScores(ground_truth)
+    count = -(-len(stored.ids) // batch_size)
+    for batch in tqdm(stored.batches(batch_size), "scoring", count, leave=False, unit="batch", disable=None):
+        keep = [i for i, name in enumerate(batch.ids) if name not in skipped]
+        if not keep:
+            continue
+        ids = [batch.ids[i] for i in keep]
+        raw, scalars = ({name: values[keep] for name, values in side.items()} for side in (batch.maps, batch.scalars))
+        truth = torch.stack([ground_truth.truth_of(name) for name in ids])
+        for part in scores.add(ids, truth, raw, scalars, stored.interpolation, stored.alpha):
+            for show in on_batch:
+                show(part)
+    results = scores.summary(left_out, resamples, seed)
+    results |= {
+        "retrieval": {},
+        "settings": {"alpha": stored.alpha, "interpolation": stored.interpolation} | _protocol(seed, resamples),
+        "maps_file": str(stored.path),
+        "pairs": _count_pairs(ground_truth, scores.ids, left_out, "no map of it in the file"),
+    }
+    if unknown:
+        results["pairs"]["unknown_ids_in_file"] = unknown
+    return Evaluation(results, scores.rows())
+
+
+def match_ids(
+    stored: StoredMaps, ground_truth: GroundTruth, allow_missing: bool = False
+) -> tuple[list[str], list[str]]:
+    """Ids of the set without a map, and ids of the file that the set does not hold. UserError: `evaluate_stored`."""
+    where = f"{stored.path} against test set {ground_truth.name}"
+    known, given = set(ground_truth.ids), set(stored.ids)
+    if len(given) < len(stored.ids):
+        seen: set[str] = set()
+        twice = [i for i in stored.ids if i in seen or seen.add(i)]
+        raise UserError(f"{where}: {len(twice)} ids stand twice, so which map counts? {first_ids(twice)}")
+    left_out = [i for i in ground_truth.ids if i not in given]
+    unknown = [i for i in stored.ids if i not in known]
+    if not given & known:
+        raise UserError(f"{where}: not one id is the set's; its first are {first_ids(ground_truth.ids, 2)}")
+    problems = [(unknown, "ids are not of this set"), (left_out, "ids of the set have no map")]
+    if (unknown or left_out) and not allow_missing:
+        named = "; ".join(f"{len(ids)} {what}: {first_ids(ids)}" for ids, what in problems if ids)
+        raise UserError(f"{where}: {named} (--allow_missing true goes on without them and counts them)")
+    return left_out, unknown

@@ -1,0 +1,108 @@
+"""Cross-modal retrieval by embeddings, and the pairing of pictures with wrong sounds; knows no model.
+
+N samples, D channels. Scores are fractions of 1.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TIED_COSINE = 1e-6  # cosine similarities that differ by less are rounding, and count as equal
+
+# ---------------------------------------------------------------- retrieval
+
+
+def partner_ranks(queries: Tensor, keys: Tensor, targets: Sequence | None = None, chunk: int = 1024) -> Tensor:
+    """Rank of the best right key of every query by cosine similarity: (N, D) twice -> (N,) int64, 1 is best.
+
+    Right is the key of the same index or, with `targets` (N labels), any key with the query's label. The rank is 1 +
+    the number of wrong keys at least as similar (to 1e-6, in float64): ties rank last, so collapsed embeddings find
+    nothing. Memory is chunk x N. ValueError where the shapes differ or an embedding is not finite (a NaN would compare
+    as the best).
+    """
+    count = len(queries)
+    if queries.shape != keys.shape or queries.dim() != 2:
+        raise ValueError(f"embeddings {tuple(queries.shape)} and {tuple(keys.shape)} must both be (N, D)")
+    if not (torch.isfinite(queries).all() and torch.isfinite(keys).all()):
+        raise ValueError("an embedding holds a value that is not finite")
+    labels = np.arange(count) if targets is None else np.unique(np.asarray(targets), return_inverse=True)[1]
+    if len(labels) != count:
+        raise ValueError(f"{len(labels)} targets for {count} embeddings")
+    labels = torch.as_tensor(labels, device=queries.device)
+    queries, keys = F.normalize(queries.double(), dim=1), F.normalize(keys.double(), dim=1)
+    ranks = []
+    for start in range(0, count, chunk):
+        similarity = queries[start : start + chunk] @ keys.T
+        right = labels[start : start + chunk, None] == labels[None, :]
+        best = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)
+        ranks.append(1 + (~right & (similarity >= best - TIED_COSINE)).sum(1))
+    return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
+
+
+def retrieval_recall(
+    image_embeddings: Tensor, audio_embeddings: Tensor, targets: Sequence | None = None, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, dict[str, float]]:
+    """Recall at k in both directions: {"image_to_audio" | "audio_to_image": {"R@1": fraction, ...}}.
+
+    image_embeddings, audio_embeddings (N, D); by pair, or by class with `targets`, N labels. Ties rank last:
+    `partner_ranks`.
+    """
+    ranks = {
+        "image_to_audio": partner_ranks(image_embeddings, audio_embeddings, targets),
+        "audio_to_image": partner_ranks(audio_embeddings, image_embeddings, targets),
+    }
+    return {direction: {f"R@{k}": (rank <= k).double().mean().item() for k in ks} for direction, rank in ranks.items()}
+
+
+def retrieval_score(image_embeddings: Tensor, audio_embeddings: Tensor) -> float:
+    """Mean percentile rank of the right partner over both directions: 1 best, about 0.5 chance, 0 collapsed.
+
+    (N, D) twice. It needs no boxes, and so chooses a checkpoint without looking at a test set.
+    """
+    ranks = torch.cat(
+        [partner_ranks(image_embeddings, audio_embeddings), partner_ranks(audio_embeddings, image_embeddings)]
+    )
+    return (1 - (ranks.double() - 1) / max(len(image_embeddings) - 1, 1)).mean().item()
+
+
+# ---------------------------------------------------------------- wrong sounds
+
+
+class Derangement(NamedTuple):
+    """permutation (N,) int64: sample i gets the sound of permutation[i]; same_label: pairs that share a label."""
+
+    permutation: np.ndarray
+    same_label: int
+
+
+def derangement(labels: Sequence, seed: int) -> Derangement:
+    """Pair every sample with one of another label (class name, or id where classes are unknown), reproducibly.
+
+    A random permutation, whose clashes are swapped with random samples that fit. Where one label holds more than half
+    of the samples some pairs must share it: as few as possible, and no sample is its own partner. ValueError for fewer
+    than 2.
+    """
+    labels = np.unique(np.asarray(labels), return_inverse=True)[1]
+    count = len(labels)
+    if count < 2:
+        raise ValueError("a derangement needs at least two samples")
+    rng = np.random.default_rng(seed)
+    permutation = rng.permutation(count)
+
+    def swap(i: int, allowed: np.ndarray) -> None:
+        j = rng.choice(np.flatnonzero(allowed))
+        permutation[[i, j]] = permutation[[j, i]]
+
+    for i in np.flatnonzero(labels[permutation] == labels):
+        fits = (labels != labels[i]) & (labels[permutation] != labels[i])
+        if labels[permutation[i]] == labels[i] and fits.any():
+            swap(i, fits)
+    for i in np.flatnonzero(permutation == np.arange(count)):
+        if permutation[i] == i:  # an earlier swap may have moved it
+            swap(i, (labels == labels[i]) & (np.arange(count) != i))
+    return Derangement(permutation, int((labels[permutation] == labels).sum()))

@@ -1,0 +1,140 @@
+"""Localization maps on disk, our own and those of any other method: `maps.npz`.
+
+    id             N strings
+    <any name>     (N, h, w) floats, integers or booleans, at any resolution, larger where the sound comes from
+    confidence     optional, N floats: how surely the source is in view (extended sets)
+    interpolation  optional: "bicubic" (default), or "bilinear" with aligned corners, what EZ-VSL, FNAC, SLAVC use
+    alpha          optional: with it AUD, IMG_QUERY and OBJ_PRIOR are summed to IQR, OGL and IQR_OGL as well
+
+Both ways go through the file batch by batch: a map is never in memory longer than its batch. B batch, N samples.
+"""
+
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from utils import UserError, atomic_path
+
+SCALARS = ("confidence", "confidence_map")  # per sample
+SETTINGS = ("interpolation", "alpha")  # of the whole file
+HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+class MapBatch(NamedTuple):
+    ids: list[str]
+    maps: dict[str, torch.Tensor]  # (B, h, w) each, float
+    scalars: dict[str, torch.Tensor]  # (B,) each
+
+
+class MapWriter:
+    """Collects the maps of a pass over N samples, batch by batch, and writes them in one go."""
+
+    def __init__(self, path: str | Path, count: int) -> None:
+        self.path, self.count, self.ids, self.arrays = Path(path), count, [], {}
+        self.drafts = tempfile.TemporaryDirectory()
+
+    def add(self, ids: Sequence[str], arrays: Mapping[str, torch.Tensor]) -> None:
+        """Append B ids and {name: (B, ...)}; the names and shapes are the same in every call."""
+        start = len(self.ids)
+        self.ids += ids
+        for name, values in arrays.items():
+            values = values.detach().cpu().numpy()
+            if name not in self.arrays:
+                self.arrays[name] = np.lib.format.open_memmap(
+                    Path(self.drafts.name) / f"{len(self.arrays)}.npy",
+                    "w+",
+                    values.dtype,
+                    (self.count, *values.shape[1:]),
+                )
+            self.arrays[name][start : start + len(values)] = values
+
+    def finish(self, **settings: Any) -> Path:
+        """Write the file, whole or not at all; settings: `interpolation`, `alpha`."""
+        arrays = {name: array[: len(self.ids)] for name, array in self.arrays.items()}
+        with atomic_path(self.path) as temporary:
+            np.savez(temporary, id=np.array(self.ids), **arrays, **settings)
+        self.arrays = {}
+        self.drafts.cleanup()
+        return self.path
+
+
+class StoredMaps:
+    """A file of maps. UserError, naming the file and the array, for anything that is not as described above."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                names = list(file)
+                small = {name: file[name] for name in names if name in ("id", *SCALARS, *SETTINGS)}
+        except FileNotFoundError:
+            raise UserError(f"there is no file of maps {path}") from None
+        except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is no .npz file of maps: {error}") from error
+        if "id" not in small:
+            raise UserError(f"{path} has no array `id`: it holds {', '.join(names) or 'nothing'}")
+        if small["id"].ndim != 1 or small["id"].dtype.kind not in "USiu":
+            raise UserError(f"{path}: `id` must be a list of strings, not {small['id'].dtype} {small['id'].shape}")
+        self.ids = [i.decode() if isinstance(i, bytes) else str(i) for i in small.pop("id").tolist()]
+        self.interpolation = str(small.pop("interpolation", "bicubic"))
+        if self.interpolation not in ("bicubic", "bilinear"):
+            raise UserError(f"{path}: `interpolation` must be bicubic or bilinear, not {self.interpolation!r}")
+        self.alpha = self._number("alpha", small.pop("alpha")) if "alpha" in small else None
+        self.scalars = {name: self._confidence(name, values) for name, values in small.items()}
+        self.names = [name for name in names if name not in ("id", *SCALARS, *SETTINGS)]
+        if not self.names:
+            raise UserError(f"{path} holds no maps: beside `id` at least one array (N, h, w) is wanted")
+
+    def _number(self, name: str, value: np.ndarray) -> float:
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.path}: `{name}` must be a number, not {value!r:.80}") from error
+
+    def _confidence(self, name: str, values: np.ndarray) -> np.ndarray:
+        if values.shape != (len(self.ids),) or values.dtype.kind not in "fiub" or not np.isfinite(values).all():
+            raise UserError(f"{self.path}: `{name}` must be {len(self.ids)} finite numbers, as many as ids")
+        return values.astype(np.float64)
+
+    def batches(self, size: int) -> Iterator[MapBatch]:
+        """Batches in the file's order."""
+        readers = {name: self._rows(name, size) for name in self.names}
+        for start in range(0, len(self.ids), size):
+            ids = self.ids[start : start + size]
+            maps = {name: torch.from_numpy(self._finite(name, ids, next(rows))) for name, rows in readers.items()}
+            scalars = {name: torch.from_numpy(values[start : start + size]) for name, values in self.scalars.items()}
+            yield MapBatch(ids, maps, scalars)
+
+    def _rows(self, name: str, size: int) -> Iterator[np.ndarray]:
+        """An array of the file read in pieces of `size` rows; np.load would read all of it at once."""
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
+                version = np.lib.format.read_magic(file)
+                shape, fortran, dtype = HEADER_READERS[version](file)
+                if len(shape) != 3 or shape[0] != len(self.ids) or 0 in shape or dtype.kind not in "fiub":
+                    raise UserError(
+                        f"{self.path}: `{name}` must be ({len(self.ids)}, h, w) numbers, one map per id, "
+                        f"not {dtype} {shape}"
+                    )
+                if fortran:
+                    raise UserError(f"{self.path}: `{name}` is stored by columns: save numpy.ascontiguousarray of it")
+                for start in range(0, shape[0], size):
+                    count = min(size, shape[0] - start)
+                    data = file.read(count * shape[1] * shape[2] * dtype.itemsize)
+                    yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.path}: `{name}` cannot be read ({error}): the file is damaged") from error
+
+    def _finite(self, name: str, ids: Sequence[str], maps: np.ndarray) -> np.ndarray:
+        maps = maps.astype(np.float64 if maps.dtype == np.float64 else np.float32)
+        bad = ~np.isfinite(maps).all((1, 2))
+        if bad.any():
+            raise UserError(
+                f"{self.path}: the map `{name}` of {ids[int(bad.argmax())]} holds a value that is not finite"
+            )
+        return maps
