@@ -147,6 +147,23 @@ def test_saved_maps_score_exactly_as_they_did(checkpoint, synthetic_root, tmp_pa
     assert "confidence_map" in (tmp_path / "file" / "synthetic_interactive" / "per_sample.csv").read_text()
 
 
+def test_the_page_and_the_diagnosis_are_written_for_a_model_and_the_page_for_stored_maps(
+    checkpoint, synthetic_root, tmp_path, run
+):
+    where = ("--testset", "synthetic", "--test_data_path", synthetic_root, "--report", "true")
+    done = run(
+        "--checkpoint", checkpoint, *where, "--out_dir", tmp_path / "model", "--diagnose", "true", "--save_maps", "true",
+        "--imagenet_weights", "none",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "model" / "synthetic"
+    assert "test_000003" in (folder / "report.html").read_text() and (folder / "report_files" / "00019.jpg").is_file()
+    assert len(list((folder / "diagnosis").iterdir())) == 6
+    done = run("--maps", folder / "maps.npz", *where, "--out_dir", tmp_path / "file")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file" / "synthetic" / "report.html").is_file()
+
+
 def test_real_pairs_are_scored_and_drawn(checkpoint, tmp_path, run):
     clips = shared_folder("clips")
     done = run(
