@@ -152,8 +152,8 @@ def test_the_page_and_the_diagnosis_are_written_for_a_model_and_the_page_for_sto
 ):
     where = ("--testset", "synthetic", "--test_data_path", synthetic_root, "--report", "true")
     done = run(
-        "--checkpoint", checkpoint, *where, "--out_dir", tmp_path / "model", "--diagnose", "true", "--save_maps", "true",
-        "--imagenet_weights", "none",
+        "--checkpoint", checkpoint, *where, "--out_dir", tmp_path / "model", "--diagnose", "true",
+        "--save_maps", "true", "--imagenet_weights", "none",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "model" / "synthetic"
