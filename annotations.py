@@ -1,8 +1,9 @@
 """Lists of ids, and ground truth: boxes, consensus of annotators, masks, each as a (224, 224) map in 0..1."""
 
+import csv
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from xml.etree.ElementTree import ParseError
 
@@ -30,27 +31,62 @@ class GroundTruth(NamedTuple):
     silent: frozenset[str] = frozenset()  # ids whose picture does not show the source: extended sets
     masks: bool = False  # G are masks: AVSBench's mIoU and F are defined
     interactive: bool = False  # entries of one picture share the id up to the last underscore
+    sources: Mapping[str, tuple[str, str]] = {}  # id: names of its picture and its sound, where these are not the id
 
 
 # ---------------------------------------------------------------- lists
 
 
+def read_text(path: str | Path, what: str) -> str:
+    """Text of a list or annotation (UTF-8, with or without a mark). Raises UserError, with the mend."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        mend = f"`python prepare_data.py metadata --only {Path(path).name}` fetches it if it is a public one"
+        raise UserError(f"the {what} {path} does not exist: {mend} (see metadata/README.md)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the {what} {path}: {error}") from error
+
+
 def read_ids(path: str | Path) -> list[str]:
     """Ids of a list, one a line, the first field where a line has commas. Raises UserError when there are none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"the list {path} does not exist: metadata/README.md says where each list comes from") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list {path}: {error}") from error
-    ids = [line.split(",")[0].strip() for line in lines if line.strip()]
+    lines = read_text(path, "list").splitlines()
+    ids = [check_id(line.split(",")[0].strip(), path) for line in lines if line.strip()]
     if not ids:
         raise UserError(f"the list {path} is empty")
     if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        twice = [i for i in ids if i in seen or seen.add(i)]
+        twice = repeated(ids)
         raise UserError(f"the list {path} names {len(twice)} ids twice: {first_ids(twice)}")
     return ids
+
+
+def check_id(name: str, path: str | Path) -> str:
+    """The id, unless it could lead out of a folder: ids name files. Raises UserError."""
+    if not name or name in (".", "..") or any(sign in name for sign in "/\\\0"):
+        raise UserError(f"{path}: {name!r:.60} is no id: a plain name of a file, without its suffix, is wanted")
+    return name
+
+
+def repeated(ids: Sequence[str]) -> list[str]:
+    """Every later mention of an id that stands there before."""
+    seen: set[str] = set()
+    return [i for i in ids if i in seen or seen.add(i)]
+
+
+def read_silent_pairs(path: str | Path) -> dict[str, tuple[str, str]]:
+    """SLAVC's list (video,audio,label) of pairs whose picture does not show the source -> {id: (picture, sound)}.
+
+    The id is picture+sound: either name may stand in other pairs, too.
+    """
+    rows = list(csv.DictReader(read_text(path, "list").splitlines()))
+    if not rows or not {"video", "audio"} <= rows[0].keys():
+        raise UserError(f"{path} has no rows of columns video, audio")
+    named = [tuple(check_id((row[key] or "").strip(), path) for key in ("video", "audio")) for row in rows]
+    pairs = {f"{video}+{audio}": (video, audio) for video, audio in named}
+    if len(pairs) < len(named):
+        twice = repeated([f"{video}+{audio}" for video, audio in named])
+        raise UserError(f"{path} names {len(twice)} pairs twice: {first_ids(twice)}")
+    return pairs
 
 
 def first_ids(ids: Sequence[str], count: int = 5) -> str:
@@ -62,21 +98,14 @@ def first_ids(ids: Sequence[str], count: int = 5) -> str:
 
 def load_boxes(path: str | Path) -> dict[str, tuple[str, list[list[float]]]]:
     """VGG-SS JSON: {id: (class name, [[xmin, ymin, xmax, ymax], ...] in units of the picture)}."""
-    try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(
-            f"the annotation {path} does not exist: metadata/README.md says where each comes from"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the annotation {path}: {error}") from error
+    entries = _read_entries(path)
     boxes: dict[str, tuple[str, list[list[float]]]] = {}
-    for number, entry in enumerate(entries if isinstance(entries, list) else []):
+    for number, entry in enumerate(entries):
         try:
             drawn = [[float(v) for v in box] for box in entry["bbox"]]
-            name, class_name = str(entry["file"]), str(entry.get("class", ""))
+            name, class_name = check_id(str(entry["file"]), path), str(entry.get("class", ""))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"entry {number} of {path} is not {{file, class, bbox}}: {entry!r:.80}") from error
+            raise UserError(f"entry {number} of {path} is not {{file, class, bbox}}: {entry!s:.80}") from error
         if any(len(box) != 4 or np.isnan(box).any() for box in drawn):
             raise UserError(f"{path}: a box of {name} is not four numbers")
         if name in boxes:
@@ -91,6 +120,45 @@ def load_boxes(path: str | Path) -> dict[str, tuple[str, list[list[float]]]]:
             f"{name} has {drawn}"
         )
     return boxes
+
+
+def _read_entries(path: str | Path) -> list:
+    try:
+        entries = json.loads(read_text(path, "annotation"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read the annotation {path}: {error}") from error
+    return entries if isinstance(entries, list) else []
+
+
+def load_frames(path: str | Path) -> dict[str, list[float] | str]:
+    """SSLalignment's JSON of {image, audio, gt_box}: {id: [xmin, ymin, xmax, ymax] in 224 px, or the name of its mask}.
+
+    The paths in it are of its author's machine: only the names of the files count, as ids, without their suffix.
+    """
+    frames: dict[str, list[float] | str] = {}
+    for number, entry in enumerate(_read_entries(path)):
+        try:
+            name = PurePosixPath(entry["image"]).stem.replace(".mp4_", "_")  # MS3's frames
+            drawn = entry["gt_box"]
+            drawn = PurePosixPath(drawn).stem if isinstance(drawn, str) else [float(v) for v in drawn]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"entry {number} of {path} is not {{image, audio, gt_box}}: {entry!s:.80}") from error
+        if not isinstance(drawn, str) and (len(drawn) != 4 or not np.isfinite(drawn).all()):
+            raise UserError(f"{path}: the box of {name} is not four numbers")
+        if name in frames:
+            raise UserError(f"{path}: {name} stands there twice")
+        frames[check_id(name, path)] = drawn
+    if not frames:
+        raise UserError(f"the annotation {path} holds no list of entries {{image, audio, gt_box}}")
+    return frames
+
+
+def pixel_map(box: Sequence[float]) -> torch.Tensor:
+    """A box in 224 px -> (224, 224) map, 1 inside: xmin <= x < xmax. Clipped to the picture, cut to whole pixels."""
+    xmin, ymin, xmax, ymax = (int(min(max(v, 0), MAP_SIZE)) for v in box)
+    truth = torch.zeros(MAP_SIZE, MAP_SIZE)
+    truth[ymin:ymax, xmin:xmax] = 1
+    return truth
 
 
 def box_map(boxes: Iterable[Sequence[float]]) -> torch.Tensor:
@@ -118,9 +186,15 @@ def consensus_map(path: str | Path) -> torch.Tensor:
 
 
 def mask_map(path: str | Path, threshold: int = 0) -> torch.Tensor:
-    """Mask picture of mode 1, L or P -> (224, 224) map, 1 where a pixel is above threshold. Nearest neighbour."""
-    with Image.open(path) as picture:
-        if picture.mode not in ("1", "L", "P"):
-            picture = picture.convert("L")
-        resized = picture.resize((MAP_SIZE, MAP_SIZE), Image.Resampling.NEAREST)
-        return torch.from_numpy((np.array(resized).astype(np.int32) > threshold).astype(np.float32))
+    """Mask picture -> (224, 224) map, 1 where a pixel is above threshold. Nearest neighbour, palettes as they are.
+
+    Raises ValueError, naming the file, when it cannot be decoded.
+    """
+    try:
+        with Image.open(path) as picture:
+            if picture.mode not in ("1", "L", "P"):
+                picture = picture.convert("L")
+            resized = picture.resize((MAP_SIZE, MAP_SIZE), Image.Resampling.NEAREST)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot decode the mask {path}: {error}") from error
+    return torch.from_numpy((np.array(resized).astype(np.int32) > threshold).astype(np.float32))

@@ -44,17 +44,18 @@ def load_audio(path: str | Path) -> np.ndarray:
     if not np.isfinite(mono).all():
         raise ValueError(f"the sound {path} holds values that are not finite")
     if rate != SAMPLE_RATE:
-        mono = _resample(mono, rate)
+        mono = resample(mono, rate)
     return mono
 
 
-def _resample(mono: np.ndarray, rate: int) -> np.ndarray:
+def resample(mono: np.ndarray, rate: int) -> np.ndarray:
+    """(samples,) at `rate` Hz -> (samples,) at 16 kHz, by soxr's high quality."""
     return librosa.resample(mono, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq")
 
 
 def load_resampler() -> None:
     """Make librosa load its resampler now rather than at first use, which may be in a forked process that cannot."""
-    _resample(np.zeros(SAMPLE_RATE, np.float32), 2 * SAMPLE_RATE)
+    resample(np.zeros(SAMPLE_RATE, np.float32), 2 * SAMPLE_RATE)
 
 
 def _check_whole(path: Path) -> None:
@@ -103,11 +104,14 @@ def load_spectrogram(path: str | Path, seconds: float, position: float = 0.5) ->
     Raises ValueError, naming the file, on anything that cannot be read as such.
     """
     if Path(path).suffix == ".npy":
-        return compress(_load_power(path, num_frames(seconds), position))
+        power = load_power(path)
+        columns = crop_or_tile(np.arange(power.shape[2]), num_frames(seconds), position)
+        return compress(torch.from_numpy(power[:, :, columns].astype(np.float32)))
     return log_spectrogram(crop_or_tile(load_audio(path), num_samples(seconds), position))
 
 
-def _load_power(path: str | Path, frames: int, position: float) -> torch.Tensor:
+def load_power(path: str | Path) -> np.ndarray:
+    """Stored power spectrogram (.npy) -> (1, F, any frames). Raises ValueError, naming the file, for anything else."""
     try:
         power = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -118,5 +122,4 @@ def _load_power(path: str | Path, frames: int, position: float) -> torch.Tensor:
         raise ValueError(
             f"the spectrogram {path} holds values that are negative or not finite: not a power spectrogram"
         )
-    columns = crop_or_tile(np.arange(power.shape[2]), frames, position)
-    return torch.from_numpy(power[:, :, columns].astype(np.float32))
+    return power

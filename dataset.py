@@ -4,25 +4,33 @@ An id names one pair. H x W picture, F bins, L frames; ground truth is a (224, 2
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.functional import to_tensor
 
-from annotations import GroundTruth, box_map, consensus_map, first_ids, load_boxes, read_ids
+from annotations import (
+    GroundTruth,
+    box_map,
+    consensus_map,
+    first_ids,
+    load_boxes,
+    load_frames,
+    mask_map,
+    pixel_map,
+    read_ids,
+    read_silent_pairs,
+)
 from audio_io import AUDIO_SUFFIXES, load_spectrogram
-from utils import UserError, as_user_error
+from metrics import MAP_SIZE
+from transforms import eval_transform, load_image, mask_spectrogram, train_transform
+from utils import Undecodable, UserError, as_user_error
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-SPECTROGRAM_MASK_BINS = 9
 
 
 class Sample(NamedTuple):
@@ -37,8 +45,8 @@ class Sample(NamedTuple):
 
 class Pair(NamedTuple):
     id: str
-    image: Path
-    audio: Path
+    image: str  # path of its picture
+    audio: str  # path of its sound
 
 
 class SetRow(NamedTuple):
@@ -49,56 +57,83 @@ class SetRow(NamedTuple):
     ids: str | None = None  # list of ids; None: every id of the annotation, or every pair found
     annotation: str | None = None  # its file or folder, where it is not given on the command line
     expected: int | None = None  # published number of pairs
+    kind: str = "boxes"  # of the annotation: boxes (VGG-SS JSON), xml (Flickr), pixels (boxes of 224 px) or masks
     val_ids: str | None = None  # list of held-out training ids
+    silent: str | None = None  # list of pairs, beside the others, whose picture does not show the source
     lists_in_root: bool = False  # lists and annotation lie in the data's root, not in metadata/
     interactive: bool = False  # entries of one picture share the id up to the last underscore
 
 
-LAYOUTS = {  # pairs of folders (pictures, sounds): all that exist below the root are searched
+LAYOUTS = {  # pairs of folders (pictures, sounds): all that exist below the root are searched, the first wins
     "vggsound": (("frames", "audio"),),
+    "vggsound_extended": (("frames", "audio"), ("extend_frames", "extend_audio")),
     "flickr": (("frames", "audio"), ("Data", "Data")),
-}
+    "flickr_extended": (("frames", "audio"), ("Data", "Data"), ("extend_frames", "extend_audio")),
+    "is3": (("images", "audio_wav"), ("visual_frames", "audio_wav")),
+    "vpo_ss": (("images", "audio_wav"), ("visual_frames", "audio_wav"), ("COCO_AV/visual_frames", "COCO_AV/audio_wav")),
+    "vpo_ms": (
+        ("images", "audio_wav"), ("visual_frames", "audio_wav"), ("COCO_AV_MS/visual_frames", "COCO_AV_MS/audio_wav"),
+    ),
+}  # fmt: skip
+MASK_FOLDERS = ("gt_masks", "gray_masks")  # beside the folder of pictures
+JPEG_MASK_THRESHOLD = 127
 
+_vggsound, _flickr = partial(SetRow, "vggsound", "VGGSOUND_ROOT"), partial(SetRow, "flickr", "FLICKR_ROOT")
+_built_in = partial(SetRow, "vggsound", "data/synthetic", lists_in_root=True)
 TRAIN_SETS = {
-    "vggss_10k": SetRow("vggsound", "VGGSOUND_ROOT", "vggss_10k.txt", expected=10_000),
-    "vggss_144k": SetRow("vggsound", "VGGSOUND_ROOT", "vggss_144k.txt", expected=144_000),
-    "vggss_heard": SetRow("vggsound", "VGGSOUND_ROOT", "vggss_heard.txt", expected=59_468),
-    "flickr_10k": SetRow("flickr", "FLICKR_ROOT", "flickr_10k.txt", expected=10_000),
-    "flickr_144k": SetRow("flickr", "FLICKR_ROOT", "flickr_144k.txt", expected=144_000),
-    "synthetic": SetRow("vggsound", "data/synthetic", "train.txt", val_ids="val.txt", lists_in_root=True),
+    "vggss": _vggsound(),
+    "vggss_10k": _vggsound("vggss_10k.txt", expected=10_000),
+    "vggss_144k": _vggsound("vggss_144k.txt", expected=144_000),
+    "vggss_heard": _vggsound("vggss_heard.txt", expected=59_468),
+    "flickr": _flickr(),
+    "flickr_10k": _flickr("flickr_10k.txt", expected=10_000),
+    "flickr_144k": _flickr("flickr_144k.txt", expected=144_000),
+    "synthetic": _built_in("train.txt", val_ids="val.txt"),
     "custom": SetRow("vggsound", "CUSTOM_ROOT"),
 }
 
 TEST_SETS = {
-    "vggss": SetRow("vggsound", "VGGSOUND_ROOT", None, "vggss.json", 5_158),
-    "vggss_heard": SetRow("vggsound", "VGGSOUND_ROOT", "vggss_heard_test.csv", "vggss.json", 2_564),
-    "vggss_unheard": SetRow("vggsound", "VGGSOUND_ROOT", "vggss_unheard_test.csv", "vggss.json", 2_575),
-    "flickr": SetRow("flickr", "FLICKR_ROOT", "flickr_test.csv", "Annotations", 250),
-    "synthetic": SetRow("vggsound", "data/synthetic", "test.txt", "test.json", lists_in_root=True),
-    "synthetic_distractor": SetRow(
-        "vggsound", "data/synthetic", "distractor.txt", "distractor.json", lists_in_root=True
+    "vggss": _vggsound(None, "vggss.json", 5_158),
+    "vggss_heard": _vggsound("vggss_heard_test.csv", "vggss.json", 2_564),
+    "vggss_unheard": _vggsound("vggss_unheard_test.csv", "vggss.json", 2_575),
+    "vggss_plus_silent": SetRow(
+        "vggsound_extended", "VGGSOUND_ROOT", None, "vggss.json", 10_316, silent="vggss_test_plus_silent.csv"
     ),
-    "synthetic_interactive": SetRow(
-        "vggsound", "data/synthetic", "interactive.txt", "interactive.json", lists_in_root=True, interactive=True
+    "flickr": _flickr("flickr_test.csv", "Annotations", 250, "xml"),
+    "flickr_plus_silent": SetRow(
+        "flickr_extended", "FLICKR_ROOT", "flickr_test.csv", "Annotations", 500, "xml",
+        silent="flickr_test_plus_silent.csv",
     ),
+    "is3": SetRow("is3", "IS3_ROOT", None, "synthetic3240_bbox.json", 6_480, "pixels", interactive=True),
+    "is3_seg": SetRow("is3", "IS3_ROOT", None, "synthetic3240_seg.json", 6_480, "masks", interactive=True),
+    "vpo_ss": SetRow("vpo_ss", "VPO_ROOT", None, "vpo_ss_bbox.json", 890, "pixels"),
+    "vpo_ss_seg": SetRow("vpo_ss", "VPO_ROOT", None, "vpo_ss_seg.json", 890, "masks"),
+    "vpo_ms": SetRow("vpo_ms", "VPO_ROOT", None, "vpo_ms_bbox.json", 2_157, "pixels", interactive=True),
+    "vpo_ms_seg": SetRow("vpo_ms", "VPO_ROOT", None, "vpo_ms_seg.json", 2_157, "masks", interactive=True),
+    "synthetic": _built_in("test.txt", "test.json"),
+    "synthetic_distractor": _built_in("distractor.txt", "distractor.json"),
+    "synthetic_interactive": _built_in("interactive.txt", "interactive.json", interactive=True),
     "custom": SetRow("vggsound", "CUSTOM_ROOT"),
-}
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- ids and files
 
 
-def index_folder(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """One directory walk: {id: file}; where an id has several files, the first suffix in order wins."""
-    found: dict[str, Path] = {}
+def index_folder(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
+    """One directory walk: {id: path of its file}; where an id has several files, the first suffix in order wins.
+
+    Paths are plain strings: of hundreds of thousands, `Path` objects would take several times the memory.
+    """
+    found: dict[str, str] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             stem, suffix = os.path.splitext(entry.name)
-            if suffix.lower() not in suffixes:
+            if suffix.lower() not in suffixes or entry.name.startswith("."):  # half-written files begin with a dot
                 continue
-            known = found.get(stem)
-            if known is None or suffixes.index(suffix.lower()) < suffixes.index(known.suffix.lower()):
-                found[stem] = folder / entry.name
+            known = os.path.splitext(found.get(stem, ""))[1].lower()
+            if not known or suffixes.index(suffix.lower()) < suffixes.index(known):
+                found[stem] = entry.path
     return found
 
 
@@ -115,77 +150,57 @@ def data_root(row: SetRow, given: str | Path | None, flag: str) -> Path:
     return root
 
 
+def folders_there(root: Path, layout: str) -> list[tuple[Path, Path]]:
+    """The layout's pairs of folders that exist below root. Raises UserError when there are none."""
+    there = [
+        (root / frames, root / audio)
+        for frames, audio in LAYOUTS[layout]
+        if (root / frames).is_dir() and (root / audio).is_dir()
+    ]
+    if not there:
+        raise UserError(f"{root} has no folders {_wanted(layout)}")
+    return there
+
+
+def _wanted(layout: str) -> str:
+    return " or ".join(f"{frames}/ and {audio}/" for frames, audio in LAYOUTS[layout])
+
+
 def find_pairs(
-    root: Path, layout: str, ids: Sequence[str] | None, allow_missing: bool = False
+    root: Path,
+    layout: str,
+    ids: Sequence[str] | None,
+    allow_missing: bool = False,
+    sources: Mapping[str, tuple[str, str]] | None = None,
 ) -> tuple[list[Pair], list[str]]:
     """Pairs of `ids` (None: every id with a picture or a sound) below root, and the ids that lack one of them.
 
-    Raises UserError when the folders are not there, nothing is found or, unless allow_missing, any is missing.
+    sources: {id: (name of the picture, name of the sound)} where these are not the id. Raises UserError when the
+    folders are not there, nothing is found or, unless allow_missing, any is missing.
     """
-    wanted = " or ".join(f"{frames}/ and {audio}/" for frames, audio in LAYOUTS[layout])
-    present = [pair for pair in LAYOUTS[layout] if all((root / folder).is_dir() for folder in pair)]
-    if not present:
-        raise UserError(f"{root} has no folders {wanted}")
-    images: dict[str, Path] = {}
-    sounds: dict[str, Path] = {}
-    for frames, audio in reversed(present):  # the first layout wins
-        images |= index_folder(root / frames, IMAGE_SUFFIXES)
-        sounds |= index_folder(root / audio, AUDIO_SUFFIXES)
+    images: dict[str, str] = {}
+    sounds: dict[str, str] = {}
+    for frames, audio in reversed(folders_there(root, layout)):
+        images |= index_folder(frames, IMAGE_SUFFIXES)
+        sounds |= index_folder(audio, AUDIO_SUFFIXES)
     if ids is None:
         ids = sorted(images.keys() | sounds.keys())
-    pairs = [Pair(i, images[i], sounds[i]) for i in ids if i in images and i in sounds]
-    missing = [i for i in ids if i not in images or i not in sounds]
+    pairs, missing = [], []
+    for i in ids:
+        picture, sound = (sources or {}).get(i, (i, i))
+        if picture in images and sound in sounds:
+            pairs.append(Pair(i, images[picture], sounds[sound]))
+        else:
+            missing.append(i)
+    where = f"{_wanted(layout)} below {root}"
     if missing and not allow_missing:
         raise UserError(
-            f"{len(missing)} of {len(ids)} pairs lack a picture or a sound in {wanted} below {root}: "
+            f"{len(missing)} of {len(ids)} pairs lack a picture or a sound in {where}: "
             f"{first_ids(missing)} (--allow_missing true goes on without them and counts them)"
         )
     if not pairs:
-        raise UserError(f"no pair of picture and sound was found in {wanted} below {root}")
+        raise UserError(f"no pair of picture and sound was found in {where}")
     return pairs, missing
-
-
-# ---------------------------------------------------------------- transforms
-
-
-def train_transform(size: int, augment: str) -> Callable[[Image.Image], torch.Tensor]:
-    """PIL picture -> (3, size, size) normalised. augment: "hard" (the paper's) or "plain" (crop and flip)."""
-    crop = [v2.Resize(int(size * 1.1), InterpolationMode.BICUBIC), v2.RandomCrop(size)]
-    if augment == "hard":
-        crop.append(v2.RandomApply([v2.GaussianBlur(5, (0.1, 2.0))], p=0.8))
-    crop.append(v2.RandomHorizontalFlip())
-    if augment == "hard":
-        crop.append(v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8))
-        crop.append(v2.RandomGrayscale(0.2))
-    return v2.Compose([*crop, *_to_normalised()])
-
-
-def eval_transform(size: int) -> Callable[[Image.Image], torch.Tensor]:
-    """PIL picture -> (3, size, size) normalised: bicubic, antialiased, the aspect ratio is not kept."""
-    return v2.Compose([v2.Resize((size, size), InterpolationMode.BICUBIC), *_to_normalised()])
-
-
-def _to_normalised() -> list[Callable]:
-    return [to_tensor, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]  # v2's own scaling differs in the last bit
-
-
-def mask_spectrogram(spectrogram: torch.Tensor) -> torch.Tensor:
-    """Set one random band of bins and one of frames of (1, F, L), 0 to 9 wide each, to 0 in place."""
-    for axis in (1, 2):
-        width = int(torch.randint(SPECTROGRAM_MASK_BINS + 1, ()))
-        width = min(width, spectrogram.shape[axis])
-        start = int(torch.randint(spectrogram.shape[axis] - width + 1, ()))
-        spectrogram.narrow(axis, start, width).zero_()
-    return spectrogram
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """RGB picture. Raises ValueError, naming the file, when it cannot be decoded."""
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot decode the picture {path}: {error}") from error
 
 
 # ---------------------------------------------------------------- data sets
@@ -209,7 +224,7 @@ class TrainingPairs(Dataset):
     def __getitem__(self, index: int) -> Sample:
         pair = self.pairs[index]
         draw = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
-        with torch.random.fork_rng(devices=[]), as_user_error(ValueError):
+        with torch.random.fork_rng(devices=[]), as_user_error(ValueError, kind=Undecodable):
             torch.default_generator.manual_seed(draw)  # torch.manual_seed would reseed CUDA as well
             position = 0.5 if self.augment == "none" else 0.4 + 0.2 * float(torch.rand(()))
             spectrogram = load_spectrogram(pair.audio, self.audio_seconds, position)
@@ -230,19 +245,28 @@ class EvaluationPairs(Dataset):
         audio_seconds: float,
     ) -> None:
         self.pairs, self.ground_truth, self.missing, self.audio_seconds = pairs, ground_truth, missing, audio_seconds
+        self.image_size = image_size
         self.class_names = [ground_truth.class_of.get(pair.id, "") for pair in pairs]
         self.transform = eval_transform(image_size)
+
+    def without(self, broken: Mapping[str, str]) -> "EvaluationPairs":
+        """The same set without the pairs of {id: reason}, which join the missing ones. UserError when none is left."""
+        pairs = [pair for pair in self.pairs if pair.id not in broken]
+        if not pairs:
+            raise UserError(f"no pair of {self.ground_truth.name} can be decoded: {next(iter(broken.values()))}")
+        missing = [*self.missing, *broken]
+        return EvaluationPairs(pairs, self.ground_truth, missing, self.image_size, self.audio_seconds)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def spectrogram(self, index: int) -> torch.Tensor:
-        with as_user_error(ValueError):
+        with as_user_error(ValueError, kind=Undecodable):
             return load_spectrogram(self.pairs[index].audio, self.audio_seconds)
 
     def __getitem__(self, index: int) -> Sample:
         pair = self.pairs[index]
-        with as_user_error(ValueError):
+        with as_user_error(ValueError, kind=Undecodable):
             image = self.transform(load_image(pair.image))
         truth = self.ground_truth.truth_of(pair.id)
         return Sample(image, self.spectrogram(index), truth, pair.id, self.class_names[index])
@@ -306,31 +330,53 @@ def build_ground_truth(
     row = TEST_SETS[name]
     if gt_path is None and row.annotation is None:
         raise UserError(f"--testset {name} needs --test_gt_path: a JSON of {{file, class, bbox}}")
-    in_root = row.lists_in_root or row.layout == "flickr"
-    needs_root = (in_root and not gt_path) or (row.lists_in_root and not test_list)
+    in_root = row.lists_in_root or row.kind == "xml"
+    needs_root = (in_root and not gt_path) or (row.lists_in_root and not test_list) or row.kind == "masks"
     folder = data_root(row, root, "--test_data_path") if needs_root else Path()
     annotation = Path(gt_path) if gt_path else (folder if in_root else Path(metadata)) / row.annotation
     list_path = test_list or _own_list(row, row.ids, folder, metadata)
-    if row.layout == "flickr":
-        if not annotation.is_dir():
-            raise UserError(f"the folder of annotations {annotation} does not exist: give it as --test_gt_path")
-        ids = read_ids(list_path)
-        truth = {"truth_of": partial(_xml_truth, annotation)}
-    else:
-        boxes = load_boxes(annotation)
-        ids = read_ids(list_path) if list_path else list(boxes)
-        unknown = [i for i in ids if i not in boxes]
-        if unknown:
-            raise UserError(f"{annotation} has no box for {len(unknown)} ids of {list_path}: {first_ids(unknown)}")
-        truth = {
-            "truth_of": partial(_box_truth, boxes),
-            "class_of": {i: boxes[i][0] for i in ids},
-            "silent": frozenset(i for i in ids if not boxes[i][1]),
-        }
-    if row.interactive:
-        truth["unit_of"] = {i: i.rpartition("_")[0] for i in ids}
-    expected = len(ids) if test_list else max(len(ids), row.expected or 0)
-    return GroundTruth(name, ids, expected=expected, interactive=row.interactive, **truth)
+    known, truth_of, class_of = read_annotation(row, annotation, folder)
+    ids = read_ids(list_path) if list_path else list(known)
+    unknown = [i for i in ids if i not in known] if known else []
+    if unknown:
+        raise UserError(f"{annotation} has no box for {len(unknown)} ids of {list_path}: {first_ids(unknown)}")
+    silent = {i for i in ids if known.get(i) == []}  # an entry with a list of boxes that is empty
+    sources = {}
+    if row.silent and not test_list:
+        sources = read_silent_pairs(Path(metadata) / row.silent)
+        ids, silent = [*ids, *sources], silent | set(sources)
+    return GroundTruth(
+        name,
+        ids,
+        partial(_truth_or_nothing, truth_of, frozenset(sources)),
+        len(ids) if test_list else max(len(ids), row.expected or 0),
+        {i: class_of[i] for i in ids if i in class_of},
+        {i: i.rpartition("_")[0] for i in ids} if row.interactive else {},
+        frozenset(silent),
+        masks=row.kind == "masks",
+        interactive=row.interactive,
+        sources=sources,
+    )
+
+
+def read_annotation(row: SetRow, path: Path, root: Path) -> tuple[dict, Callable[[str], torch.Tensor], dict[str, str]]:
+    """{id: boxes, or name of its mask}, empty where ids have a file each; id -> map (224, 224); {id: class name}."""
+    if row.kind == "xml":
+        if not path.is_dir():
+            raise UserError(f"the folder of annotations {path} does not exist: give it as --test_gt_path")
+        return {}, partial(_xml_truth, path), {}
+    if row.kind == "boxes":
+        entries = load_boxes(path)
+        boxes = {name: drawn for name, (_, drawn) in entries.items()}
+        return boxes, partial(_box_truth, boxes), {name: class_name for name, (class_name, _) in entries.items()}
+    drawn = load_frames(path)
+    if row.kind == "pixels":
+        return drawn, partial(_pixel_truth, drawn), {}
+    masks: dict[str, str] = {}
+    for frames, _ in reversed(folders_there(root, row.layout)):
+        for folder in filter(Path.is_dir, (frames.with_name(name) for name in MASK_FOLDERS)):
+            masks |= index_folder(folder, IMAGE_SUFFIXES)
+    return drawn, partial(_mask_truth, {name: masks.get(mask) for name, mask in drawn.items()}), {}
 
 
 def build_test_set(
@@ -347,16 +393,31 @@ def build_test_set(
     row = TEST_SETS[name]
     folder = data_root(row, root, "--test_data_path")
     ground_truth = build_ground_truth(name, root, gt_path, metadata, test_list)
-    pairs, missing = find_pairs(folder, row.layout, ground_truth.ids, allow_missing)
+    pairs, missing = find_pairs(folder, row.layout, ground_truth.ids, allow_missing, ground_truth.sources)
     return EvaluationPairs(pairs, ground_truth, missing, image_size, audio_seconds)
 
 
-def _box_truth(boxes: dict[str, tuple[str, list[list[float]]]], name: str) -> torch.Tensor:
-    return box_map(boxes[name][1])
+def _truth_or_nothing(truth_of: Callable, nothing: frozenset[str], name: str) -> torch.Tensor:
+    return torch.zeros(MAP_SIZE, MAP_SIZE) if name in nothing else truth_of(name)
+
+
+def _box_truth(boxes: dict[str, list[list[float]]], name: str) -> torch.Tensor:
+    return box_map(boxes[name])
+
+
+def _pixel_truth(boxes: dict[str, list[float]], name: str) -> torch.Tensor:
+    return pixel_map(boxes[name])
 
 
 def _xml_truth(folder: Path, name: str) -> torch.Tensor:
     return consensus_map(folder / f"{name}.xml")
+
+
+def _mask_truth(files: dict[str, str | None], name: str) -> torch.Tensor:
+    if files[name] is None:
+        raise Undecodable(f"the mask of {name} is in none of {', '.join(MASK_FOLDERS)} beside the pictures")
+    with as_user_error(ValueError, kind=Undecodable):
+        return mask_map(files[name], JPEG_MASK_THRESHOLD)
 
 
 def make_loader(

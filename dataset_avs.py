@@ -11,14 +11,25 @@ from typing import NamedTuple
 
 import torch
 
-from annotations import GroundTruth, first_ids, mask_map
+from annotations import (
+    GroundTruth,
+    check_id,
+    first_ids,
+    load_frames,
+    mask_map,
+    pixel_map,
+    read_text,
+    repeated,
+)
 from dataset import EvaluationPairs, Pair, SetRow, data_root
-from utils import UserError, as_user_error
+from utils import Undecodable, UserError, as_user_error
 
 FRAMES_PER_VIDEO = 5
 AVS_SETS = {
-    "s4": SetRow("s4", "AVSBENCH_ROOT", "s4_meta_data.csv", expected=3_700),
-    "ms3": SetRow("ms3", "AVSBENCH_ROOT", "ms3_meta_data.csv", expected=320),
+    "s4": SetRow("s4", "AVSBENCH_ROOT", "s4_meta_data.csv", expected=3_700, kind="masks"),
+    "ms3": SetRow("ms3", "AVSBENCH_ROOT", "ms3_meta_data.csv", expected=320, kind="masks"),
+    "s4_box": SetRow("s4", "AVSBENCH_ROOT", "s4_meta_data.csv", "s4_box.json", 3_700, "pixels"),
+    "ms3_box": SetRow("ms3", "AVSBENCH_ROOT", "ms3_meta_data.csv", "ms3_box.json", 320, "pixels"),
 }
 
 
@@ -35,18 +46,16 @@ class Files(NamedTuple):
 
 def read_videos(path: Path, split: str = "test") -> list[Video]:
     """Videos of a split from s4_meta_data.csv (name, start, category, split) or ms3_meta_data.csv (video_id, split)."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except FileNotFoundError:
-        raise UserError(f"the list {path} does not exist: metadata/README.md says where it comes from") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read the list {path}: {error}") from error
-    names = [row.get("name") or row.get("video_id") for row in rows if row.get("split") == split]
+    rows = [row for row in csv.DictReader(read_text(path, "list").splitlines()) if row.get("split") == split]
+    names = [row.get("name") or row.get("video_id") for row in rows]
     if not names or not all(names):
         raise UserError(f"{path} has no videos of split {split}: columns name or video_id, and split, are wanted")
-    categories = [row.get("category") or "" for row in rows if row.get("split") == split]
-    return [Video(name, category) for name, category in zip(names, categories, strict=True)]
+    videos = [Video(check_id(name, path), row.get("category") or "") for name, row in zip(names, rows, strict=True)]
+    for video in videos:
+        check_id(video.category or video.name, path)
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} names videos twice: {first_ids(repeated(names))}")
+    return videos
 
 
 def frame_files(root: Path, subset: str, video: Video, number: int, split: str = "test") -> Files:
@@ -64,14 +73,20 @@ def frame_files(root: Path, subset: str, video: Video, number: int, split: str =
 
 
 def _mask_truth(files: dict[str, Files], frame: str) -> torch.Tensor:
-    with as_user_error(OSError, ValueError):
+    with as_user_error(ValueError, kind=Undecodable):
         return mask_map(files[frame].mask)
 
 
-def find_frames(name: str, root: str | None, metadata: str, test_list: str | None) -> tuple[GroundTruth, dict]:
-    """What a row of AVS_SETS asks for, and where each frame's files should lie: {frame: Files}.
+def _box_truth(boxes: dict, frame: str) -> torch.Tensor:
+    return pixel_map(boxes[frame])
 
-    test_list replaces the row's own meta data CSV.
+
+def find_frames(
+    name: str, root: str | None, gt_path: str | None, metadata: str, test_list: str | None
+) -> tuple[GroundTruth, dict[str, Files]]:
+    """What a row of AVS_SETS asks for, and where each frame's files should lie.
+
+    gt_path: the JSON of boxes, for a row of boxes; test_list replaces the row's own meta data CSV.
     """
     row = AVS_SETS[name]
     folder = data_root(row, root, "--test_data_path")
@@ -81,15 +96,24 @@ def find_frames(name: str, root: str | None, metadata: str, test_list: str | Non
             frame = f"{video.name}_{number}"
             files[frame], categories[frame] = frame_files(folder, row.layout, video, number), video.category
             videos[frame] = video.name
-    expected = len(files) if test_list else max(len(files), row.expected)
     truth_of = partial(_mask_truth, files)
-    return GroundTruth(name, list(files), truth_of, expected, categories, videos, masks=True), files
+    if row.kind == "pixels":
+        boxes = load_frames(gt_path or Path(metadata) / row.annotation)
+        unknown = [frame for frame in files if frame not in boxes]
+        if unknown:
+            raise UserError(f"{row.annotation} has no box for {len(unknown)} frames of {name}: {first_ids(unknown)}")
+        truth_of = partial(_box_truth, boxes)
+    expected = len(files) if test_list else max(len(files), row.expected)
+    masks = row.kind == "masks"
+    return GroundTruth(name, list(files), truth_of, expected, categories, videos, masks=masks), files
 
 
-def build_avs_truth(name: str, root: str | None, metadata: str, test_list: str | None = None) -> GroundTruth:
+def build_avs_truth(
+    name: str, root: str | None, gt_path: str | None, metadata: str, test_list: str | None = None
+) -> GroundTruth:
     """What a row of AVS_SETS asks for. Its masks must be there, pictures and sounds need not."""
-    ground_truth, files = find_frames(name, root, metadata, test_list)
-    lost = [frame for frame, paths in files.items() if not paths.mask.is_file()]
+    ground_truth, files = find_frames(name, root, gt_path, metadata, test_list)
+    lost = [frame for frame, paths in files.items() if ground_truth.masks and not paths.mask.is_file()]
     if lost:
         raise UserError(f"{len(lost)} of {len(files)} masks of {name} are missing: first {files[lost[0]].mask}")
     return ground_truth
@@ -98,15 +122,17 @@ def build_avs_truth(name: str, root: str | None, metadata: str, test_list: str |
 def build_avs_set(
     name: str,
     root: str | None,
+    gt_path: str | None,
     metadata: str,
     image_size: int,
     audio_seconds: float,
     test_list: str | None = None,
     allow_missing: bool = False,
 ) -> EvaluationPairs:
-    """A row of AVS_SETS with its masks; test_list replaces the row's own meta data CSV."""
-    ground_truth, files = find_frames(name, root, metadata, test_list)
-    missing = [frame for frame, paths in files.items() if not all(path.is_file() for path in paths)]
+    """A row of AVS_SETS with its pictures, sounds and ground truth; test_list replaces the row's own meta data CSV."""
+    ground_truth, files = find_frames(name, root, gt_path, metadata, test_list)
+    needed = ("image", "audio", "mask") if ground_truth.masks else ("image", "audio")
+    missing = [frame for frame, paths in files.items() if not all(getattr(paths, kind).is_file() for kind in needed)]
     if len(missing) == len(files):
         raise UserError(f"no frame of {name} was found: first sought {files[missing[0]].image}")
     if missing and not allow_missing:
@@ -116,5 +142,5 @@ def build_avs_set(
             "(--allow_missing true goes on without them and counts them)"
         )
     lost = set(missing)
-    pairs = [Pair(frame, paths.image, paths.audio) for frame, paths in files.items() if frame not in lost]
+    pairs = [Pair(frame, str(paths.image), str(paths.audio)) for frame, paths in files.items() if frame not in lost]
     return EvaluationPairs(pairs, ground_truth, missing, image_size, audio_seconds)

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from annotations import read_ids
-from dataset import TEST_SETS, load_image
+from dataset import TEST_SETS
 from metrics import interactive_groups
 from synthetic_probe import oracle_scores
+from transforms import load_image
 from utils import ArgumentParser, UserError, load_checkpoint, number, run_cli, save_checkpoint
 from visualize import contact_sheet
 

@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from audio_io import HOP, SAMPLE_RATE
-from dataset import IMAGENET_MEAN, IMAGENET_STD, Sample, make_loader
+from dataset import Sample, make_loader
 from metrics import MAP_SIZE, upsample_maps
 from model_slot import TARGET, JointSlotModel, default_reciprocal_k, false_negative_keep_mask
 from resnet import get_recipe
+from transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils import UserError, atomic_path, random_states, restore_random_states
 from visualize import LINE_COLOURS, denormalize, overlay
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from annotations import GroundTruth, first_ids
 from dataset import EvaluationPairs, Sample, make_loader
+from inspection import count_undecodable
 from metrics import JACCARD_THRESHOLDS, RULES, THRESHOLD, interactive_groups, normalize_maps, upsample_maps
 from model_slot import TARGET, JointSlotModel, SlotState, map_confidence, mix_maps
 from resnet import ObjectSaliency
@@ -36,6 +37,7 @@ from stored_maps import StoredMaps
 from utils import UserError, as_user_error
 
 PART = 8  # samples whose enlarged maps are scored at once: more would leave the processor's cache
+NOT_SCORED = "picture, sound or mask not found or not decodable"
 WRONG = "_wrong"  # ends the name of a map that was asked with a wrong sound
 
 
@@ -201,7 +203,7 @@ class WithWrongSound(Dataset):
         self.dataset = dataset
         if len(dataset) < 2:
             raise UserError(f"a test set of {len(dataset)} pair has no wrong sound to ask with: give it two or more")
-        sounds = [str(pair.audio) for pair in dataset.pairs]  # the frames of a video share one
+        sounds = [pair.audio for pair in dataset.pairs]  # the frames of a video share one
         labels = dataset.class_names if all(dataset.class_names) else sounds
         order = np.argsort([pair.id for pair in dataset.pairs])  # the order of the list changes no partner
         with as_user_error(ValueError):
@@ -273,10 +275,9 @@ def evaluate(
     image_target, audio_target = [], []
     loader = make_loader(paired, batch_size, workers)
     total = min(len(loader), max_batches or len(loader))
+    batches = tqdm(loader, "evaluating", total, leave=False, unit="batch", disable=None)
     try:
-        for number, (batch, wrong) in enumerate(
-            tqdm(loader, "evaluating", total, leave=False, unit="batch", disable=None)
-        ):
+        for number, (batch, wrong) in enumerate(counted_batches(batches, dataset, workers)):
             if number == max_batches:
                 break
             inputs = (x.to(device, non_blocking=True) for x in (batch.image, batch.spectrogram, wrong))
@@ -301,9 +302,15 @@ def evaluate(
     results |= {
         "settings": settings | _protocol(seed, resamples),
         "wrong_sounds_of_same_class": paired.same_label,
-        "pairs": _count_pairs(dataset.ground_truth, scores.ids, dataset.missing, "picture, sound or mask not found"),
+        "pairs": _count_pairs(dataset.ground_truth, scores.ids, dataset.missing, NOT_SCORED),
     }
     return Evaluation(results, scores.rows())
+
+
+def counted_batches(batches: Iterable, dataset: EvaluationPairs, workers: int) -> Iterator:
+    """The batches; where a pair cannot be decoded, all are looked at, and a UserError says how many cannot."""
+    with count_undecodable(dataset.pairs, workers, dataset.ground_truth.truth_of):
+        yield from batches
 
 
 def _protocol(seed: int, resamples: int) -> dict[str, Any]:
@@ -325,11 +332,12 @@ def _count_pairs(
 def _retrieval(dataset: EvaluationPairs, ids: Sequence[str], image: torch.Tensor, audio: torch.Tensor) -> dict:
     """By class and by pair, each where it is defined. On interactive sets a picture belongs to several classes."""
     truth = dataset.ground_truth
-    classes, sounds = [truth.class_of.get(i, "") for i in ids], {pair.audio for pair in dataset.pairs}
+    classes = [truth.class_of.get(i, "") for i in ids]
+    repeats = any(len(set(files)) < len(dataset) for files in zip(*(pair[1:] for pair in dataset.pairs), strict=True))
     retrieval = {}
     if all(classes) and not truth.interactive:
         retrieval["by_class"] = retrieval_recall(image, audio, classes)
-    if len(sounds) == len(dataset) and not truth.interactive:
+    if not repeats and not truth.interactive:
         retrieval["by_pair"] = retrieval_recall(image, audio)
     return retrieval
 

@@ -15,9 +15,10 @@ import numpy as np
 
 from annotations import GroundTruth, read_ids
 from audio_io import load_resampler
-from dataset import Pair, load_image
+from dataset import Pair
 from evaluation import Evaluation, ScoredBatch
 from metrics import MAP_SIZE
+from transforms import load_image
 from utils import as_user_error, provenance, strict_json, write_json, write_text
 from visualize import contact_sheet, plot_curves, sample_panel
 
@@ -137,9 +138,9 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
     maps, lines = results.get("maps", {}), []
     if pairs := results.get("pairs"):
         left_out, because = len(pairs.get("left_out") or ()), pairs.get("left_out_because")
-        because = f" ({because})" if because else ""
+        because = f" ({because}; all in left_out.txt)" if because else ""
         lines.append(
-            f"pairs: {pairs.get('scored', '?')} scored of {pairs.get('expected', '?')}, {left_out} left out{because}"
+            f"pairs: {pairs['scored']:,} of {pairs['expected']:,} pairs scored, {left_out:,} left out{because}"
         )
         if unknown := pairs.get("unknown_ids_in_file"):
             lines.append(f"ids: {len(unknown)} of the file are not of this set and were passed over")
@@ -179,6 +180,11 @@ def publish(evaluation: Evaluation, folder: Path, **about: Any) -> None:
     writer.writerows(evaluation.rows)
     write_text(folder / "per_sample.csv", text.getvalue())
     write_json(folder / "results.json", {key: results[key] for key in keys})
+    left_out = results["pairs"]["left_out"]
+    if left_out:
+        write_text(folder / "left_out.txt", "".join(f"{name}\n" for name in left_out))
+    else:
+        (folder / "left_out.txt").unlink(missing_ok=True)
     print(results_table(results))
     print(f"written: {folder / 'results.json'}, {folder / 'per_sample.csv'}\n")
 

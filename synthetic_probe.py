@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from annotations import box_map, load_boxes
 from audio_io import load_audio, log_spectrogram
-from dataset import load_image
 from metrics import (
     MAP_SIZE,
     Groups,
@@ -30,6 +29,7 @@ from metrics import (
     success_rate,
 )
 from synthetic_kinds import KINDS
+from transforms import load_image
 from utils import UserError, as_user_error
 
 BATCH = 16  # maps scored at once: more would leave the processor's cache

@@ -67,7 +67,7 @@ class Keepsakes:
         self.folder, self.args = folder, args
         self.drawer = self.gallery = self.writer = None
         if dataset:
-            self.sounds = {pair.id: pair.audio for pair in dataset.pairs}
+            self.sounds = {pair.id: Path(pair.audio) for pair in dataset.pairs}
             self.picture_of = pictures_of(dataset.pairs)
         if args.save_visualizations:
             sheet, overlays = folder / "contact_sheet.png", folder / "samples"

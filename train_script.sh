@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # bash train_script.sh TRAINSET TESTSET GPU [NAME] [further flags of train_slot.py]
 #
-#   TRAINSET  vggss_10k vggss_144k vggss_heard flickr_10k flickr_144k synthetic custom
-#   TESTSET   vggss vggss_heard vggss_unheard flickr s4 ms3 synthetic synthetic_distractor synthetic_interactive,
+#   TRAINSET  vggss_10k vggss_144k vggss_heard flickr_10k flickr_144k synthetic custom; vggss, flickr: all pairs found
+#   TESTSET   vggss vggss_heard vggss_unheard flickr vggss_plus_silent flickr_plus_silent s4 ms3 s4_box ms3_box is3 is3_seg
+#             vpo_ss vpo_ss_seg vpo_ms vpo_ms_seg synthetic synthetic_distractor synthetic_interactive custom,
 #             several with commas, or all: every one whose data are present
 #   GPU       number of a CUDA device, or cpu
 #   NAME      folder below checkpoints/ (default: TRAINSET)
@@ -16,13 +17,15 @@
 export VGGSOUND_ROOT="${VGGSOUND_ROOT:-/path/to/VGGSound/}"      # holds frames/ and audio/
 export FLICKR_ROOT="${FLICKR_ROOT:-/path/to/Flickr/}"            # holds frames/ and audio/, or Data/; and Annotations/
 export AVSBENCH_ROOT="${AVSBENCH_ROOT:-/path/to/AVSBench/}"      # holds s4_data/ and ms3_data/, or s4/ and ms3/
+export IS3_ROOT="${IS3_ROOT:-/path/to/IS3/}"                    # holds images/ or visual_frames/, audio_wav/, gt_masks/
+export VPO_ROOT="${VPO_ROOT:-/path/to/VPO/}"                    # the same with gray_masks/, or COCO_AV/ and COCO_AV_MS/
 export CUSTOM_ROOT="${CUSTOM_ROOT:-/path/to/pairs/}"             # your own frames/ and audio/
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # on few cores, threads that spin take time from the loader processes
 set -euo pipefail
 cd "$(dirname "$0")"
 
 if [ $# -lt 3 ]; then
-    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 trainset=$1 testset=$2 gpu=$3

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from dataset import TRAIN_SETS, TrainingPairs, hold_out, make_loader, select_training_pairs
 from evaluation import embed_set, evaluate
+from inspection import count_undecodable, overlap_with_tests, undecodable
 from model_slot import JointSlotModel
 from report import Drawer, RunLog, describe_checkpoint, pictures_of, publish, training_overlap
 from resnet import RECIPES, load_imagenet_weights
@@ -202,6 +203,7 @@ def parse_args():
         "--augment", choices=("hard", "plain"), default="hard", help="hard: the paper's; plain: crop, flip"
     )
     group.add_argument("--num_workers", type=number(int, low=0), default=2, help="loader processes")
+    group.add_argument("--exclude_test_overlap", action="store_true", help="do not train on ids of known test lists")
     add_test_set_flags(parser.add_argument_group("test data"), default=None)
     add_method_flags(parser)
     group = parser.add_argument_group("optimisation")
@@ -282,14 +284,30 @@ def build_model(args, device: torch.device) -> JointSlotModel:
     return model.to(device, memory_format=torch.channels_last)
 
 
-def build_training_data(args) -> tuple[TrainingPairs, TrainingPairs, dict[str, int]]:
-    """Training pairs, held-out pairs and their counts."""
+class TrainingData(NamedTuple):
+    train: TrainingPairs
+    held_out: TrainingPairs
+    counts: dict[str, int]  # expected, left out, train, held_out
+    left_out: dict[str, str]  # id: why
+
+
+def build_training_data(args) -> TrainingData:
+    """Pairs to train on and held-out ones; says which training ids are also test ids, as far as lists are there."""
     selection = select_training_pairs(
         args.trainset, args.train_data_path, args.metadata, args.train_list, args.allow_missing
     )
+    pairs, left_out = selection.pairs, dict.fromkeys(selection.missing, "picture or sound not found")
+    if args.allow_missing:
+        left_out |= undecodable(pairs, args.num_workers)
+    overlap = {name: ids for name, ids in overlap_with_tests([p.id for p in pairs], args.metadata).items() if ids}
+    for name, ids in overlap.items():
+        removed = "removed" if args.exclude_test_overlap else "--exclude_test_overlap removes them"
+        print(f"{len(ids)} of the {len(pairs)} training ids are test ids of {name} ({removed})")
+    excluded = set(left_out).union(*overlap.values() if args.exclude_test_overlap else ())
+    pairs = [pair for pair in pairs if pair.id not in excluded]
     train, held_out = hold_out(
         args.trainset,
-        selection.pairs,
+        pairs,
         args.train_data_path,
         args.val_list,
         args.val_fraction,
@@ -302,13 +320,15 @@ def build_training_data(args) -> tuple[TrainingPairs, TrainingPairs, dict[str, i
     if k is not None and k >= args.batch_size:
         raise UserError(f"--reciprocal_k {k} leaves no negative in a batch of {args.batch_size}: lower it")
     sizes = (args.image_size, args.audio_seconds)
+    held_out = [pair for pair in held_out if pair.id not in excluded]
     counts = {
         "expected": selection.expected,
-        "absent": selection.expected - len(selection.pairs),
+        "left out": selection.expected - len(pairs),
         "train": len(train),
         "held_out": len(held_out),
     }
-    return TrainingPairs(train, *sizes, args.augment, args.seed), TrainingPairs(held_out, *sizes, "none"), counts
+    sets = TrainingPairs(train, *sizes, args.augment, args.seed), TrainingPairs(held_out, *sizes, "none")
+    return TrainingData(*sets, counts, left_out)
 
 
 def print_start(
@@ -354,7 +374,7 @@ class Run:
         if args.resume and not (self.folder / "latest.pth").exists():
             raise UserError(f"there is nothing to resume in {self.folder}: no latest.pth")
         seed_everything(args.seed)
-        self.train_pairs, self.held_out, self.counts = build_training_data(args)
+        self.train_pairs, self.held_out, self.counts, self.left_out = build_training_data(args)
         self.model = build_model(args, self.device)
         sizes = args.image_size, args.audio_seconds
         self.test_sets = build_test_sets(args, *sizes) if args.testset else {}
@@ -386,17 +406,20 @@ class Run:
         )
         order_seed = self.args.seed * 100_003 + epoch
         loader = make_loader(data, self.args.batch_size, self.args.num_workers, order_seed, drop_last=True)
-        return train_one_epoch(
-            self.model, loader, self.optimizer, self.scheduler, self.scaler, loss_weights(self.args, epoch), self.amp,
-            self.args.clip, f"epoch {epoch + 1}/{self.args.epochs}",
-        )  # fmt: skip
+        with count_undecodable(self.train_pairs.pairs, self.args.num_workers):
+            return train_one_epoch(
+                self.model, loader, self.optimizer, self.scheduler, self.scaler, loss_weights(self.args, epoch),
+                self.amp, self.args.clip, f"epoch {epoch + 1}/{self.args.epochs}",
+            )  # fmt: skip
 
     def validate(self, count: int | None = None) -> dict[str, float]:
         """Retrieval on the held-out pairs: no boxes, no classes."""
         data = torch.utils.data.Subset(self.held_out, range(min(count or len(self.held_out), len(self.held_out))))
         if not len(data):
             return {}
-        embeddings = embed_set(self.model, make_loader(data, self.args.batch_size, self.args.num_workers), self.device)
+        loader = make_loader(data, self.args.batch_size, self.args.num_workers)
+        with count_undecodable(self.held_out.pairs, self.args.num_workers):
+            embeddings = embed_set(self.model, loader, self.device)
         recall = retrieval_recall(*embeddings)
         return {"val/retrieval_score": retrieval_score(*embeddings)} | {
             f"val/{direction}_{k}": value for direction, by_k in recall.items() for k, value in by_k.items()
@@ -469,10 +492,13 @@ class Run:
     def prepare_folder(self) -> None:
         """What a run leaves behind is of one run: an overwritten one goes first."""
         if self.args.overwrite:
-            for name in ("best.pth", "latest.pth", "log.jsonl", "curves.png"):
+            for name in ("best.pth", "latest.pth", "log.jsonl", "curves.png", "left_out.txt"):
                 (self.folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.folder / "results", ignore_errors=True)
         write_json(self.folder / "configs.json", vars(self.args) | self.model.config)
+        reasons = "".join(f"{name}\t{why}\n" for name, why in self.left_out.items())
+        if reasons:
+            write_text(self.folder / "left_out.txt", reasons)
         write_text(self.folder / "train_ids.txt", "".join(f"{pair.id}\n" for pair in self.train_pairs.pairs))
 
     def run(self) -> None:

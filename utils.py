@@ -26,6 +26,10 @@ class UserError(Exception):
     """A mistake that the user can mend: one line that says what is wrong, where, and what to do."""
 
 
+class Undecodable(UserError):
+    """A picture, sound or mask that cannot be decoded; the message names the file."""
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -57,7 +61,7 @@ def run_cli(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         last_line = str(error).strip().splitlines()[-1]  # a loader worker puts its traceback in front
-        sys.exit(_fail(last_line.removeprefix("utils.UserError: "), 2))
+        sys.exit(_fail(re.sub(r"^utils\.\w+: ", "", last_line), 2))
     except OSError as error:
         sys.exit(_fail(f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[-1], 2))
     except KeyboardInterrupt:
@@ -70,12 +74,12 @@ def _fail(message: str, status: int) -> int:
 
 
 @contextmanager
-def as_user_error(*errors: type[Exception]):
+def as_user_error(*errors: type[Exception], kind: type[UserError] = UserError):
     """Turn errors whose message already names the file and the mend into a UserError."""
     try:
         yield
     except errors as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise kind(" ".join(str(error).split())) from error
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Callable:

@@ -37,6 +37,16 @@ def test_stereo_is_mixed_and_other_rates_are_resampled(tmp_path):
     assert spectrum.argmax() == 440
 
 
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
+def test_every_kind_of_wav_gives_the_same_waveform(subtype, tmp_path):
+    tone = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(96000) / 96000)
+    soundfile.write(tmp_path / "a.wav", np.stack([tone] * 6, axis=1), 96000, subtype=subtype)  # 96 kHz, six channels
+    mono = audio_io.load_audio(tmp_path / "a.wav")
+    wanted = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(16000) / 16000)
+    assert mono.dtype == np.float32 and mono.shape == (16000,)
+    assert np.abs(mono - wanted)[500:-500].max() < (0.01 if subtype == "PCM_U8" else 1e-3)
+
+
 def test_a_stored_power_spectrogram_equals_the_sound_it_came_from(tmp_path):
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, 32000).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", noise, 16000, subtype="FLOAT")

@@ -12,6 +12,7 @@ from PIL import Image
 
 import annotations
 import dataset
+import transforms
 from utils import UserError
 
 
@@ -21,8 +22,8 @@ def test_evaluation_picture_matches_the_reference_exactly(name):
     if name == "tall" and int(PIL.__version__.split(".")[0]) < 13:
         pytest.skip("Pillow before 13 takes the two passes of a resize in another order, up to 3 grey levels off")
     reference = np.load(folder / "preprocess_public.npz")[f"image_{name}"]
-    picture = dataset.load_image(folder / "preprocess" / f"{name}.png")
-    assert np.array_equal(dataset.eval_transform(224)(picture).numpy(), reference)
+    picture = transforms.load_image(folder / "preprocess" / f"{name}.png")
+    assert np.array_equal(transforms.eval_transform(224)(picture).numpy(), reference)
 
 
 def test_consensus_and_mask_match_the_reference():
@@ -199,7 +200,7 @@ def test_spectrogram_masks_are_up_to_nine_wide_anywhere_on_their_own_axis():
     torch.manual_seed(0)
     widths, starts = [set(), set()], [set(), set()]
     for _ in range(3000):
-        zero = dataset.mask_spectrogram(torch.ones(1, 40, 25))[0] == 0
+        zero = transforms.mask_spectrogram(torch.ones(1, 40, 25))[0] == 0
         for axis, lines in enumerate((zero.all(1), zero.all(0))):
             found = lines.nonzero()[:, 0].tolist()
             widths[axis].add(len(found))
@@ -210,14 +211,119 @@ def test_spectrogram_masks_are_up_to_nine_wide_anywhere_on_their_own_axis():
 
 def test_hard_augmentation_changes_colour_and_plain_only_place():
     grey = Image.new("RGB", (50, 50), (200, 60, 60))
-    plain = {dataset.train_transform(32, "plain")(grey)[:, 0, 0].numpy().tobytes() for _ in range(20)}
-    hard = {dataset.train_transform(32, "hard")(grey)[:, 0, 0].numpy().tobytes() for _ in range(20)}
+    plain = {transforms.train_transform(32, "plain")(grey)[:, 0, 0].numpy().tobytes() for _ in range(20)}
+    hard = {transforms.train_transform(32, "hard")(grey)[:, 0, 0].numpy().tobytes() for _ in range(20)}
     assert len(plain) == 1 and len(hard) > 10
 
 
 def test_lists_of_the_field_have_their_known_counts():
     folder = shared_folder("metadata")
-    for name, row in {**dataset.TRAIN_SETS, **dataset.TEST_SETS}.items():
-        if row.expected and row.ids:
+    for name, row in dataset.TRAIN_SETS.items():
+        if row.expected:
             assert len(annotations.read_ids(folder / row.ids)) == row.expected, name
-    assert len(annotations.load_boxes(folder / "vggss.json")) == dataset.TEST_SETS["vggss"].expected
+    for name, row in dataset.TEST_SETS.items():
+        if row.expected and row.kind in ("boxes", "pixels"):
+            truth = dataset.build_ground_truth(name, None, None, str(folder))
+            assert len(truth.ids) == truth.expected == row.expected, name
+    extended = dataset.build_ground_truth("vggss_plus_silent", None, None, str(folder))
+    assert len(extended.silent) == 5158 and sum(a == b for a, b in extended.sources.values()) == 379
+    assert extended.truth_of(next(iter(extended.sources))).sum() == 0
+    several = dataset.build_ground_truth("vpo_ms", None, None, str(folder))
+    assert sum(several.truth_of(i).sum() == 0 for i in several.ids) == 2
+    assert {len(set(several.unit_of.values())), len(several.ids)} == {len({i[:12] for i in several.ids}), 2157}
+
+
+def test_pairs_whose_source_is_not_in_view_join_the_test_list(tmp_path):
+    make_pairs(tmp_path, ["a_000001", "b_000002"])
+    make_pairs(tmp_path, ["x_000003"], "extend_frames", "extend_audio")
+    boxes = [{"file": i, "class": "dog", "bbox": [[0, 0, 1, 0.5]]} for i in ("a_000001", "b_000002")]
+    (tmp_path / "vggss.json").write_text(json.dumps(boxes))
+    listed = "video,audio,label\na_000001,x_000003,non-sounding\nx_000003,x_000003,non-sounding\n"
+    (tmp_path / "vggss_test_plus_silent.csv").write_text(listed)
+    pairs = dataset.build_test_set("vggss_plus_silent", str(tmp_path), None, str(tmp_path), 32, 0.5)
+    assert [p.id for p in pairs.pairs][2:] == ["a_000001+x_000003", "x_000003+x_000003"]
+    assert pairs.pairs[2].image.endswith("a_000001.jpg") and pairs.pairs[2].audio.endswith("x_000003.wav")
+    assert pairs[2].truth.sum() == 0 < pairs[0].truth.sum() and len(pairs.ground_truth.silent) == 2
+    (tmp_path / "vggss_test_plus_silent.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="columns video, audio"):
+        dataset.build_test_set("vggss_plus_silent", str(tmp_path), None, str(tmp_path), 32, 0.5)
+
+
+@pytest.mark.parametrize("name, below", [("is3", ""), ("vpo_ss", ""), ("vpo_ms", "COCO_AV_MS")])
+def test_boxes_and_masks_of_one_set_are_two_rows(name, below, tmp_path):
+    ids = ["cat_bell_12_cat", "cat_bell_12_bell"]
+    folder = tmp_path / below
+    make_pairs(folder, ids, "visual_frames", "audio_wav")
+    (folder / "gray_masks").mkdir()
+    for i in ids:
+        grey = np.full((50, 50), 100, np.uint8)  # 127 and less is silent, as JPEG leaves it
+        grey[:, :25] = 200
+        Image.fromarray(grey).save(folder / "gray_masks" / f"{i}.jpg", quality=95)
+    entries = [
+        {"image": f"/far/away/{i}.jpg", "audio": f"/far/{i}.wav", "gt_box": [0.0, 0.0, 224.0, 56.0]} for i in ids
+    ]
+    masks = [entry | {"gt_box": f"/far/masks/{i}.jpg"} for entry, i in zip(entries, ids, strict=True)]
+    (tmp_path / dataset.TEST_SETS[name].annotation).write_text(json.dumps(entries))
+    (tmp_path / dataset.TEST_SETS[f"{name}_seg"].annotation).write_text(json.dumps(masks))
+    boxes, seg = (dataset.build_test_set(n, str(tmp_path), None, str(tmp_path), 32, 0.5) for n in (name, f"{name}_seg"))
+    assert boxes[0].truth[:56].min() == 1 and boxes[0].truth[56:].max() == 0
+    assert seg[0].truth[:, :110].min() == 1 and seg[0].truth[:, 114:].max() == 0
+    assert seg.ground_truth.masks and not boxes.ground_truth.masks
+    assert boxes.ground_truth.interactive == (name != "vpo_ss")
+    (folder / "gray_masks" / f"{ids[1]}.jpg").unlink()
+    with pytest.raises(UserError, match=f"the mask of {ids[1]}"):
+        dataset.build_test_set(f"{name}_seg", str(tmp_path), None, str(tmp_path), 32, 0.5)[1]
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "a\\b"])
+def test_an_id_that_leads_out_of_its_folder_is_refused(name, root):
+    (root / "ids.txt").write_text(f"{IDS[0]}\n{name}\n")
+    with pytest.raises(UserError, match="is no id"):
+        custom(root, test_list=str(root / "ids.txt"))
+    (root / "boxes.json").write_text(json.dumps([{"file": name, "bbox": [[0, 0, 1, 1]]}]))
+    with pytest.raises(UserError, match="is no id"):
+        custom(root)
+
+
+def test_lists_of_other_encodings_are_named_and_json_cannot_exhaust_the_stack(root):
+    (root / "ids.txt").write_bytes("é_000001".encode("latin-1"))
+    with pytest.raises(UserError, match=r"ids\.txt"):
+        custom(root, test_list=str(root / "ids.txt"))
+    (root / "boxes.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"boxes\.json"):
+        custom(root)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "LA", "1", "I;16"])
+def test_pictures_of_every_mode_load_as_a_viewer_shows_them(mode, tmp_path):
+    ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
+    if mode == "I;16":
+        Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "x.png")
+    else:
+        picture = Image.fromarray(ramp).convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE)
+        picture.save(tmp_path / "x.png", format="TIFF" if mode == "CMYK" else "PNG")  # the content counts, not the name
+    loaded = np.asarray(transforms.load_image(tmp_path / "x.png")).astype(int)
+    assert loaded.shape == (48, 64, 3)
+    if mode != "1":
+        assert np.abs(loaded.mean(2) - ramp).mean() < 8
+
+
+def test_a_picture_is_turned_as_its_exif_data_say(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.new("RGB", (40, 20)).save(tmp_path / "x.jpg", exif=exif)
+    assert transforms.load_image(tmp_path / "x.jpg").size == (20, 40)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0" + bytes(20), b"<svg/>"])
+def test_a_picture_that_is_none_is_named(content, tmp_path):
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.jpg"):
+        transforms.load_image(tmp_path / "x.jpg")
+
+
+def test_a_truncated_picture_is_named(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), dtype=np.uint8)).save(tmp_path / "x.jpg")
+    (tmp_path / "x.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:-900])
+    with pytest.raises(ValueError, match=r"x\.jpg"):
+        transforms.load_image(tmp_path / "x.jpg")

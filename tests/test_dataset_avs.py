@@ -45,7 +45,7 @@ def avs(request, tmp_path):
 
 def build(avs, **more):
     subset, root = avs
-    return dataset_avs.build_avs_set(subset, str(root), str(root), 32, 0.5, **more)
+    return dataset_avs.build_avs_set(subset, str(root), None, str(root), 32, 0.5, **more)
 
 
 def test_every_frame_of_the_test_split_is_an_item(avs):

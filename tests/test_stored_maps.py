@@ -159,10 +159,10 @@ def test_the_command_needs_neither_pictures_nor_a_model(tmp_path, cli):
     done = cli("test_model", "--maps", tmp_path / "m.npz", *where, "--test_list", tmp_path / "ids.txt")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "m_results" / "custom" / "results.json").read_text())
-    assert results["pairs"]["scored"] == 4 and "peer" in results["maps"] and "4 scored of 4" in done.stdout
+    assert results["pairs"]["scored"] == 4 and "peer" in results["maps"] and "4 of 4 pairs scored" in done.stdout
     done = cli("test_model", "--maps", tmp_path / "m.npz", *where)
     assert done.returncode == 2 and "2 ids of the set have no map: clip_4, clip_5" in done.stderr
     done = cli("test_model", "--maps", tmp_path / "m.npz", *where, "--allow_missing", "true")
-    assert "4 scored of 6" in done.stdout
+    assert "4 of 6 pairs scored" in done.stdout
     done = cli("test_model", "--maps", tmp_path / "absent.npz", *where)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1

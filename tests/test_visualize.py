@@ -149,7 +149,7 @@ def test_the_table_orders_maps_and_prints_percent():
     for piece in (
         "R@10 100.0",
         "R@1  12.5",
-        "5100 scored of 5158, 2 left out",
+        "5,100 of 5,158 pairs scored, 2 left out",
         "demo.pth, epoch 12",
         "alpha 0.6",
         "2 pairs",

@@ -1,0 +1,170 @@
+"""What is really in the files of a set: do they decode, sound, repeat; which ids are trained and tested on.
+
+N pairs.
+"""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from annotations import first_ids, load_boxes, load_frames, read_ids
+from audio_io import SAMPLE_RATE, load_audio, load_power
+from dataset import TEST_SETS, Pair, SetRow
+from dataset_avs import AVS_SETS, FRAMES_PER_VIDEO, read_videos
+from metrics import MAP_SIZE
+from transforms import load_image
+from utils import Undecodable, UserError
+
+SHORT_SECONDS = 5.0  # what the model hears
+HUGE = 1e6  # coordinates beyond it are damage, as -2.9e16 in vggss.json
+
+
+class Facts(NamedTuple):
+    """What decoding one pair showed."""
+
+    error: str  # why it cannot be decoded; empty when it can
+    silent: bool  # digital zero throughout
+    seconds: float
+    digest: str  # of both files' content; empty when they cannot be decoded
+
+
+class _Inspected(Dataset):
+    def __init__(self, pairs: Sequence[Pair], truth_of: Callable | None) -> None:
+        self.pairs, self.truth_of = pairs, truth_of
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Facts:
+        pair = self.pairs[index]
+        try:
+            load_image(pair.image)
+            if self.truth_of:
+                self.truth_of(pair.id)
+            if pair.audio.endswith(".npy"):
+                power = load_power(pair.audio)
+                silent, seconds = not power.any(), SHORT_SECONDS
+            else:
+                waveform = load_audio(pair.audio)
+                silent, seconds = not waveform.any(), len(waveform) / SAMPLE_RATE
+            content = b"".join(Path(path).read_bytes() for path in pair[1:])
+        except (ValueError, OSError, UserError) as error:
+            return Facts(" ".join(str(error).split()), False, math.nan, "")
+        return Facts("", silent, seconds, hashlib.sha1(content).hexdigest())
+
+
+def inspect_pairs(pairs: Sequence[Pair], workers: int = 0, truth_of: Callable | None = None) -> list[Facts]:
+    """Decode every pair, and its ground truth where truth_of is given, in several processes -> its facts, in order."""
+    loader = DataLoader(_Inspected(pairs, truth_of), batch_size=None, num_workers=workers)
+    return list(tqdm(loader, "decoding every pair", len(pairs), leave=False, unit="pair", disable=None))
+
+
+def undecodable(pairs: Sequence[Pair], workers: int = 0, truth_of: Callable | None = None) -> dict[str, str]:
+    """{id: reason} of the pairs that cannot be decoded."""
+    found = zip(pairs, inspect_pairs(pairs, workers, truth_of), strict=True)
+    return {pair.id: facts.error for pair, facts in found if facts.error}
+
+
+@contextmanager
+def count_undecodable(pairs: Sequence[Pair], workers: int = 0, truth_of: Callable | None = None):
+    """Where a pair cannot be decoded in the block, look at all of them: UserError with their count and first ids."""
+    try:
+        yield
+    except Undecodable as error:
+        broken = undecodable(pairs, workers, truth_of)
+        if not broken:
+            raise
+        raise UserError(
+            f"{len(broken)} of {len(pairs)} pairs cannot be decoded: {first_ids(list(broken))}. "
+            f"The first: {next(iter(broken.values()))} (--allow_missing true goes on without them and counts them)"
+        ) from error
+
+
+# ---------------------------------------------------------------- lists and annotations
+
+
+def known_test_ids(metadata: str | Path) -> dict[str, set[str]]:
+    """Ids of every known test set whose list or annotation lies in the folder of metadata: {set: ids}."""
+    known: dict[str, set[str]] = {}
+    for name, row in {**TEST_SETS, **AVS_SETS}.items():
+        path = Path(metadata) / (row.ids or row.annotation or "absent")
+        if row.lists_in_root or row.silent or not path.is_file():
+            continue
+        if name in AVS_SETS:
+            videos = read_videos(path)
+            known[name] = {f"{video.name}_{n}" for video in videos for n in range(1, FRAMES_PER_VIDEO + 1)}
+        elif row.ids:
+            known[name] = set(read_ids(path))
+        else:
+            known[name] = set(load_boxes(path) if row.kind == "boxes" else load_frames(path))
+    return known
+
+
+def overlap_with_tests(ids: Sequence[str], metadata: str | Path) -> dict[str, list[str]]:
+    """Training ids that are also test ids, by test set, as far as its list is in the folder of metadata."""
+    return {name: [i for i in ids if i in tested] for name, tested in known_test_ids(metadata).items()}
+
+
+def annotation_problems(row: SetRow, path: Path) -> dict[str, int]:
+    """Boxes of a JSON that are clipped or count as empty: {what: how many}. Raises UserError for a broken one."""
+    if row.kind == "boxes":
+        boxes, side = [box for _, drawn in load_boxes(path).values() for box in drawn], 1.0
+    elif row.kind == "pixels":
+        boxes, side = list(load_frames(path).values()), float(MAP_SIZE)
+    else:
+        return {}
+    problems: Counter[str] = Counter()
+    for box in boxes:
+        values = np.array(box)
+        pixels = (np.clip(values / side, 0, 1) * MAP_SIZE).astype(int)
+        problems["outside the picture"] += bool((values < 0).any() or (values > side).any())
+        problems["beyond a million"] += bool((np.abs(values) > HUGE).any())
+        problems["without area"] += bool((pixels[2:] <= pixels[:2]).any())
+    return dict(problems)
+
+
+# ---------------------------------------------------------------- one table
+
+
+def check_table(
+    name: str,
+    expected: int,
+    pairs: Sequence[Pair],
+    missing: Sequence[str],
+    facts: Sequence[Facts],
+    problems: Mapping[str, int],
+    overlap: Mapping[str, Sequence[str]],
+) -> str:
+    """What `prepare_data.py check` prints: counts, and the first ids of whatever is not as it should be."""
+
+    def of(wanted) -> list[str]:
+        return [pair.id for pair, fact in zip(pairs, facts, strict=True) if wanted(fact)]
+
+    digests = Counter(fact.digest for fact in facts if fact.digest)
+    broken = of(lambda fact: fact.error)
+    rows: list[tuple[str, int, Sequence[str]]] = [
+        ("expected", expected, ()),
+        ("present", len(pairs), ()),
+        ("missing", max(expected - len(pairs), len(missing)), missing),
+        ("decodable", len(pairs) - len(broken), ()),
+        ("not decodable", len(broken), broken),
+        ("silent (digital zero)", *_counted(of(lambda fact: fact.silent))),
+        (f"shorter than {SHORT_SECONDS:g} s", *_counted(of(lambda fact: fact.seconds < SHORT_SECONDS - 0.01))),
+        ("same content as another", *_counted(of(lambda fact: digests[fact.digest] > 1))),
+        *((f"boxes {what}", count, ()) for what, count in problems.items()),
+        *((f"also in test set {tested}", len(ids), ids) for tested, ids in overlap.items()),
+    ]
+    lines = [f"{name}", "", *(f"{what:32} {count:>9,}   {first_ids(ids)}".rstrip() for what, count, ids in rows)]
+    return "\n".join([*lines, "", *(fact.error for fact in facts if fact.error)]).rstrip()
+
+
+def _counted(ids: list[str]) -> tuple[int, list[str]]:
+    return len(ids), ids

@@ -1,0 +1,40 @@
+"""Are the data of a set complete, whole and apart from the tests? The work of `prepare_data.py check`."""
+
+from pathlib import Path
+
+from dataset import TRAIN_SETS, select_training_pairs
+from inspection import annotation_problems, check_table, inspect_pairs, overlap_with_tests
+from test_sets import ALL_SETS, build_each, build_pairs
+from utils import UserError, number
+
+
+def add_flags(parser) -> None:
+    parser.add_argument("--trainset", choices=sorted(TRAIN_SETS), help="training set to check")
+    parser.add_argument("--testset", help=f"test set to check: {', '.join(ALL_SETS)}, a comma list, or all")
+    parser.add_argument("--data_path", help="root of the data (default: the set's environment variable)")
+    parser.add_argument("--list", help="list of ids in the place of the set's own")
+    parser.add_argument("--test_gt_path", help="annotation: a JSON of boxes, for flickr the folder of XML files")
+    parser.add_argument("--metadata", default="./metadata", help="folder of the public lists and annotations")
+    parser.add_argument("--workers", type=number(int, low=0), default=2, help="processes that decode")
+
+
+def run(args) -> None:
+    if bool(args.trainset) == bool(args.testset):
+        raise UserError("say what to check: --trainset NAME or --testset NAME")
+    if args.trainset:
+        selection = select_training_pairs(args.trainset, args.data_path, args.metadata, args.list, allow_missing=True)
+        overlap = overlap_with_tests([pair.id for pair in selection.pairs] + selection.missing, args.metadata)
+        facts = inspect_pairs(selection.pairs, args.workers)
+        name, expected = f"training set {args.trainset}", selection.expected
+        print(check_table(name, expected, selection.pairs, selection.missing, facts, {}, overlap))
+        return
+    args.test_data_path, args.test_list = args.data_path, args.list
+    for name, dataset in build_each(args, lambda name: build_pairs(name, args, 224, 5.0, allow_missing=True)).items():
+        row = ALL_SETS[name]
+        facts = inspect_pairs(dataset.pairs, args.workers, dataset.ground_truth.truth_of)
+        problems = {}
+        if row.kind in ("boxes", "pixels"):
+            folder = Path(args.data_path or row.root) if row.lists_in_root else Path(args.metadata)
+            problems = annotation_problems(row, Path(args.test_gt_path or folder / row.annotation))
+        expected = dataset.ground_truth.expected
+        print(check_table(f"test set {name}", expected, dataset.pairs, dataset.missing, facts, problems, {}) + "\n")
