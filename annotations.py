@@ -17,6 +17,8 @@ from metrics import MAP_SIZE
 from utils import UserError
 
 FLICKR_BOX_UNITS = 256
+IN_PIXELS = 2.0  # coordinates beyond it are no fractions of a picture ...
+HUGE = 1e6  # ... and beyond a million they are damage, as the -2.9e16 of vggss.json
 
 
 class GroundTruth(NamedTuple):
@@ -103,11 +105,16 @@ def load_boxes(path: str | Path) -> dict[str, tuple[str, list[list[float]]]]:
     for number, entry in enumerate(entries):
         try:
             drawn = [[float(v) for v in box] for box in entry["bbox"]]
-            name, class_name = check_id(str(entry["file"]), path), str(entry.get("class", ""))
+            name, class_name = check_id(str(entry["file"]), path), str(entry.get("class") or "")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"entry {number} of {path} is not {{file, class, bbox}}: {entry!s:.80}") from error
         if any(len(box) != 4 or np.isnan(box).any() for box in drawn):
             raise UserError(f"{path}: a box of {name} is not four numbers")
+        if any(IN_PIXELS < max(box) < HUGE for box in drawn):
+            raise UserError(
+                f"{path}: [xmin, ymin, xmax, ymax] in 0..1 of the picture are wanted, {name} has {drawn}, which looks "
+                "like pixels"
+            )
         if name in boxes:
             raise UserError(f"{path}: {name} stands there twice")
         boxes[name] = (class_name, drawn)

@@ -20,7 +20,7 @@ COLUMNS = (
     "cIoU", "AUC", "mAP", "pointing", "cIoU_half", "mIoU", "F", "IIoU", "listening", "class_R@1",
     "both_pointing", "AP", "max_F1",
 )  # fmt: skip
-DIFFERENCES = ("cIoU", "mAP", "pointing", "IIoU")
+DIFFERENCES = ("cIoU", "mAP", "pointing", "mIoU", "IIoU")
 NO_EFFECT = {  # flags that name a run or say how it is run
     "seed", "experiment_name", "model_dir", "metadata", "gpu", "num_workers", "wandb", "resume", "overwrite", "dry_run",
 }  # fmt: skip
@@ -135,6 +135,9 @@ def figures(run: Run, name: str) -> dict[str, Figure]:
     whole = [*run.columns["id"], *(run.results["pairs"].get("left_out") or ())]
     groups = interactive_groups(run.columns["id"], whole) if "IIoU" in given else None
     found = figures_of(columns, columns["area"] == 0, groups)
+    if f"{name}_jaccard" in run.columns:  # of masks
+        frames = np.array(run.columns[f"{name}_jaccard"], float)
+        found["mIoU"] = Figure(frames, np.ones(len(frames)))
     for metric, stored in given.items():
         if metric in found and _defined(stored) and not abs(stored - found[metric].value()) < 1e-6:
             says = f"{metric} of {name} is {100 * stored:.4f} in {run.path}, {100 * found[metric].value():.4f}"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from annotations import GroundTruth, first_ids
+from annotations import GroundTruth, first_ids, repeated
 from dataset import EvaluationPairs, Sample, make_loader
 from inspection import count_undecodable
 from metrics import JACCARD_THRESHOLDS, RULES, THRESHOLD, interactive_groups, normalize_maps, upsample_maps
@@ -65,8 +65,10 @@ Result = TypeVar("Result")
 def in_parts(work: Callable[[slice], Result], count: int) -> Iterator[Result]:
     """work(slice of PART samples) for all of `count`, in order: one core for each part, not all cores for each step."""
     slices = [slice(start, start + PART) for start in range(0, count, PART)]
-    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield from pool.map(work, slices)
+    torch.set_num_threads(threads)  # what a thread of the pool sets is the default of threads to come
 
 
 # ---------------------------------------------------------------- what a pass accumulates
@@ -139,11 +141,15 @@ class SetScores:
             }
         if truth.silent:
             has_source = np.array([i not in truth.silent for i in ids])
+            # the confidence is the right sound's
+            right = {name: columns for name, columns in maps.items() if not name.endswith(WRONG)}
             for score, end in (("confidence", ""), ("confidence_map", "@confidence_map")):
-                for name in maps if score in scalars else ():
-                    values, intervals = detect(maps[name], scalars[score], has_source, units, resamples, seed)
-                    result["maps"][name] |= {metric + end: value for metric, value in values.items()}
-                    result["intervals"].setdefault(name, {}).update({m + end: v for m, v in intervals.items()})
+                if score not in scalars:
+                    continue
+                found = detect(right, scalars[score], has_source, units, resamples, seed)
+                for kind, by_map in zip(("maps", "intervals"), found, strict=True):
+                    for name, figures in by_map.items():
+                        result[kind][name] |= {metric + end: value for metric, value in figures.items()}
         classes, sizes = np.array([truth.class_of.get(i, "") for i in ids]), size_names(scalars["area"])
         for key, labels, names in (("by_class", classes, np.unique(classes)), ("by_size", sizes, (*SIZES, "empty"))):
             chosen = {str(name): np.flatnonzero(labels == name) for name in names if name}
@@ -382,9 +388,10 @@ def evaluate_stored(
         ids = [batch.ids[i] for i in keep]
         raw, scalars = ({name: values[keep] for name, values in side.items()} for side in (batch.maps, batch.scalars))
         truth = torch.stack([ground_truth.truth_of(name) for name in ids])
-        for part in scores.add(ids, truth, raw, scalars, stored.interpolation, stored.alpha):
-            for show in on_batch:
-                show(part)
+        with as_user_error(ValueError):
+            for part in scores.add(ids, truth, raw, scalars, stored.interpolation, stored.alpha):
+                for show in on_batch:
+                    show(part)
     results = scores.summary(left_out, resamples, seed)
     results |= {
         "retrieval": {},
@@ -404,8 +411,7 @@ def match_ids(
     where = f"{stored.path} against test set {ground_truth.name}"
     known, given = set(ground_truth.ids), set(stored.ids)
     if len(given) < len(stored.ids):
-        seen: set[str] = set()
-        twice = [i for i in stored.ids if i in seen or seen.add(i)]
+        twice = repeated(stored.ids)
         raise UserError(f"{where}: {len(twice)} ids stand twice, so which map counts? {first_ids(twice)}")
     left_out = [i for i in ground_truth.ids if i not in given]
     unknown = [i for i in stored.ids if i not in known]

@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from annotations import first_ids, load_boxes, load_frames, read_ids
+from annotations import HUGE, first_ids, load_boxes, load_frames, read_ids
 from audio_io import SAMPLE_RATE, load_audio, load_power
 from dataset import TEST_SETS, Pair, SetRow
 from dataset_avs import AVS_SETS, FRAMES_PER_VIDEO, read_videos
@@ -24,7 +24,6 @@ from transforms import load_image
 from utils import Undecodable, UserError
 
 SHORT_SECONDS = 5.0  # what the model hears
-HUGE = 1e6  # coordinates beyond it are damage, as -2.9e16 in vggss.json
 
 
 class Facts(NamedTuple):

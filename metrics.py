@@ -60,11 +60,6 @@ def _range(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return low, high - low, high - low <= CONSTANT_RANGE * torch.maximum(low.abs(), high.abs())
 
 
-def is_constant(maps: Tensor) -> Tensor:
-    """(B, H, W) -> (B,) bool: the range is at most 1e-6 of the largest magnitude."""
-    return _range(maps)[2]
-
-
 def normalize_maps(maps: Tensor) -> Tensor:
     """Min-max normalise each (B, H, W) map to 0..1; a constant one becomes 0. ValueError for a NaN or an infinity."""
     low, span, constant = _range(maps)
@@ -111,16 +106,6 @@ def region_above(maps: Tensor, cut: Tensor) -> Tensor:
 def region_fixed(maps: Tensor, threshold: float = THRESHOLD) -> Tensor:
     """Rule `fixed`: (B, H, W) -> (B, H, W) bool, map >= threshold, a number above 0."""
     return maps >= threshold
-
-
-def region_half(maps: Tensor) -> Tensor:
-    """Rule `half`: (B, H, W) -> (B, H, W) bool, strictly above `cut_half`, so at most n - 1 - n // 2 pixels."""
-    return region_above(maps, cut_half(sort_pixels(maps)))
-
-
-def region_adaptive(maps: Tensor, truth: Tensor) -> Tensor:
-    """Rule `adaptive`: (B, H, W) twice -> (B, H, W) bool, strictly above `cut_adaptive`, at most k - 1 pixels."""
-    return region_above(maps, cut_adaptive(sort_pixels(maps), truth))
 
 
 # ---------------------------------------------------------------- scores of one sample
@@ -203,14 +188,15 @@ def f_scores(maps: Tensor, masks: Tensor, ascending: Tensor | None = None) -> Te
     """AVSBench's F of a frame, beta^2 = 0.3, with P = map >= threshold (Zhou et al., ECCV 2022).
 
     maps (B, H, W) in 0..1, masks (B, H, W), any non-zero pixel is M -> (B, 255) float64, one column for each of
-    F_THRESHOLDS; undefined is 0, so an empty M has zeros. A set's F is the maximum of the mean over its other frames.
+    F_THRESHOLDS; undefined is 0, so an empty M has zeros, and so has a constant map, which predicts nothing. A set's F
+    is the maximum of the mean over its frames with a mask.
     """
     scores = []
     for pixels, own in _sorted_pixels(maps, masks != 0, ascending):
-        region = pixels.size - np.searchsorted(pixels, F_THRESHOLDS)
+        region = (pixels.size - np.searchsorted(pixels, F_THRESHOLDS)) * (pixels[0] < pixels[-1])
         both = own.size - np.searchsorted(own, F_THRESHOLDS)
         # (1 + b) precision recall / (b precision + recall), with precision = both / region, recall = both / |M|
-        scores.append((1 + F_BETA_SQUARED) * both / np.maximum(F_BETA_SQUARED * own.size + region, 1))
+        scores.append((1 + F_BETA_SQUARED) * both * (region > 0) / np.maximum(F_BETA_SQUARED * own.size + region, 1))
     return torch.from_numpy(np.stack(scores)).to(maps.device)
 
 

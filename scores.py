@@ -109,8 +109,9 @@ def reference_columns(truth: Tensor, masks: bool = False) -> dict[str, dict[str,
         }
         references[name]["average_precision"] = region_average_precision(region, truth)
         if masks:
-            map_of_region = region.float()
-            references[name] |= {"jaccard": jaccard(map_of_region, truth), "f": f_scores(map_of_region, truth).float()}
+            as_map = region.float()
+            as_map[:, 0, 0] += 1e-6  # so that the whole frame is no constant map, which would predict nothing
+            references[name] |= {"jaccard": jaccard(as_map, truth), "f": f_scores(as_map, truth).float()}
     return references
 
 
@@ -247,28 +248,33 @@ def count_tied(maps: Mapping[str, Columns]) -> dict[str, dict[str, int]]:
 
 
 def detect(
-    columns: Columns, confidence: np.ndarray, has_source: np.ndarray, units: Sequence[str], resamples: int, seed: int
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Figures of an extended set for one map and one confidence, and the intervals of the headline ones.
+    maps: Mapping[str, Columns],
+    confidence: np.ndarray,
+    has_source: np.ndarray,
+    units: Sequence[str],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, list[float]]]]:
+    """Figures of an extended set by map, for one confidence of the pairs, and the intervals of the headline ones.
 
-    columns with iou of every rule; confidence, has_source (N,). AP, max_F1, max_F1_11 at IoU 0.5, AP_30, AP_50, AP_75,
-    each with the rule's suffix; presence_AP: average precision of the confidence for "the source is in view".
+    maps: columns with iou of every rule; confidence, has_source (N,). AP, max_F1, max_F1_11 at IoU 0.5, AP_30, AP_50,
+    AP_75, each with the rule's suffix; presence_AP: average precision of the confidence for "the source is in view".
+    Intervals: AP, max_F1, max_F1_11 of the rule `fixed`, presence_AP.
     """
 
-    def headline(rows: np.ndarray | slice) -> dict[str, float]:
-        right, sure, there = columns["iou"][rows], confidence[rows], has_source[rows]
+    def headline(rows: np.ndarray | slice) -> dict[str, dict[str, float]]:
+        sure, there = confidence[rows], has_source[rows]
         presence = float(average_precision_score(there, sure)) if there.any() else math.nan
-        return {**detection_scores(right, sure, there), "presence_AP": presence}
+        found = {name: detection_scores(columns["iou"][rows], sure, there) for name, columns in maps.items()}
+        return {name: {**scores, "presence_AP": presence} for name, scores in found.items()}
 
-    scores = headline(slice(None))
-    for suffix in RULES.values():
-        by_bar = {
-            bar: detection_scores(columns["iou" + suffix], confidence, has_source, bar) for bar in (0.5, *IOU_BARS)
-        }
-        scores |= {f"AP_{100 * bar:.0f}{suffix}": by_bar[bar]["AP"] for bar in IOU_BARS}
-        scores |= {name + suffix: value for name, value in by_bar[0.5].items()}
-    if not resamples:
-        return scores, {}
+    values = headline(slice(None))
+    for name, columns in maps.items():
+        for suffix in RULES.values():
+            ious = columns["iou" + suffix]
+            by_bar = {bar: detection_scores(ious, confidence, has_source, bar) for bar in (0.5, *IOU_BARS)}
+            values[name] |= {f"AP_{100 * bar:.0f}{suffix}": by_bar[bar]["AP"] for bar in IOU_BARS}
+            values[name] |= {metric + suffix: value for metric, value in by_bar[0.5].items()}
     unit_of = np.unique(np.asarray(units), return_inverse=True)[1]
     samples = np.arange(len(unit_of))
     drawn = [
@@ -276,4 +282,8 @@ def detect(
         for counts in resampled_counts(unit_of.max() + 1, resamples, seed)
         for count in counts
     ]
-    return scores, {name: interval(np.array([draw[name] for draw in drawn])) for name in drawn[0]}
+    intervals = {
+        name: {metric: interval(np.array([draw[name][metric] for draw in drawn])) for metric in drawn[0][name]}
+        for name in (maps if drawn else ())
+    }
+    return values, intervals

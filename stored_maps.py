@@ -9,8 +9,10 @@
 Both ways go through the file batch by batch: a map is never in memory longer than its batch. B batch, N samples.
 """
 
+import math
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +20,25 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from utils import UserError, atomic_path
+from utils import UserError, as_user_error, atomic_path
 
 SCALARS = ("confidence", "confidence_map")  # per sample
 SETTINGS = ("interpolation", "alpha")  # of the whole file
+FUSED = ("IQR", "OGL", "IQR_OGL")  # formed from the others, by alpha
 HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+DAMAGE = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    EOFError,
+    RuntimeError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 class MapBatch(NamedTuple):
@@ -74,27 +90,31 @@ class StoredMaps:
                 small = {name: file[name] for name in names if name in ("id", *SCALARS, *SETTINGS)}
         except FileNotFoundError:
             raise UserError(f"there is no file of maps {path}") from None
-        except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        except DAMAGE as error:
             raise UserError(f"{path} is no .npz file of maps: {error}") from error
         if "id" not in small:
             raise UserError(f"{path} has no array `id`: it holds {', '.join(names) or 'nothing'}")
         if small["id"].ndim != 1 or small["id"].dtype.kind not in "USiu":
             raise UserError(f"{path}: `id` must be a list of strings, not {small['id'].dtype} {small['id'].shape}")
-        self.ids = [i.decode() if isinstance(i, bytes) else str(i) for i in small.pop("id").tolist()]
+        with as_user_error(UnicodeDecodeError):
+            self.ids = [i.decode() if isinstance(i, bytes) else str(i) for i in small.pop("id").tolist()]
         self.interpolation = str(small.pop("interpolation", "bicubic"))
         if self.interpolation not in ("bicubic", "bilinear"):
             raise UserError(f"{path}: `interpolation` must be bicubic or bilinear, not {self.interpolation!r}")
         self.alpha = self._number("alpha", small.pop("alpha")) if "alpha" in small else None
         self.scalars = {name: self._confidence(name, values) for name, values in small.items()}
         self.names = [name for name in names if name not in ("id", *SCALARS, *SETTINGS)]
+        sums = [name for name in self.names if name in FUSED]
+        if sums and self.alpha is not None and "AUD" in self.names:
+            raise UserError(f"{path} holds {', '.join(sums)} and `alpha`, by which they would be formed: leave one out")
         if not self.names:
             raise UserError(f"{path} holds no maps: beside `id` at least one array (N, h, w) is wanted")
 
     def _number(self, name: str, value: np.ndarray) -> float:
-        try:
-            return float(value)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{self.path}: `{name}` must be a number, not {value!r:.80}") from error
+        number = float(value) if value.size == 1 and value.dtype.kind in "fiu" else math.nan
+        if not 0 <= number <= 1:
+            raise UserError(f"{self.path}: `{name}` must be a number in 0..1, not {value!s:.80}")
+        return number
 
     def _confidence(self, name: str, values: np.ndarray) -> np.ndarray:
         if values.shape != (len(self.ids),) or values.dtype.kind not in "fiub" or not np.isfinite(values).all():
@@ -127,12 +147,13 @@ class StoredMaps:
                     count = min(size, shape[0] - start)
                     data = file.read(count * shape[1] * shape[2] * dtype.itemsize)
                     yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except DAMAGE as error:
             raise UserError(f"{self.path}: `{name}` cannot be read ({error}): the file is damaged") from error
 
     def _finite(self, name: str, ids: Sequence[str], maps: np.ndarray) -> np.ndarray:
         maps = maps.astype(np.float64 if maps.dtype == np.float64 else np.float32)
-        bad = ~np.isfinite(maps).all((1, 2))
+        with np.errstate(over="ignore", invalid="ignore"):
+            bad = ~np.isfinite(maps.max((1, 2)) - maps.min((1, 2)))  # the range, too, must be a number
         if bad.any():
             raise UserError(
                 f"{self.path}: the map `{name}` of {ids[int(bad.argmax())]} holds a value that is not finite"

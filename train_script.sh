@@ -11,7 +11,7 @@
 #   ABLATION=no_match|no_div|no_recon|no_false_negatives|no_mask|one_slot   leaves one part of the method out
 #   SEEDS="0 1 2"                                                           one training each
 # They end the folder's name, NAME_no_match_seed1; one table of all, differences to the first:
-#   python test_model.py --compare checkpoints/NAME_seed*/results/SET/results.json checkpoints/NAME_no*/results/SET/results.json
+#   python test_model.py --compare checkpoints/NAME_seed*/results/SET/results.json checkpoints/NAME_{no,one}_*/results/SET/results.json
 #
 # Nobody edits this file to say where data lie: set these variables, in your shell or in front of the command.
 export VGGSOUND_ROOT="${VGGSOUND_ROOT:-/path/to/VGGSound/}"      # holds frames/ and audio/
@@ -54,7 +54,13 @@ case ${ABLATION:=} in
     no_match) recipe+=(--lam3 0) ;;
     no_div) recipe+=(--lam2 0) ;;
     no_recon) recipe+=(--lam1 0) ;;
-    no_false_negatives) recipe+=(--reciprocal_k 0) ;; # the synthetic recipe has none to begin with
+    no_false_negatives)
+        if [ "$trainset" = synthetic ]; then
+            echo "the synthetic recipe leaves no false negatives out to begin with: compare it with --reciprocal_k 5" >&2
+            exit 2
+        fi
+        recipe+=(--reciprocal_k 0)
+        ;;
     no_mask) recipe+=(--mask_ratio 0) ;;
     one_slot) recipe+=(--num_slots 1) ;;
     *)

@@ -34,6 +34,18 @@ def boxes_to_truth(boxes, weight=1.0):
     return truth.clamp(max=1)
 
 
+def is_constant(maps):
+    return maps.flatten(1).amin(1) == maps.flatten(1).amax(1)
+
+
+def region_half(maps):
+    return metrics.region_above(maps, metrics.cut_half(metrics.sort_pixels(maps)))
+
+
+def region_adaptive(maps, truth):
+    return metrics.region_above(maps, metrics.cut_adaptive(metrics.sort_pixels(maps), truth))
+
+
 def random_batch(seed, count=6, size=24):
     """Smooth, normalised maps and truths of every kind: a box, a consensus of two, a full frame, an empty one."""
     generator = torch.Generator().manual_seed(seed)
@@ -89,8 +101,8 @@ def test_fixed_rule_matches_the_reference(golden, name):
 
 def test_half_and_adaptive_rules_and_interactive_scores_match_the_reference(golden):
     maps, truth = golden["audio_query"], golden["truth"]
-    half = consensus_iou(metrics.region_half(maps), truth)
-    adaptive = consensus_iou(metrics.region_adaptive(maps, truth), truth)
+    half = consensus_iou(region_half(maps), truth)
+    adaptive = consensus_iou(region_adaptive(maps, truth), truth)
     assert np.allclose(half, golden["iou_half"], rtol=0, atol=1e-6)
     assert np.allclose(adaptive, golden["iou_adaptive"], rtol=0, atol=1e-6)
     groups = metrics.interactive_groups([f"image{index // 2}_{index % 2}" for index in range(48)])
@@ -164,9 +176,10 @@ def test_a_constant_map_predicts_nothing_and_never_points(value):
     truth = torch.ones(1, 24, 24)
     ready = normalize_maps(maps)
     assert not metrics.region_fixed(ready).any()
-    assert not metrics.region_half(ready).any()
-    assert not metrics.region_adaptive(ready, truth).any()
+    assert not region_half(ready).any()
+    assert not region_adaptive(ready, truth).any()
     assert not metrics.pointing(ready, truth).any()
+    assert not metrics.f_scores(ready, truth).any() and not metrics.jaccard(ready, truth).any()
     assert (ready == 0).all()
 
 
@@ -183,9 +196,9 @@ def test_half_and_adaptive_regions_have_their_size(seed):
     order = torch.randperm(23 * 24, generator=torch.Generator().manual_seed(seed)).float().reshape(1, 23, 24)
     truth = torch.zeros(1, 23, 24)
     truth[0, :3, : 1 + seed % 24] = 0.5
-    assert metrics.region_half(order).sum() == 23 * 24 - 1 - 23 * 24 // 2
-    assert metrics.region_adaptive(order, truth).sum() == (truth != 0).sum() - 1
-    assert not metrics.region_adaptive(order, torch.zeros_like(truth)).any()
+    assert region_half(order).sum() == 23 * 24 - 1 - 23 * 24 // 2
+    assert region_adaptive(order, truth).sum() == (truth != 0).sum() - 1
+    assert not region_adaptive(order, torch.zeros_like(truth)).any()
 
 
 # ---------------------------------------------------------------- scores
@@ -213,9 +226,9 @@ def test_thresholds_of_the_curve_are_exact():
 def test_a_perfect_map_scores_one_under_the_fixed_rule(seed):
     _, truth = random_batch(seed)
     perfect = (truth[1:-1] > 0).float()  # the box itself, neither the whole frame nor an empty one
-    perfect = perfect[~metrics.is_constant(perfect)]
+    perfect = perfect[~is_constant(perfect)]
     assume(len(perfect))
-    kept = truth[1:-1][~metrics.is_constant((truth[1:-1] > 0).float())]
+    kept = truth[1:-1][~is_constant((truth[1:-1] > 0).float())]
     assert (consensus_iou(metrics.region_fixed(normalize_maps(perfect)), kept) == 1).all()
     box = (kept > 0).float()
     assert (metrics.pixel_average_precision(perfect, box) == 1).all() and metrics.pointing(perfect, box).all()
@@ -231,7 +244,7 @@ def test_rescaling_a_map_changes_no_score(seed, exponent):
     coarse = (maps * 1024).round() / 1024  # room for an exact shift in float32
     shifted = normalize_maps(coarse.double() * 3 + 7)
     plain = normalize_maps(coarse.double())
-    for region in (metrics.region_half, lambda m: metrics.region_adaptive(m, truth)):
+    for region in (region_half, lambda m: region_adaptive(m, truth)):
         assert torch.equal(region(coarse * 4 - 2), region(coarse))
     assert (shifted - plain).abs().amax() < 1e-12
 
@@ -289,7 +302,7 @@ def test_no_map_without_ties_passes_the_ceiling_and_the_best_one_reaches_it(seed
     generator = torch.Generator().manual_seed(seed)
     truth[1] = torch.randint(0, 17, (12, 12), generator=generator) / 16  # any fractions, not only halves
     noise = torch.stack([torch.randperm(144, generator=generator) for _ in truth]).reshape_as(truth) / 1e3
-    regions = {"half": metrics.region_half, "adaptive": lambda maps: metrics.region_adaptive(maps, truth)}
+    regions = {"half": region_half, "adaptive": lambda maps: region_adaptive(maps, truth)}
     for rule, region in regions.items():
         ceiling = metrics.ceiling_iou(truth, rule)
         assert (consensus_iou(region(noise), truth) <= ceiling + 1e-12).all()

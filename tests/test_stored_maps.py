@@ -108,7 +108,11 @@ def test_ids_that_do_not_fit_are_named_and_counted_only_when_allowed(truth, save
         ({"id": IDS, "a": np.full((6, 7, 7), np.nan)}, "`a` of clip_0 holds a value that is not finite"),
         ({"id": IDS, "a": np.asfortranarray(np.ones((6, 7, 7)))}, "ascontiguousarray"),
         ({"id": IDS, "a": np.ones((6, 7, 7)), "confidence": np.ones(5)}, "`confidence` must be 6 finite numbers"),
-        ({"id": IDS, "a": np.ones((6, 7, 7)), "alpha": "x"}, "`alpha` must be a number"),
+        ({"id": IDS, "AUD": np.ones((6, 7, 7)), "IQR": np.ones((6, 7, 7)), "alpha": 0.5}, "IQR and `alpha`"),
+        ({"id": IDS, "a": np.ones((6, 7, 7)), "alpha": 7.5}, "in 0..1"),
+        ({"id": IDS, "a": np.tile(np.float32([[-3e38, 3e38]]), (6, 7, 1))}, "`a` of clip_0 holds"),
+        ({"id": np.array([b"\xff"] * 6), "a": np.ones((6, 7, 7))}, "decode"),
+        ({"id": IDS, "a": np.ones((6, 7, 7)), "alpha": "x"}, "`alpha` must be a number in 0..1"),
     ],
 )
 def test_a_file_of_another_form_is_one_clear_line(arrays, message, truth, save):
