@@ -100,7 +100,7 @@ def first_ids(ids: Sequence[str], count: int = 5) -> str:
 
 def load_boxes(path: str | Path) -> dict[str, tuple[str, list[list[float]]]]:
     """VGG-SS JSON: {id: (class name, [[xmin, ymin, xmax, ymax], ...] in units of the picture)}."""
-    entries = _read_entries(path)
+    entries = read_entries(path)
     boxes: dict[str, tuple[str, list[list[float]]]] = {}
     for number, entry in enumerate(entries):
         try:
@@ -129,7 +129,8 @@ def load_boxes(path: str | Path) -> dict[str, tuple[str, list[list[float]]]]:
     return boxes
 
 
-def _read_entries(path: str | Path) -> list:
+def read_entries(path: str | Path) -> list:
+    """Entries of a JSON list; none where it is no list. Raises UserError where it is no JSON."""
     try:
         entries = json.loads(read_text(path, "annotation"))
     except (ValueError, RecursionError) as error:
@@ -143,7 +144,7 @@ def load_frames(path: str | Path) -> dict[str, list[float] | str]:
     The paths in it are of its author's machine: only the names of the files count, as ids, without their suffix.
     """
     frames: dict[str, list[float] | str] = {}
-    for number, entry in enumerate(_read_entries(path)):
+    for number, entry in enumerate(read_entries(path)):
         try:
             name = PurePosixPath(entry["image"]).stem.replace(".mp4_", "_")  # MS3's frames
             drawn = entry["gt_box"]

@@ -88,6 +88,14 @@ def read_run(path: str | Path) -> Run:
         fits = isinstance(results, dict) and isinstance(results.get(key), kind) and results[key]
         fits = fits and (key != "maps" or all(isinstance(row, dict) for row in results[key].values()))
         _require(fits, f"{path} is no results.json of test_model.py: see its `{key}`")
+    values = [value for row in results["maps"].values() for value in row.values()]
+    numeric = all(value is None or isinstance(value, int | float) for value in values)
+    _require(numeric, f"{path}: a figure of `maps` is no number")
+    shapes = {"checkpoint": dict, "retrieval": dict, "training": dict, "rules": dict, "left_out": list}
+    parts = [results, results.get("checkpoint") or {}, results["settings"], results["pairs"]]
+    for key, kind in shapes.items():
+        fits = all(isinstance(part, dict) and isinstance(part.get(key, kind()) or kind(), kind) for part in parts)
+        _require(fits, f"{path}: `{key}` is not what test_model.py writes")
     names, *rows = [row for row in lines if row] or [[]]
     lacking = [name for name in ("id", "unit", "area") if name not in names]
     _require(not lacking, f"{table} has no column {', '.join(lacking)}: test again to write it anew")

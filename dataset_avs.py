@@ -109,14 +109,20 @@ def find_frames(
 
 
 def build_avs_truth(
-    name: str, root: str | None, gt_path: str | None, metadata: str, test_list: str | None = None
+    name: str,
+    root: str | None,
+    gt_path: str | None,
+    metadata: str,
+    test_list: str | None = None,
+    allow_missing: bool = False,
 ) -> GroundTruth:
-    """What a row of AVS_SETS asks for. Its masks must be there, pictures and sounds need not."""
+    """What a row of AVS_SETS asks for. Its masks must be there, unless allow_missing; pictures and sounds need not."""
     ground_truth, files = find_frames(name, root, gt_path, metadata, test_list)
-    lost = [frame for frame, paths in files.items() if ground_truth.masks and not paths.mask.is_file()]
-    if lost:
-        raise UserError(f"{len(lost)} of {len(files)} masks of {name} are missing: first {files[lost[0]].mask}")
-    return ground_truth
+    lost = {frame: paths.mask for frame, paths in files.items() if ground_truth.masks and not paths.mask.is_file()}
+    if lost and (not allow_missing or len(lost) == len(files)):
+        first = next(iter(lost.values()))
+        raise UserError(f"{len(lost)} of {len(files)} masks of {name} are missing: first {first}")
+    return ground_truth._replace(ids=[frame for frame in files if frame not in lost])
 
 
 def build_avs_set(

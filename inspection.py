@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from annotations import HUGE, first_ids, load_boxes, load_frames, read_ids
+from annotations import HUGE, first_ids, load_boxes, load_frames, read_entries, read_ids
 from audio_io import SAMPLE_RATE, load_audio, load_power
 from dataset import TEST_SETS, Pair, SetRow
 from dataset_avs import AVS_SETS, FRAMES_PER_VIDEO, read_videos
@@ -113,21 +113,26 @@ def overlap_with_tests(ids: Sequence[str], metadata: str | Path) -> dict[str, li
 
 
 def annotation_problems(row: SetRow, path: Path) -> dict[str, int]:
-    """Boxes of a JSON that are clipped or count as empty: {what: how many}. Raises UserError for a broken one."""
-    if row.kind == "boxes":
-        boxes, side = [box for _, drawn in load_boxes(path).values() for box in drawn], 1.0
-    elif row.kind == "pixels":
-        boxes, side = list(load_frames(path).values()), float(MAP_SIZE)
-    else:
+    """Boxes of a JSON that are clipped, count as empty or cannot be read: {what: how many}; {} for other kinds."""
+    if row.kind not in ("boxes", "pixels"):
         return {}
-    problems: Counter[str] = Counter()
-    for box in boxes:
-        values = np.array(box)
+    side = 1.0 if row.kind == "boxes" else float(MAP_SIZE)
+    entries = [entry for entry in read_entries(path) if isinstance(entry, dict)]
+    drawn = [entry.get("bbox") or () if row.kind == "boxes" else [entry.get("gt_box")] for entry in entries]
+    problems = dict.fromkeys(("not a number", "outside the picture", "beyond a million", "without area"), 0)
+    for box in (box for boxes in drawn for box in boxes):
+        try:
+            values = np.array([float(v) for v in box])
+        except (TypeError, ValueError):
+            values = np.full(4, np.nan)
+        if values.shape != (4,) or np.isnan(values).any():
+            problems["not a number"] += 1
+            continue
         pixels = (np.clip(values / side, 0, 1) * MAP_SIZE).astype(int)
         problems["outside the picture"] += bool((values < 0).any() or (values > side).any())
         problems["beyond a million"] += bool((np.abs(values) > HUGE).any())
         problems["without area"] += bool((pixels[2:] <= pixels[:2]).any())
-    return dict(problems)
+    return problems
 
 
 # ---------------------------------------------------------------- one table

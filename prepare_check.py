@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from dataset import TRAIN_SETS, select_training_pairs
-from inspection import annotation_problems, check_table, inspect_pairs, overlap_with_tests
+from dataset import TRAIN_SETS, EvaluationPairs, select_training_pairs
+from inspection import SHORT_SECONDS, annotation_problems, check_table, inspect_pairs, overlap_with_tests
+from metrics import MAP_SIZE
 from test_sets import ALL_SETS, build_each, build_pairs
 from utils import UserError, number
 
@@ -29,12 +30,25 @@ def run(args) -> None:
         print(check_table(name, expected, selection.pairs, selection.missing, facts, {}, overlap))
         return
     args.test_data_path, args.test_list = args.data_path, args.list
-    for name, dataset in build_each(args, lambda name: build_pairs(name, args, 224, 5.0, allow_missing=True)).items():
-        row = ALL_SETS[name]
+
+    def build(name: str) -> EvaluationPairs:
+        try:
+            return build_pairs(name, args, MAP_SIZE, SHORT_SECONDS, allow_missing=True)
+        except UserError:
+            found = {what: count for what, count in problems_of(name, args).items() if count}
+            print("".join(f"test set {name}: {count} boxes {what}\n" for what, count in found.items()), end="")
+            raise
+
+    for name, dataset in build_each(args, build).items():
+        problems = problems_of(name, args)
         facts = inspect_pairs(dataset.pairs, args.workers, dataset.ground_truth.truth_of)
-        problems = {}
-        if row.kind in ("boxes", "pixels"):
-            folder = Path(args.data_path or row.root) if row.lists_in_root else Path(args.metadata)
-            problems = annotation_problems(row, Path(args.test_gt_path or folder / row.annotation))
         expected = dataset.ground_truth.expected
         print(check_table(f"test set {name}", expected, dataset.pairs, dataset.missing, facts, problems, {}) + "\n")
+
+
+def problems_of(name: str, args) -> dict[str, int]:
+    """`annotation_problems` of a test set's own annotation, or of the one given."""
+    row = ALL_SETS[name]
+    folder = Path(args.data_path or row.root) if row.lists_in_root else Path(args.metadata)
+    path = args.test_gt_path or (row.annotation and folder / row.annotation)
+    return annotation_problems(row, Path(path)) if path else {}

@@ -152,9 +152,11 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
             lines.append(f"ties: more than 1 % of the pixels tie at the cut of rule {rule} in {counts} maps")
     if shared := results.get("wrong_sounds_of_same_class"):
         lines.append(f"AUD_wrong: {shared} of the wrong sounds are of the right class, for lack of others")
-    if overlap := results.get("training_test_overlap"):
-        lines.append(f"overlap: {overlap} of these pairs were trained on")
     if checkpoint := results.get("checkpoint"):
+        overlap = results.get("training_test_overlap")
+        known = "unknown, no train_ids.txt beside the checkpoint" if overlap is None else f"{overlap:,}"
+        lines.append(f"pairs that were trained on: {known}")
+    if checkpoint:
         epoch, selected_by = checkpoint.get("epoch", "?"), checkpoint.get("selected_by", "?")
         lines.append(f"checkpoint: {checkpoint.get('path', '?')}, epoch {epoch}, selected by {selected_by}")
     if maps_file := results.get("maps_file"):

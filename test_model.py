@@ -10,13 +10,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from annotations import first_ids, read_ids
 from comparison import compare
-from dataset import EvaluationPairs, TrainingPairs, select_training_pairs
+from dataset import TRAIN_SETS, EvaluationPairs, TrainingPairs, select_training_pairs
 from diagnose import diagnose
 from evaluation import Evaluation, OnBatch, ScoredBatch, evaluate, evaluate_stored
 from html_report import Gallery
+from metrics import MAP_SIZE
 from model_slot import JointSlotModel
 from report import Drawer, describe_checkpoint, pictures_of, publish, trained_with, training_overlap
 from resnet import ObjectSaliency
@@ -33,6 +36,9 @@ from utils import (
     pick_device,
     run_cli,
 )
+
+DEFAULT_BATCH = 256  # of training, where a checkpoint does not say
+HEARD_SECONDS = 5.0  # of each sound in the page, where no model says how much it hears
 
 
 def checkpoint_path(args) -> Path:
@@ -61,25 +67,27 @@ def load_saliency(source: str, device: torch.device) -> ObjectSaliency | None:
 
 
 class Keepsakes:
-    """Pictures, page and maps of one test set, as far as they are wanted; written when the pass has ended well."""
+    """Pictures, page and maps of one test set, as far as they are wanted; written when the pass has ended well.
+
+    dataset: the pairs whose pictures are drawn; None where nothing is.
+    """
 
     def __init__(self, args, folder: Path, dataset: EvaluationPairs | None, count: int) -> None:
-        self.folder, self.args = folder, args
         self.drawer = self.gallery = self.writer = None
+        self.on_batch: list[OnBatch] = []
         if dataset:
             self.sounds = {pair.id: Path(pair.audio) for pair in dataset.pairs}
             self.picture_of = pictures_of(dataset.pairs)
         if args.save_visualizations:
             sheet, overlays = folder / "contact_sheet.png", folder / "samples"
             self.drawer = Drawer(sheet, dataset.ground_truth, count, self.picture_of, overlays)
+            self.on_batch.append(self.drawer)
         if args.report:
             self.gallery = Gallery(folder, seconds=dataset.audio_seconds)
+            self.on_batch.append(self.add_to_gallery)
         if args.save_maps:
             self.writer = MapWriter(folder / "maps.npz", count)
-
-    def on_batch(self) -> list[OnBatch]:
-        shows = {self.drawer: self.drawer, self.gallery: self.add_to_gallery, self.writer: self.add_maps}
-        return [show for wanted, show in shows.items() if wanted]
+            self.on_batch.append(self.add_maps)
 
     def add_to_gallery(self, batch: ScoredBatch) -> None:
         for i, name in enumerate(batch.ids):
@@ -104,12 +112,14 @@ class Keepsakes:
 
 
 def score_model(args) -> None:
+    if args.compare_map:
+        raise UserError("--compare_map belongs to --compare")
     device, path = pick_device(args.gpu), checkpoint_path(args)
     model = JointSlotModel.from_checkpoint(path, device)
     state = load_checkpoint(path)
     test_sets = build_test_sets(args, model.shape["image_size"], model.shape["audio_seconds"])
     saliency = load_saliency(args.imagenet_weights, device)
-    infer_sharpening = args.infer_sharpening or trained_with(state).get("infer_sharpening", 0.1)
+    infer_sharpening = args.infer_sharpening or trained_with(state).get("infer_sharpening") or 0.1
     out_dir = make_out_dir(args, path.parent / ("results" if args.experiment_name else f"{path.stem}_results"))
     for name, dataset in test_sets.items():
         folder = out_dir / name
@@ -125,57 +135,64 @@ def score_model(args) -> None:
             saliency=saliency,
             seed=args.seed,
             resamples=RESAMPLES,
-            on_batch=keepsakes.on_batch(),
+            on_batch=keepsakes.on_batch,
         )
         about = describe_checkpoint(path, state)
         overlap = training_overlap(path, [pair.id for pair in dataset.pairs])
         publish(evaluation, folder, testset=name, checkpoint=about, training_test_overlap=overlap)
         keepsakes.finish(evaluation)
         if args.diagnose:
-            batch, why_not = training_batch(trained_with(state), model)
-            print(
-                "\n".join(
-                    why_not
-                    + [
-                        f"diagnosis: {picture}"
-                        for picture in diagnose(
-                            model,
-                            dataset,
-                            device,
-                            folder / "diagnosis",
-                            batch,
-                            seed=args.seed,
-                            workers=args.num_workers,
-                        )
-                    ]
-                )
-            )
+            batch = training_batch(path, trained_with(state), model, args.seed)
+            rest = {"seed": args.seed, "batch_size": args.batch_size, "workers": args.num_workers}
+            for picture in diagnose(model, dataset, device, folder / "diagnosis", batch, **rest):
+                print(f"diagnosis: {picture}")
 
 
-def training_batch(flags: dict[str, Any], model: JointSlotModel) -> tuple[TrainingPairs | None, list[str]]:
-    """The first pairs of the training set, as many as a batch held; or None, and why they are not there."""
-    if not flags:
-        return None, ["the checkpoint names no training set: false negatives are those of a batch of test pairs"]
+def training_batch(path: Path, flags: dict[str, Any], model: JointSlotModel, seed: int) -> TrainingPairs | None:
+    """As many training pairs as a batch held, drawn by seed; None, and a line that says why, where there are none."""
+    listed = path.with_name("train_ids.txt")
     try:
-        pairs = select_training_pairs(
-            flags["trainset"], flags["train_data_path"], flags["metadata"], flags["train_list"], flags["allow_missing"]
-        ).pairs[: flags["batch_size"]]
+        if flags.get("trainset") not in TRAIN_SETS or not listed.is_file():
+            raise UserError(f"the checkpoint names no training set, or {listed} is not there")
+        ids = read_ids(listed)
+        size = min(flags.get("batch_size", DEFAULT_BATCH), len(ids))
+        chosen = {ids[i] for i in np.random.default_rng(seed).permutation(len(ids))[:size]}
+        root, metadata = flags.get("train_data_path"), flags.get("metadata", "metadata")
+        selection = select_training_pairs(flags["trainset"], root, metadata, str(listed), allow_missing=True)
+        pairs = [pair for pair in selection.pairs if pair.id in chosen]
+        if len(pairs) < 2:
+            raise UserError(f"of the pairs of {listed} too few are there")
     except UserError as error:
-        return None, [f"false negatives are those of a batch of test pairs, for the training set is not there: {error}"]
-    return TrainingPairs(pairs, model.shape["image_size"], model.shape["audio_seconds"], "none"), []
+        print(f"diagnosis: a batch of test pairs stands in for one of training ({error})")
+        return None
+    return TrainingPairs(pairs, model.shape["image_size"], model.shape["audio_seconds"], "none")
 
 
 def score_file(args) -> None:
     """Anyone's maps: no model, and pictures only where something is drawn."""
+    of_models = {"--experiment_name": args.experiment_name, "--alpha": args.alpha, "--diagnose": args.diagnose,
+                 "--infer_sharpening": args.infer_sharpening, "--save_maps": args.save_maps,
+                 "--checkpoint": args.checkpoint != "best", "--compare_map": args.compare_map}  # fmt: skip
+    wrong = [flag for flag, given in of_models.items() if given or (flag == "--alpha" and given is not None)]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: not with --maps, which scores a file and no model")
+    if args.testset == "all":
+        raise UserError("--maps needs the test set whose ids its maps have: --testset NAME")
     stored, truths = StoredMaps(args.maps), build_ground_truths(args)
-    if args.alpha is not None or args.infer_sharpening or args.diagnose or args.save_maps:
-        raise UserError("--alpha, --infer_sharpening, --diagnose and --save_maps belong to a model, not to --maps")
-    datasets = build_test_sets(args, 224, 5.0) if args.save_visualizations or args.report else {}
+    datasets = build_test_sets(args, MAP_SIZE, HEARD_SECONDS) if args.save_visualizations or args.report else {}
+    for name, dataset in datasets.items():
+        seen = {pair.id for pair in dataset.pairs}
+        blind = [i for i in stored.ids if i in truths[name].ids and i not in seen]
+        if blind:
+            raise UserError(
+                f"{len(blind)} maps have no picture to be drawn on: {first_ids(blind)}; leave --report and "
+                "--save_visualizations out, or give all pictures as --test_data_path"
+            )
     out_dir = make_out_dir(args, stored.path.with_name(f"{stored.path.stem}_results"))
     for name, ground_truth in truths.items():
         keepsakes = Keepsakes(args, out_dir / name, datasets.get(name), len(stored.ids))
         evaluation = evaluate_stored(
-            stored, ground_truth, args.batch_size, args.allow_missing, args.seed, RESAMPLES, keepsakes.on_batch()
+            stored, ground_truth, args.batch_size, args.allow_missing, args.seed, RESAMPLES, keepsakes.on_batch
         )
         publish(evaluation, out_dir / name, testset=name)
         keepsakes.finish(evaluation)
@@ -228,8 +245,12 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     if args.compare:
+        if args.maps is not None or args.report or args.save_maps or args.diagnose or args.out_dir:
+            raise UserError(
+                "--compare only reads results: --maps, --report, --save_maps, --diagnose, --out_dir are not for it"
+            )
         print(compare(args.compare, args.compare_map))
-    elif args.maps:
+    elif args.maps is not None:
         score_file(args)
     else:
         score_model(args)

@@ -61,7 +61,9 @@ def build_ground_truths(args) -> dict[str, GroundTruth]:
 
     def build(name: str) -> GroundTruth:
         if name in AVS_SETS:
-            return build_avs_truth(name, args.test_data_path, args.test_gt_path, args.metadata, args.test_list)
+            return build_avs_truth(
+                name, args.test_data_path, args.test_gt_path, args.metadata, args.test_list, args.allow_missing
+            )
         return build_ground_truth(name, args.test_data_path, args.test_gt_path, args.metadata, args.test_list)
 
     return build_each(args, build)

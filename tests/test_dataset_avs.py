@@ -1,5 +1,7 @@
 """AVSBench: both layouts, masks, frames that share a sound."""
 
+import json
+
 import numpy as np
 import pytest
 import soundfile
@@ -64,6 +66,25 @@ def test_missing_frames_stop_and_are_counted_when_allowed(avs):
         build(avs)
     dataset = build(avs, allow_missing=True)
     assert len(dataset) == 9 and dataset.missing == ["vid_b_3"]
+
+
+@pytest.mark.filterwarnings("ignore:.*tie at the cut")
+def test_maps_are_scored_against_masks_and_boxes_with_frames_of_a_video_as_one_unit(avs, tmp_path, cli):
+    subset, root = avs
+    frames = [f"{video}_{n}" for video, _ in VIDEOS[subset] for n in range(1, 6)]
+    maps = np.random.default_rng(0).random((10, 8, 8))
+    np.savez(tmp_path / "m.npz", id=frames, peer=maps, interpolation="bilinear")
+    boxes = [{"image": f"/x/{frame}.png", "audio": "/x/y.wav", "gt_box": [0, 0, 100, 224]} for frame in frames]
+    (tmp_path / f"{subset}_box.json").write_text(json.dumps(boxes))
+    where = ("--test_data_path", root, "--metadata", root, "--test_list", root / f"{subset}_meta_data.csv")
+    for name, has_masks in ((subset, True), (f"{subset}_box", False)):
+        done = cli("test_model", "--maps", tmp_path / "m.npz", "--testset", name, *where)
+        assert done.returncode == 0, done.stderr
+        results = json.loads((tmp_path / "m_results" / name / "results.json").read_text())
+        assert ("mIoU" in results["maps"]["peer"]) == ("F" in results["maps"]["peer"]) == has_masks
+        rows = (tmp_path / "m_results" / name / "per_sample.csv").read_text().splitlines()
+        assert sum(",vid_a," in row for row in rows) == 5 and ("peer_jaccard" in rows[0]) == has_masks
+    assert results["references"]["ceiling"]["cIoU"] == 1
 
 
 def test_counts_of_the_real_lists():

@@ -62,6 +62,9 @@ def test_the_check_prints_one_table_of_all_that_is_wrong(root, cli):
     assert "b.png" in done.stdout and "c.wav" in done.stdout
     done = cli("prepare_data", "check", "--trainset", "custom", "--data_path", root, "--metadata", root, "--workers", 0)
     assert done.returncode == 0 and "not decodable" in done.stdout
+    (root / "boxes.json").write_text('[{"file": "a", "class": "x", "bbox": [[0, 0, NaN, 1]]}]')
+    done = cli("prepare_data", "check", "--testset", "custom", *flags)
+    assert done.returncode == 2 and "1 boxes not a number" in done.stdout and "boxes.json" in done.stderr
     for wrong in ([], ["--trainset", "custom", "--testset", "custom"], ["--testset", "x"]):
         assert cli("prepare_data", "check", *wrong).returncode == 2
 
