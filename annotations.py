@@ -14,9 +14,10 @@ from defusedxml.common import DefusedXmlException
 from PIL import Image
 
 from metrics import MAP_SIZE
-from utils import UserError
+from utils import Absent, UserError
 
 FLICKR_BOX_UNITS = 256
+JPEG_MASK_THRESHOLD = 127  # compression leaves no pixel exactly zero
 IN_PIXELS = 2.0  # coordinates beyond it are no fractions of a picture ...
 HUGE = 1e6  # ... and beyond a million they are damage, as the -2.9e16 of vggss.json
 
@@ -45,7 +46,7 @@ def read_text(path: str | Path, what: str) -> str:
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         mend = f"`python prepare_data.py metadata --only {Path(path).name}` fetches it if it is a public one"
-        raise UserError(f"the {what} {path} does not exist: {mend} (see metadata/README.md)") from None
+        raise Absent(f"the {what} {path} does not exist: {mend} (see metadata/README.md)") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the {what} {path}: {error}") from error
 
@@ -75,12 +76,20 @@ def repeated(ids: Sequence[str]) -> list[str]:
     return [i for i in ids if i in seen or seen.add(i)]
 
 
+def read_rows(path: str | Path) -> list[dict[str, str]]:
+    """Rows of a CSV with a header. Raises UserError when it cannot be read."""
+    try:
+        return list(csv.DictReader(read_text(path, "list").splitlines()))
+    except csv.Error as error:
+        raise UserError(f"cannot read the list {path}: {error}") from error
+
+
 def read_silent_pairs(path: str | Path) -> dict[str, tuple[str, str]]:
     """SLAVC's list (video,audio,label) of pairs whose picture does not show the source -> {id: (picture, sound)}.
 
     The id is picture+sound: either name may stand in other pairs, too.
     """
-    rows = list(csv.DictReader(read_text(path, "list").splitlines()))
+    rows = read_rows(path)
     if not rows or not {"video", "audio"} <= rows[0].keys():
         raise UserError(f"{path} has no rows of columns video, audio")
     named = [tuple(check_id((row[key] or "").strip(), path) for key in ("video", "audio")) for row in rows]
@@ -106,7 +115,7 @@ def load_boxes(path: str | Path) -> dict[str, tuple[str, list[list[float]]]]:
         try:
             drawn = [[float(v) for v in box] for box in entry["bbox"]]
             name, class_name = check_id(str(entry["file"]), path), str(entry.get("class") or "")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"entry {number} of {path} is not {{file, class, bbox}}: {entry!s:.80}") from error
         if any(len(box) != 4 or np.isnan(box).any() for box in drawn):
             raise UserError(f"{path}: a box of {name} is not four numbers")
@@ -114,6 +123,10 @@ def load_boxes(path: str | Path) -> dict[str, tuple[str, list[list[float]]]]:
             raise UserError(
                 f"{path}: [xmin, ymin, xmax, ymax] in 0..1 of the picture are wanted, {name} has {drawn}, which looks "
                 "like pixels"
+            )
+        if any((box[0] > box[2] or box[1] > box[3]) and np.abs(box).max() < HUGE for box in drawn):
+            raise UserError(
+                f"{path}: a box of {name} is reversed, {drawn}: xmin, ymin, xmax, ymax are wanted, not width and height"
             )
         if name in boxes:
             raise UserError(f"{path}: {name} stands there twice")
@@ -138,10 +151,11 @@ def read_entries(path: str | Path) -> list:
     return entries if isinstance(entries, list) else []
 
 
-def load_frames(path: str | Path) -> dict[str, list[float] | str]:
+def load_frames(path: str | Path, masks: bool = False) -> dict[str, list[float] | str]:
     """SSLalignment's JSON of {image, audio, gt_box}: {id: [xmin, ymin, xmax, ymax] in 224 px, or the name of its mask}.
 
-    The paths in it are of its author's machine: only the names of the files count, as ids, without their suffix.
+    masks: which of the two is wanted. The paths in it are of its author's machine: only the names of the files count,
+    as ids, without their suffix.
     """
     frames: dict[str, list[float] | str] = {}
     for number, entry in enumerate(read_entries(path)):
@@ -149,8 +163,11 @@ def load_frames(path: str | Path) -> dict[str, list[float] | str]:
             name = PurePosixPath(entry["image"]).stem.replace(".mp4_", "_")  # MS3's frames
             drawn = entry["gt_box"]
             drawn = PurePosixPath(drawn).stem if isinstance(drawn, str) else [float(v) for v in drawn]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"entry {number} of {path} is not {{image, audio, gt_box}}: {entry!s:.80}") from error
+        if isinstance(drawn, str) != masks:
+            holds, wanted = ("boxes", "masks") if masks else ("masks", "boxes")
+            raise UserError(f"{path} holds {holds}, this set wants {wanted}: of *_bbox.json and *_seg.json the other?")
         if not isinstance(drawn, str) and (len(drawn) != 4 or not np.isfinite(drawn).all()):
             raise UserError(f"{path}: the box of {name} is not four numbers")
         if name in frames:
@@ -158,6 +175,8 @@ def load_frames(path: str | Path) -> dict[str, list[float] | str]:
         frames[check_id(name, path)] = drawn
     if not frames:
         raise UserError(f"the annotation {path} holds no list of entries {{image, audio, gt_box}}")
+    if not masks and not any(pixel_map(drawn).any() for drawn in frames.values()):
+        raise UserError(f"no box in {path} covers a pixel: [xmin, ymin, xmax, ymax] of a picture of 224 px are wanted")
     return frames
 
 
@@ -188,18 +207,19 @@ def consensus_map(path: str | Path) -> torch.Tensor:
             truth[ymin:ymax, xmin:xmax] += 0.5
     except FileNotFoundError:
         raise UserError(f"the annotation {path} does not exist: give its folder as --test_gt_path") from None
-    except (ParseError, DefusedXmlException, TypeError, ValueError, OverflowError, OSError) as error:
+    except (ParseError, DefusedXmlException, LookupError, TypeError, ValueError, OverflowError, OSError) as error:
         raise UserError(f"cannot read the annotation {path}: {error}") from error
     return truth.clamp(max=1)
 
 
-def mask_map(path: str | Path, threshold: int = 0) -> torch.Tensor:
-    """Mask picture -> (224, 224) map, 1 where a pixel is above threshold. Nearest neighbour, palettes as they are.
+def mask_map(path: str | Path) -> torch.Tensor:
+    """Mask picture -> (224, 224) map, 1 where a pixel is not zero, of a JPEG above 127. Nearest, palettes as they are.
 
     Raises ValueError, naming the file, when it cannot be decoded.
     """
     try:
         with Image.open(path) as picture:
+            threshold = JPEG_MASK_THRESHOLD if picture.format == "JPEG" else 0
             if picture.mode not in ("1", "L", "P"):
                 picture = picture.convert("L")
             resized = picture.resize((MAP_SIZE, MAP_SIZE), Image.Resampling.NEAREST)

@@ -4,6 +4,7 @@ F = 257 frequency bins, L frames of 10 ms. This is the only file that knows 16 k
 """
 
 from pathlib import Path
+from tokenize import TokenError
 
 import librosa
 import numpy as np
@@ -35,7 +36,7 @@ def load_audio(path: str | Path) -> np.ndarray:
     """
     try:
         waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
+    except (soundfile.LibsndfileError, OSError, MemoryError, OverflowError) as error:
         raise ValueError(f"cannot decode the sound {path}: {error}") from error
     _check_whole(Path(path))
     mono = waveform.mean(axis=1)
@@ -106,16 +107,22 @@ def load_spectrogram(path: str | Path, seconds: float, position: float = 0.5) ->
     if Path(path).suffix == ".npy":
         power = load_power(path)
         columns = crop_or_tile(np.arange(power.shape[2]), num_frames(seconds), position)
-        return compress(torch.from_numpy(power[:, :, columns].astype(np.float32)))
-    return log_spectrogram(crop_or_tile(load_audio(path), num_samples(seconds), position))
+        spectrogram = compress(torch.from_numpy(power[:, :, columns].astype(np.float32)))
+    else:
+        spectrogram = log_spectrogram(crop_or_tile(load_audio(path), num_samples(seconds), position))
+    if not torch.isfinite(spectrogram).all():
+        raise ValueError(f"the sound {path} is so loud that its spectrogram is not finite: samples are in -1..1")
+    return spectrogram
 
 
 def load_power(path: str | Path) -> np.ndarray:
     """Stored power spectrogram (.npy) -> (1, F, any frames). Raises ValueError, naming the file, for anything else."""
     try:
-        power = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        power = np.load(path, allow_pickle=False, mmap_mode="r")  # a header can promise any size
+    except (OSError, ValueError, EOFError, TypeError, IndexError, SyntaxError, OverflowError, TokenError) as error:
         raise ValueError(f"cannot read the spectrogram {path}: {error}") from error
+    if not isinstance(power, np.ndarray) or power.dtype.kind not in "fiub":
+        raise ValueError(f"the spectrogram {path} is no array of numbers")
     if power.ndim != 3 or power.shape[:2] != (1, N_FFT // 2 + 1) or power.shape[2] == 0:
         raise ValueError(f"the spectrogram {path} has shape {power.shape}, wanted (1, {N_FFT // 2 + 1}, frames)")
     if not np.isfinite(power).all() or (power < 0).any():

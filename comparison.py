@@ -13,7 +13,7 @@ import numpy as np
 from annotations import first_ids
 from metrics import RULES, interactive_groups
 from scores import RESAMPLES, Figure, bootstrap, figures_of, interval
-from utils import UserError, as_user_error
+from utils import UserError
 
 WIDTH, LABEL = 130, 44  # characters of a line and of a label; columns that do not fit go on in a table below
 COLUMNS = (
@@ -78,8 +78,12 @@ def _require(truth: Any, otherwise: str) -> None:
 def read_run(path: str | Path) -> Run:
     """results.json and the per_sample.csv beside it. UserError where one is missing, unreadable or of another shape."""
     path, table = Path(path), Path(path).with_name("per_sample.csv")
-    with as_user_error(OSError):
-        texts = [file.read_bytes() for file in (path, table)]
+    for file in (path, table):
+        _require(
+            file.is_file(),
+            f"--compare: there is no file {file}: give results.json files, each beside its per_sample.csv",
+        )
+    texts = [file.read_bytes() for file in (path, table)]
     try:
         results, lines = json.loads(texts[0]), [*csv.reader(texts[1].decode().split("\n"))]
     except (ValueError, csv.Error) as error:

@@ -28,7 +28,7 @@ from annotations import (
 from audio_io import AUDIO_SUFFIXES, load_spectrogram
 from metrics import MAP_SIZE
 from transforms import eval_transform, load_image, mask_spectrogram, train_transform
-from utils import Undecodable, UserError, as_user_error
+from utils import Absent, Undecodable, UserError, as_user_error
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -76,7 +76,6 @@ LAYOUTS = {  # pairs of folders (pictures, sounds): all that exist below the roo
     ),
 }  # fmt: skip
 MASK_FOLDERS = ("gt_masks", "gray_masks")  # beside the folder of pictures
-JPEG_MASK_THRESHOLD = 127
 
 _vggsound, _flickr = partial(SetRow, "vggsound", "VGGSOUND_ROOT"), partial(SetRow, "flickr", "FLICKR_ROOT")
 _built_in = partial(SetRow, "vggsound", "data/synthetic", lists_in_root=True)
@@ -142,11 +141,11 @@ def data_root(row: SetRow, given: str | Path | None, flag: str) -> Path:
     if not given and row.root.endswith("_ROOT"):
         given = os.environ.get(row.root)
         if not given:
-            raise UserError(f"where are the data? Give their root as {flag}, or set {row.root}=/path/to/data/")
+            raise Absent(f"where are the data? Give their root as {flag}, or set {row.root}=/path/to/data/")
     root = Path(given or row.root)
     if not root.is_dir():
         mend = f"set {row.root}" if row.root.endswith("_ROOT") else "python synthetic.py makes it"
-        raise UserError(f"the data folder {root} does not exist: {mend}, or give another as {flag}")
+        raise Absent(f"the data folder {root} does not exist: {mend}, or give another as {flag}")
     return root
 
 
@@ -158,7 +157,7 @@ def folders_there(root: Path, layout: str) -> list[tuple[Path, Path]]:
         if (root / frames).is_dir() and (root / audio).is_dir()
     ]
     if not there:
-        raise UserError(f"{root} has no folders {_wanted(layout)}")
+        raise Absent(f"{root} has no folders {_wanted(layout)}")
     return there
 
 
@@ -199,7 +198,7 @@ def find_pairs(
             f"{first_ids(missing)} (--allow_missing true goes on without them and counts them)"
         )
     if not pairs:
-        raise UserError(f"no pair of picture and sound was found in {where}")
+        raise Absent(f"no pair of picture and sound was found in {where}")
     return pairs, missing
 
 
@@ -306,12 +305,15 @@ def hold_out(
     Held out are the ids of val_list, else of the row's own list, else a seeded fraction.
     """
     row = TRAIN_SETS[name]
-    path = val_list or _own_list(row, row.val_ids, data_root(row, root, "--train_data_path"), "")
+    folder = data_root(row, root, "--train_data_path")
+    path, missing = val_list or _own_list(row, row.val_ids, folder, ""), []
     if path:
-        held_out, _ = find_pairs(data_root(row, root, "--train_data_path"), row.layout, read_ids(path), allow_missing)
+        held_out, missing = find_pairs(folder, row.layout, read_ids(path), allow_missing)
     else:
         order = np.random.default_rng(seed).permutation(len(pairs))
         held_out = [pairs[i] for i in sorted(order[: round(val_fraction * len(order))])]
+    if missing:
+        print(f"held-out pairs: {len(held_out)} of {len(held_out) + len(missing)} of {path}, the others are missing")
     held_ids = {pair.id for pair in held_out}
     return [pair for pair in pairs if pair.id not in held_ids], held_out
 
@@ -329,7 +331,7 @@ def build_ground_truth(
     """
     row = TEST_SETS[name]
     if gt_path is None and row.annotation is None:
-        raise UserError(f"--testset {name} needs --test_gt_path: a JSON of {{file, class, bbox}}")
+        raise Absent(f"--testset {name} needs --test_gt_path: a JSON of {{file, class, bbox}}")
     in_root = row.lists_in_root or row.kind == "xml"
     needs_root = (in_root and not gt_path) or (row.lists_in_root and not test_list) or row.kind == "masks"
     folder = data_root(row, root, "--test_data_path") if needs_root else Path()
@@ -363,13 +365,13 @@ def read_annotation(row: SetRow, path: Path, root: Path) -> tuple[dict, Callable
     """{id: boxes, or name of its mask}, empty where ids have a file each; id -> map (224, 224); {id: class name}."""
     if row.kind == "xml":
         if not path.is_dir():
-            raise UserError(f"the folder of annotations {path} does not exist: give it as --test_gt_path")
+            raise Absent(f"the folder of annotations {path} does not exist: give it as --test_gt_path")
         return {}, partial(_xml_truth, path), {}
     if row.kind == "boxes":
         entries = load_boxes(path)
         boxes = {name: drawn for name, (_, drawn) in entries.items()}
         return boxes, partial(_box_truth, boxes), {name: class_name for name, (class_name, _) in entries.items()}
-    drawn = load_frames(path)
+    drawn = load_frames(path, masks=row.kind == "masks")
     if row.kind == "pixels":
         return drawn, partial(_pixel_truth, drawn), {}
     masks: dict[str, str] = {}
@@ -417,7 +419,7 @@ def _mask_truth(files: dict[str, str | None], name: str) -> torch.Tensor:
     if files[name] is None:
         raise Undecodable(f"the mask of {name} is in none of {', '.join(MASK_FOLDERS)} beside the pictures")
     with as_user_error(ValueError, kind=Undecodable):
-        return mask_map(files[name], JPEG_MASK_THRESHOLD)
+        return mask_map(files[name])
 
 
 def make_loader(

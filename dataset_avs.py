@@ -4,7 +4,7 @@ Both layouts load: the official one and the flat one, ROOT/{s4,ms3}/{visual_fram
 Only the videos of split `test` are scored, five frames each, which share a sound.
 """
 
-import csv
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +18,12 @@ from annotations import (
     load_frames,
     mask_map,
     pixel_map,
-    read_text,
+    read_rows,
     repeated,
 )
-from dataset import EvaluationPairs, Pair, SetRow, data_root
-from utils import Undecodable, UserError, as_user_error
+from audio_io import AUDIO_SUFFIXES
+from dataset import IMAGE_SUFFIXES, EvaluationPairs, Pair, SetRow, data_root
+from utils import Absent, Undecodable, UserError, as_user_error
 
 FRAMES_PER_VIDEO = 5
 AVS_SETS = {
@@ -46,7 +47,7 @@ class Files(NamedTuple):
 
 def read_videos(path: Path, split: str = "test") -> list[Video]:
     """Videos of a split from s4_meta_data.csv (name, start, category, split) or ms3_meta_data.csv (video_id, split)."""
-    rows = [row for row in csv.DictReader(read_text(path, "list").splitlines()) if row.get("split") == split]
+    rows = [row for row in read_rows(path) if row.get("split") == split]
     names = [row.get("name") or row.get("video_id") for row in rows]
     if not names or not all(names):
         raise UserError(f"{path} has no videos of split {split}: columns name or video_id, and split, are wanted")
@@ -59,17 +60,28 @@ def read_videos(path: Path, split: str = "test") -> list[Video]:
 
 
 def frame_files(root: Path, subset: str, video: Video, number: int, split: str = "test") -> Files:
-    """Where frame 1..5 of a video lies, in the official layout if ROOT/<subset>_data is there, else in the flat one."""
-    official, name = root / f"{subset}_data", f"{video.name}_{number}.png"
+    """Where frame 1..5 of a video lies, in the official layout if ROOT/<subset>_data is there, else in the flat one.
+
+    In any format: the file of that name whose suffix comes first in order, else the released one, which is not there.
+    """
+    official, name = root / f"{subset}_data", f"{video.name}_{number}"
     if not official.is_dir():
         flat = root / subset
-        return Files(flat / "visual_frames" / name, flat / "gt_masks" / name, flat / "audio_wav" / f"{video.name}.wav")
-    below = Path(split, video.category)  # MS3 has no categories
-    image = official / "visual_frames" / below / video.name / name
-    if subset == "ms3":
-        image = official / "visual_frames" / video.name / f"{video.name}.mp4_{number}.png"
-    mask = official / "gt_masks" / below / video.name / name
-    return Files(image, mask, official / "audio_wav" / below / f"{video.name}.wav")
+        places = flat / "visual_frames" / name, flat / "gt_masks" / name, flat / "audio_wav" / video.name
+    else:
+        below = Path(split, video.category)  # MS3 has no categories
+        image = official / "visual_frames" / below / video.name / name
+        if subset == "ms3":
+            image = official / "visual_frames" / video.name / f"{video.name}.mp4_{number}"
+        mask = official / "gt_masks" / below / video.name / name
+        places = image, mask, official / "audio_wav" / below / video.name
+    kinds = ((".png", IMAGE_SUFFIXES), (".png", (".png", ".jpg")), (".wav", AUDIO_SUFFIXES))
+    return Files(*(_first_there(place, *kind) for place, kind in zip(places, kinds, strict=True)))
+
+
+def _first_there(place: Path, released: str, suffixes: Sequence[str]) -> Path:
+    files = [place.with_name(place.name + suffix) for suffix in (released, *suffixes)]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def _mask_truth(files: dict[str, Files], frame: str) -> torch.Tensor:
@@ -140,7 +152,7 @@ def build_avs_set(
     needed = ("image", "audio", "mask") if ground_truth.masks else ("image", "audio")
     missing = [frame for frame, paths in files.items() if not all(getattr(paths, kind).is_file() for kind in needed)]
     if len(missing) == len(files):
-        raise UserError(f"no frame of {name} was found: first sought {files[missing[0]].image}")
+        raise Absent(f"no frame of {name} was found: first sought {files[missing[0]].image}")
     if missing and not allow_missing:
         raise UserError(
             f"{len(missing)} of {len(files)} frames of {name} lack a picture, mask or sound, first "

@@ -216,7 +216,7 @@ class WithWrongSound(Dataset):
             drawn = derangement([labels[i] for i in order], seed)
         self.partner = np.empty(len(dataset), dtype=int)
         self.partner[order] = order[drawn.permutation]
-        self.same_label = drawn.same_label
+        self.same_label = drawn.same_label if all(dataset.class_names) else None  # None: classes are not known
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -416,7 +416,10 @@ def match_ids(
     left_out = [i for i in ground_truth.ids if i not in given]
     unknown = [i for i in stored.ids if i not in known]
     if not given & known:
-        raise UserError(f"{where}: not one id is the set's; its first are {first_ids(ground_truth.ids, 2)}")
+        raise UserError(
+            f"{where}: not one id is the set's. The file's first are {first_ids(stored.ids, 2)}; the set's "
+            f"{first_ids(ground_truth.ids, 2)}"
+        )
     problems = [(unknown, "ids are not of this set"), (left_out, "ids of the set have no map")]
     if (unknown or left_out) and not allow_missing:
         named = "; ".join(f"{len(ids)} {what}: {first_ids(ids)}" for ids, what in problems if ids)

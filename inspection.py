@@ -15,15 +15,16 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from annotations import HUGE, first_ids, load_boxes, load_frames, read_entries, read_ids
-from audio_io import SAMPLE_RATE, load_audio, load_power
+from annotations import HUGE, first_ids, load_boxes, load_frames, read_entries, read_ids, read_silent_pairs
+from audio_io import HOP, SAMPLE_RATE, load_audio, load_power, load_spectrogram
 from dataset import TEST_SETS, Pair, SetRow
-from dataset_avs import AVS_SETS, FRAMES_PER_VIDEO, read_videos
+from dataset_avs import AVS_SETS, read_videos
 from metrics import MAP_SIZE
 from transforms import load_image
 from utils import Undecodable, UserError
 
 SHORT_SECONDS = 5.0  # what the model hears
+SAME_VIDEO = "s4 (same video, perhaps another part)"
 
 
 class Facts(NamedTuple):
@@ -50,10 +51,11 @@ class _Inspected(Dataset):
                 self.truth_of(pair.id)
             if pair.audio.endswith(".npy"):
                 power = load_power(pair.audio)
-                silent, seconds = not power.any(), SHORT_SECONDS
+                silent, seconds = not power.any(), (power.shape[2] - 1) * HOP / SAMPLE_RATE
             else:
                 waveform = load_audio(pair.audio)
                 silent, seconds = not waveform.any(), len(waveform) / SAMPLE_RATE
+            load_spectrogram(pair.audio, SHORT_SECONDS)
             content = b"".join(Path(path).read_bytes() for path in pair[1:])
         except (ValueError, OSError, UserError) as error:
             return Facts(" ".join(str(error).split()), False, math.nan, "")
@@ -91,25 +93,36 @@ def count_undecodable(pairs: Sequence[Pair], workers: int = 0, truth_of: Callabl
 
 
 def known_test_ids(metadata: str | Path) -> dict[str, set[str]]:
-    """Ids of every known test set whose list or annotation lies in the folder of metadata: {set: ids}."""
+    """Ids of every known test set whose list or annotation lies in the folder of metadata: {set: ids}.
+
+    S4's videos come from YouTube as VGG-Sound's do: under "s4 (same video ...)" stand YouTube ids.
+    """
     known: dict[str, set[str]] = {}
-    for name, row in {**TEST_SETS, **AVS_SETS}.items():
+    for name, row in TEST_SETS.items():
         path = Path(metadata) / (row.ids or row.annotation or "absent")
-        if row.lists_in_root or row.silent or not path.is_file():
+        if row.lists_in_root or not path.is_file():
             continue
-        if name in AVS_SETS:
-            videos = read_videos(path)
-            known[name] = {f"{video.name}_{n}" for video in videos for n in range(1, FRAMES_PER_VIDEO + 1)}
-        elif row.ids:
+        if row.ids:
             known[name] = set(read_ids(path))
         else:
-            known[name] = set(load_boxes(path) if row.kind == "boxes" else load_frames(path))
+            known[name] = set(load_boxes(path) if row.kind == "boxes" else load_frames(path, row.kind == "masks"))
+        if row.silent and (Path(metadata) / row.silent).is_file():
+            known[name].update(*read_silent_pairs(Path(metadata) / row.silent).values())
+    s4 = Path(metadata) / AVS_SETS["s4"].ids
+    if s4.is_file():
+        known[SAME_VIDEO] = {video.name for video in read_videos(s4)}
     return known
 
 
 def overlap_with_tests(ids: Sequence[str], metadata: str | Path) -> dict[str, list[str]]:
-    """Training ids that are also test ids, by test set, as far as its list is in the folder of metadata."""
-    return {name: [i for i in ids if i in tested] for name, tested in known_test_ids(metadata).items()}
+    """Training ids that are also test ids, by test set, as far as its list is in the folder of metadata.
+
+    VGG-Sound's ids are <youtube id>_<start>; S4's videos are compared by YouTube id alone.
+    """
+    return {
+        name: [i for i in ids if (i.rpartition("_")[0] if name == SAME_VIDEO else i) in tested]
+        for name, tested in known_test_ids(metadata).items()
+    }
 
 
 def annotation_problems(row: SetRow, path: Path) -> dict[str, int]:

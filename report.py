@@ -51,7 +51,10 @@ MAPS = ("AUD", "AUD_wrong", "IMG_QUERY", "IQR", "OBJ_PRIOR", "OGL", "IQR_OGL")
 REFERENCES = {"ceiling": "ceiling", "whole_frame": "whole frame", "centred_disc": "centred disc"}
 SHEET_SAMPLES = 12
 DRAWN_MAPS = ("AUD", "IMG_QUERY", "IQR")
-FIRST_KEYS = ("testset", "maps", "intervals", "references", "retrieval", "pairs", "settings", "checkpoint", "maps_file")
+FIRST_KEYS = (
+    "testset", "test_list", "maps", "intervals", "references", "retrieval", "pairs", "settings", "checkpoint",
+    "maps_file",
+)  # fmt: skip
 LAST_KEYS = ("by_size", "by_class")
 
 
@@ -145,11 +148,18 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
         if unknown := pairs.get("unknown_ids_in_file"):
             lines.append(f"ids: {len(unknown)} of the file are not of this set and were passed over")
     if empty := max((scores.get("empty", 0) for scores in maps.values()), default=0):
-        lines.append(f"empty: {empty} pairs have an empty ground truth, a miss in cIoU")
+        sounding = ", ".join(f"{name} {_cell(scores.get('cIoU_sounding'))}" for name, scores in maps.items())
+        lines.append(
+            f"empty: {empty} pairs have an empty ground truth, a miss in cIoU; without them cIoU is {sounding}"
+        )
     for rule in ("half", "adaptive"):
         if tied := {name: scores[f"tied_{rule}"] for name, scores in maps.items() if scores.get(f"tied_{rule}")}:
             counts = ", ".join(f"{name} {count}" for name, count in tied.items())
-            lines.append(f"ties: more than 1 % of the pixels tie at the cut of rule {rule} in {counts} maps")
+            lines.append(
+                f"ties: more than 1 % of the pixels tie at the cut of rule {rule} in {counts} maps: no fair figures"
+            )
+    if results.get("wrong_sounds_of_same_class", 0) is None:
+        lines.append("AUD_wrong: classes are not known, so some of the other sounds may be of the right class")
     if shared := results.get("wrong_sounds_of_same_class"):
         lines.append(f"AUD_wrong: {shared} of the wrong sounds are of the right class, for lack of others")
     if checkpoint := results.get("checkpoint"):
@@ -159,10 +169,12 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
     if checkpoint:
         epoch, selected_by = checkpoint.get("epoch", "?"), checkpoint.get("selected_by", "?")
         lines.append(f"checkpoint: {checkpoint.get('path', '?')}, epoch {epoch}, selected by {selected_by}")
+    if test_list := results.get("test_list"):
+        lines.append(f"list: {test_list}, in the place of the set's own")
     if maps_file := results.get("maps_file"):
         lines.append(f"maps: {maps_file}")
     if settings := results.get("settings"):
-        settings = {key: value for key, value in settings.items() if key != "rules"}
+        settings = {key: value for key, value in settings.items() if key != "rules" and value is not None}
         lines.append("settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
     return lines
 

@@ -91,7 +91,8 @@ class StoredMaps:
         except FileNotFoundError:
             raise UserError(f"there is no file of maps {path}") from None
         except DAMAGE as error:
-            raise UserError(f"{path} is no .npz file of maps: {error}") from error
+            mend = "; save ids as numpy.array(ids, dtype=str)" if "allow_pickle" in str(error) else ""
+            raise UserError(f"{path} is no .npz file of maps: {error}{mend}") from error
         if "id" not in small:
             raise UserError(f"{path} has no array `id`: it holds {', '.join(names) or 'nothing'}")
         if small["id"].ndim != 1 or small["id"].dtype.kind not in "USiu":

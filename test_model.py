@@ -7,6 +7,7 @@
     python test_model.py --compare A/results/vggss/results.json B/results/vggss/results.json
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from annotations import first_ids, read_ids
 from comparison import compare
 from dataset import TRAIN_SETS, EvaluationPairs, TrainingPairs, select_training_pairs
 from diagnose import diagnose
-from evaluation import Evaluation, OnBatch, ScoredBatch, evaluate, evaluate_stored
+from evaluation import Evaluation, OnBatch, ScoredBatch, evaluate, evaluate_stored, match_ids
 from html_report import Gallery
 from metrics import MAP_SIZE
 from model_slot import JointSlotModel
@@ -74,6 +75,8 @@ class Keepsakes:
 
     def __init__(self, args, folder: Path, dataset: EvaluationPairs | None, count: int) -> None:
         self.drawer = self.gallery = self.writer = None
+        self.stale = [folder / name for name in ("report.html", "report_files", "samples", "maps.npz", "diagnosis")]
+        self.stale.append(folder / "contact_sheet.png")
         self.on_batch: list[OnBatch] = []
         if dataset:
             self.sounds = {pair.id: Path(pair.audio) for pair in dataset.pairs}
@@ -97,6 +100,14 @@ class Keepsakes:
 
     def add_maps(self, batch: ScoredBatch) -> None:
         self.writer.add(batch.ids, batch.raw | batch.scalars)
+
+    def clear(self) -> None:
+        """Remove what an earlier run left here: it would stand beside figures that are not its own."""
+        for path in self.stale:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def finish(self, evaluation: Evaluation) -> None:
         if self.drawer:
@@ -139,7 +150,9 @@ def score_model(args) -> None:
         )
         about = describe_checkpoint(path, state)
         overlap = training_overlap(path, [pair.id for pair in dataset.pairs])
-        publish(evaluation, folder, testset=name, checkpoint=about, training_test_overlap=overlap)
+        keepsakes.clear()
+        more = {"test_list": args.test_list} if args.test_list else {}
+        publish(evaluation, folder, testset=name, checkpoint=about, training_test_overlap=overlap, **more)
         keepsakes.finish(evaluation)
         if args.diagnose:
             batch = training_batch(path, trained_with(state), model, args.seed)
@@ -188,13 +201,18 @@ def score_file(args) -> None:
                 f"{len(blind)} maps have no picture to be drawn on: {first_ids(blind)}; leave --report and "
                 "--save_visualizations out, or give all pictures as --test_data_path"
             )
+    for name, ground_truth in truths.items():
+        match_ids(stored, ground_truth, args.allow_missing)  # of all sets before the first is scored
+        if ground_truth.silent and not stored.scalars:
+            print(f"{name} has pairs whose source is not in view, the file no `confidence`: no AP, max_F1, presence_AP")
     out_dir = make_out_dir(args, stored.path.with_name(f"{stored.path.stem}_results"))
     for name, ground_truth in truths.items():
         keepsakes = Keepsakes(args, out_dir / name, datasets.get(name), len(stored.ids))
         evaluation = evaluate_stored(
             stored, ground_truth, args.batch_size, args.allow_missing, args.seed, RESAMPLES, keepsakes.on_batch
         )
-        publish(evaluation, out_dir / name, testset=name)
+        keepsakes.clear()
+        publish(evaluation, out_dir / name, testset=name, **({"test_list": args.test_list} if args.test_list else {}))
         keepsakes.finish(evaluation)
 
 

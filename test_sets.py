@@ -6,7 +6,7 @@ from annotations import GroundTruth
 from dataset import TEST_SETS, EvaluationPairs, build_ground_truth, build_test_set
 from dataset_avs import AVS_SETS, build_avs_set, build_avs_truth
 from inspection import undecodable
-from utils import UserError, boolean
+from utils import Absent, UserError, boolean
 
 ALL_SETS = TEST_SETS | AVS_SETS
 
@@ -77,7 +77,7 @@ def build_each(args, build: Callable) -> dict:
     for name in names:
         try:
             built[name] = build(name)
-        except UserError as error:
+        except Absent as error:
             if args.testset != "all":
                 raise
             print(f"left out: {name} ({error})")

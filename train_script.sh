@@ -68,6 +68,14 @@ case ${ABLATION:=} in
         exit 2
         ;;
 esac
+if [ -n "$ABLATION" ]; then # the user's flags come last and would undo it
+    for word in "$@"; do
+        case $word in --lam1 | --lam2 | --lam3 | --reciprocal_k | --mask_ratio | --num_slots)
+            echo "ABLATION=$ABLATION and $word do not go together: the name would not say what was trained" >&2
+            exit 2 ;;
+        esac
+    done
+fi
 name=$name${ABLATION:+_$ABLATION}
 
 # A training ends by printing the test_model.py command for what it made.

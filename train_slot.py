@@ -299,7 +299,12 @@ def build_training_data(args) -> TrainingData:
     pairs, left_out = selection.pairs, dict.fromkeys(selection.missing, "picture or sound not found")
     if args.allow_missing:
         left_out |= undecodable(pairs, args.num_workers)
-    overlap = {name: ids for name, ids in overlap_with_tests([p.id for p in pairs], args.metadata).items() if ids}
+    overlap = overlap_with_tests([p.id for p in pairs], args.metadata)
+    if not overlap:
+        print(f"overlap with test sets: not known, {args.metadata} holds no list of one")
+        if args.exclude_test_overlap:
+            raise UserError(f"--exclude_test_overlap: {args.metadata} holds no test list (prepare_data.py metadata)")
+    overlap = {name: ids for name, ids in overlap.items() if ids}
     for name, ids in overlap.items():
         removed = "removed" if args.exclude_test_overlap else "--exclude_test_overlap removes them"
         print(f"{len(ids)} of the {len(pairs)} training ids are test ids of {name} ({removed})")
@@ -320,6 +325,8 @@ def build_training_data(args) -> TrainingData:
     if k is not None and k >= args.batch_size:
         raise UserError(f"--reciprocal_k {k} leaves no negative in a batch of {args.batch_size}: lower it")
     sizes = (args.image_size, args.audio_seconds)
+    if args.allow_missing and args.val_list:
+        excluded |= set(undecodable(held_out, args.num_workers))
     held_out = [pair for pair in held_out if pair.id not in excluded]
     counts = {
         "expected": selection.expected,

@@ -55,8 +55,9 @@ def load_image(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
                 picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            return picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot decode the picture {path}: {error}") from error

@@ -26,6 +26,10 @@ class UserError(Exception):
     """A mistake that the user can mend: one line that says what is wrong, where, and what to do."""
 
 
+class Absent(UserError):
+    """Data that are not there at all: a root, its folders, a list or an annotation."""
+
+
 class Undecodable(UserError):
     """A picture, sound or mask that cannot be decoded; the message names the file."""
 

@@ -8,6 +8,8 @@ from conftest import shared_folder
 
 import audio_io
 
+HUGE_HEADER = b"\x93NUMPY\x01\x00\x50\x00{'descr': '<f4', 'fortran_order': False, 'shape': (1, 257, 10000000000)}      "
+
 
 @pytest.mark.parametrize("name", ["long", "short", "stereo"])
 def test_spectrogram_matches_the_reference(name):
@@ -57,13 +59,28 @@ def test_a_stored_power_spectrogram_equals_the_sound_it_came_from(tmp_path):
 
 @pytest.mark.parametrize(
     "name, content",
-    [("a.wav", b""), ("a.wav", b"RIFF not a sound"), ("a.npy", b""), ("a.npy", np.ones((2, 3)).tobytes())],
+    [
+        ("a.wav", b""),
+        ("a.wav", b"RIFF not a sound"),
+        ("a.npy", b""),
+        ("a.npy", np.ones((2, 3)).tobytes()),
+        ("a.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': (((((("),
+        ("a.npy", HUGE_HEADER),
+    ],
 )
 def test_a_broken_sound_is_named(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError, match=name):
         audio_io.load_spectrogram(path, seconds=1.0)
+
+
+def test_a_sound_too_loud_for_a_spectrogram_is_named(tmp_path):
+    wave = np.zeros(16000, np.float32)
+    wave[5] = 1e30
+    soundfile.write(tmp_path / "loud.wav", wave, 16000, subtype="FLOAT")
+    with pytest.raises(ValueError, match=r"loud\.wav.*not finite"):
+        audio_io.load_spectrogram(tmp_path / "loud.wav", seconds=1.0)
 
 
 def test_a_wav_that_is_cut_short_is_refused(tmp_path):

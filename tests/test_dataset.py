@@ -103,7 +103,8 @@ def test_missing_pairs_stop_with_their_ids_and_are_counted_when_allowed(root):
         ("boxes.json", '[{"file": "a", "bbox": [[0, 1, "x", 1]]}]', "entry 0"),
         ("boxes.json", '[{"file": "a", "bbox": [[0, 1, 1]]}]', "four numbers"),
         ("boxes.json", '[{"file": "a", "bbox": [[30, 20, 90, 80]]}]', "in 0..1 of the picture are wanted, a has"),
-        ("boxes.json", '[{"file": "a", "bbox": [[0.9, 0.9, 0.1, 0.1]]}]', "covers a pixel"),
+        ("boxes.json", '[{"file": "a", "bbox": [[0.9, 0.9, 0.1, 0.1]]}]', "a box of a is reversed"),
+        ("boxes.json", '[{"file": "a", "bbox": [[0.5, 0.5, 0.5, 0.9]]}]', "covers a pixel"),
         ("ids.txt", "", "is empty"),
         ("ids.txt", "a\na\n", "twice: a"),
         ("ids.txt", "stranger\n", "no box for 1 ids"),
@@ -270,9 +271,31 @@ def test_boxes_and_masks_of_one_set_are_two_rows(name, below, tmp_path):
     assert seg[0].truth[:, :110].min() == 1 and seg[0].truth[:, 114:].max() == 0
     assert seg.ground_truth.masks and not boxes.ground_truth.masks
     assert boxes.ground_truth.interactive == (name != "vpo_ss")
+    for wrong, other in ((name, f"{name}_seg"), (f"{name}_seg", name)):
+        with pytest.raises(UserError, match="this set wants"):
+            path = str(tmp_path / dataset.TEST_SETS[other].annotation)
+            dataset.build_ground_truth(wrong, str(tmp_path), path, str(tmp_path))
     (folder / "gray_masks" / f"{ids[1]}.jpg").unlink()
     with pytest.raises(UserError, match=f"the mask of {ids[1]}"):
         dataset.build_test_set(f"{name}_seg", str(tmp_path), None, str(tmp_path), 32, 0.5)[1]
+
+
+def test_a_mask_without_compression_counts_from_its_first_level(tmp_path):
+    Image.fromarray(np.tile(np.array([0, 1], np.uint8), (4, 2))).save(tmp_path / "m.png")
+    assert annotations.mask_map(tmp_path / "m.png").mean() == 0.5
+
+
+def test_all_leaves_out_what_is_absent_and_stops_at_what_is_broken(synthetic_root, tmp_path, cli, monkeypatch):
+    make_pairs(tmp_path, IDS[:2])
+    boxes = [{"file": i, "class": "dog", "bbox": [[0, 0, 1, 0.5]]} for i in IDS[:3]]
+    (tmp_path / "vggss.json").write_text(json.dumps(boxes))
+    monkeypatch.setenv("VGGSOUND_ROOT", str(tmp_path))
+    check = ("prepare_data", "check", "--testset", "all", "--metadata", tmp_path, "--workers", 0)
+    done = cli(*check)  # it accounts for what is missing, and names what is not there
+    assert done.returncode == 0 and "test set vggss\n" in done.stdout and "left out: is3" in done.stdout, done.stderr
+    (tmp_path / "vggss.json").write_text("{")
+    done = cli(*check)
+    assert done.returncode == 2 and "vggss.json" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "a\\b"])

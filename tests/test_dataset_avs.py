@@ -60,6 +60,17 @@ def test_every_frame_of_the_test_split_is_an_item(avs):
     assert dataset.ground_truth.expected == dataset_avs.AVS_SETS[avs[0]].expected
 
 
+def test_frames_and_sounds_may_have_any_format(avs):
+    image = next(avs[1].rglob("visual_frames/**/vid_a*_2.png"))
+    Image.open(image).save(image.with_suffix(".jpg"))
+    sound = next(avs[1].rglob("vid_a.wav"))
+    soundfile.write(sound.with_suffix(".flac"), *soundfile.read(sound))
+    image.unlink()
+    sound.unlink()
+    dataset = build(avs)
+    assert dataset.pairs[1].image.endswith(".jpg") and dataset[1].spectrogram.shape[1] == 257
+
+
 def test_missing_frames_stop_and_are_counted_when_allowed(avs):
     next(avs[1].rglob("gt_masks/**/vid_b_3.png")).unlink()
     with pytest.raises(UserError, match=r"1 of 10 frames.*vid_b_3"):

@@ -32,7 +32,7 @@ def root(tmp_path):
     for file in ("frames/{}.png", "audio/{}.wav"):
         shutil.copy(tmp_path / file.format("a"), tmp_path / file.format("f"))
     boxes = [{"file": i, "class": "x", "bbox": [[0.1, 0.1, 0.5, 0.5]]} for i in "abcdefg"]
-    boxes[1]["bbox"] = [[-2.9e16, 0, 0.5, 1], [0.5, 0.5, 0.2, 0.9]]
+    boxes[1]["bbox"] = [[-2.9e16, 0, 0.5, 1], [0.5, 0.5, 0.5, 0.9]]
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     return tmp_path
 
@@ -129,6 +129,9 @@ def test_the_overlaps_of_the_public_lists_are_the_known_ones():
         ("flickr_10k", "flickr", 1), ("flickr_144k", "flickr", 20),
     ):  # fmt: skip
         assert len(inspection.overlap_with_tests(read_ids(folder / f"{name}.txt"), folder)[tested]) == count, name
+    for name, count in (("vggss_10k", 38), ("vggss_144k", 564), ("vggss_heard", 372)):
+        shared = inspection.overlap_with_tests(read_ids(folder / f"{name}.txt"), folder)[inspection.SAME_VIDEO]
+        assert len({i.rpartition("_")[0] for i in shared}) == count, name
     problems = inspection.annotation_problems(TEST_SETS["vggss"], folder / "vggss.json")
     assert problems["beyond a million"] == 12 and problems["without area"] == 18
 
