@@ -1,6 +1,5 @@
 """Thousands of damaged files at every parser and loader: each loads or gives one clear line, none a traceback."""
 
-import csv
 import io
 import json
 
@@ -97,12 +96,6 @@ def test_a_damaged_file_loads_or_is_named(name, tmp_path):
     assert load_error
 
 
-def as_csv(rows):
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\r\n").writerows(rows)
-    return buffer.getvalue().encode()
-
-
 def harmless(name, rng):
     """The same content in another dress: line ends, marks, spaces, further fields, rates, subtypes, modes."""
     content = FILES[name][0]
@@ -125,15 +118,17 @@ def harmless(name, rng):
 def same(one, other):
     if isinstance(one, dict | list):
         return one == other
-    return np.abs(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).max() < 2e-3
+    return np.abs(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).max() < 1e-4
+
+
+DRESSED = ("boxes.json", "frames.json", "ids.txt", "silent.csv", "s4.csv", "box.xml", "p.jpg", "a.wav")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["boxes.json", "frames.json", "ids.txt", "silent.csv", "s4.csv", "box.xml", "p.jpg", "a.wav"]
-)
+@pytest.mark.parametrize("name", DRESSED)
 def test_another_dress_changes_nothing(name, tmp_path):
     content, load = FILES[name]
+    load = audio_io.load_audio if name == "a.wav" else load  # the logarithm would enlarge what rounding to 16 bits does
     rng, path = np.random.default_rng(1), tmp_path / name
     path.write_bytes(content)
     wanted = load(path)
