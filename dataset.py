@@ -198,7 +198,9 @@ def find_pairs(
             f"{first_ids(missing)} (--allow_missing true goes on without them and counts them)"
         )
     if not pairs:
-        raise Absent(f"no pair of picture and sound was found in {where}")
+        sought = f"; first sought {first_ids(missing, 2)}" if missing else ""
+        there = f"{len(images)} pictures and {len(sounds)} sounds"
+        raise Absent(f"none of the {there} in {where} is a pair of this set{sought}")
     return pairs, missing
 
 

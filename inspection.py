@@ -33,7 +33,7 @@ class Facts(NamedTuple):
     error: str  # why it cannot be decoded; empty when it can
     silent: bool  # digital zero throughout
     seconds: float
-    digest: str  # of both files' content; empty when they cannot be decoded
+    digest: str  # of what is seen and heard; empty when it cannot be decoded
 
 
 class _Inspected(Dataset):
@@ -46,20 +46,20 @@ class _Inspected(Dataset):
     def __getitem__(self, index: int) -> Facts:
         pair = self.pairs[index]
         try:
-            load_image(pair.image)
+            picture = load_image(pair.image)
             if self.truth_of:
                 self.truth_of(pair.id)
             if pair.audio.endswith(".npy"):
-                power = load_power(pair.audio)
-                silent, seconds = not power.any(), (power.shape[2] - 1) * HOP / SAMPLE_RATE
+                heard = load_power(pair.audio)
+                seconds = (heard.shape[2] - 1) * HOP / SAMPLE_RATE
             else:
-                waveform = load_audio(pair.audio)
-                silent, seconds = not waveform.any(), len(waveform) / SAMPLE_RATE
+                heard = load_audio(pair.audio)
+                seconds = len(heard) / SAMPLE_RATE
             load_spectrogram(pair.audio, SHORT_SECONDS)
-            content = b"".join(Path(path).read_bytes() for path in pair[1:])
+            content = picture.tobytes() + heard.tobytes()  # what is seen and heard, whatever the files say besides
         except (ValueError, OSError, UserError) as error:
             return Facts(" ".join(str(error).split()), False, math.nan, "")
-        return Facts("", silent, seconds, hashlib.sha1(content).hexdigest())
+        return Facts("", not heard.any(), seconds, hashlib.sha1(content).hexdigest())
 
 
 def inspect_pairs(pairs: Sequence[Pair], workers: int = 0, truth_of: Callable | None = None) -> list[Facts]:

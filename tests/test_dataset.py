@@ -292,7 +292,7 @@ def test_all_leaves_out_what_is_absent_and_stops_at_what_is_broken(synthetic_roo
     monkeypatch.setenv("VGGSOUND_ROOT", str(tmp_path))
     check = ("prepare_data", "check", "--testset", "all", "--metadata", tmp_path, "--workers", 0)
     done = cli(*check)  # it accounts for what is missing, and names what is not there
-    assert done.returncode == 0 and "test set vggss\n" in done.stdout and "left out: is3" in done.stdout, done.stderr
+    assert done.returncode == 1 and "test set vggss\n" in done.stdout and "left out: is3" in done.stdout, done.stderr
     (tmp_path / "vggss.json").write_text("{")
     done = cli(*check)
     assert done.returncode == 2 and "vggss.json" in done.stderr

@@ -29,8 +29,9 @@ def root(tmp_path):
         soundfile.write(tmp_path / "audio" / f"{name}.wav", wave, 16000)
     (tmp_path / "frames" / "b.png").write_bytes(b"")
     (tmp_path / "audio" / "c.wav").write_bytes(b"RIFF")
-    for file in ("frames/{}.png", "audio/{}.wav"):
-        shutil.copy(tmp_path / file.format("a"), tmp_path / file.format("f"))
+    with Image.open(tmp_path / "frames" / "a.png") as picture:
+        picture.save(tmp_path / "frames" / "f.png", compress_level=1)  # the same picture in another file
+    shutil.copy(tmp_path / "audio" / "a.wav", tmp_path / "audio" / "f.wav")
     boxes = [{"file": i, "class": "x", "bbox": [[0.1, 0.1, 0.5, 0.5]]} for i in "abcdefg"]
     boxes[1]["bbox"] = [[-2.9e16, 0, 0.5, 1], [0.5, 0.5, 0.5, 0.9]]
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
@@ -48,9 +49,9 @@ def test_every_pair_is_decoded_and_told_apart(root, workers):
 
 
 def test_the_check_prints_one_table_of_all_that_is_wrong(root, cli):
-    flags = ("--data_path", root, "--test_gt_path", root / "boxes.json", "--workers", 0)
+    flags = ("--test_data_path", root, "--test_gt_path", root / "boxes.json", "--workers", 0)
     done = cli("prepare_data", "check", "--testset", "custom", *flags)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1 and "not complete" in done.stdout, done.stderr
     counts = {
         "expected": 7, "present": 6, "missing": 1, "decodable": 4, "not decodable": 2, "silent (digital zero)": 1,
         "shorter than 5 s": 1, "same content as another": 2, "boxes outside the picture": 1,
@@ -60,8 +61,9 @@ def test_the_check_prints_one_table_of_all_that_is_wrong(root, cli):
         (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"{what} ")]
         assert int(line[len(what) :].split()[0]) == count, what
     assert "b.png" in done.stdout and "c.wav" in done.stdout
-    done = cli("prepare_data", "check", "--trainset", "custom", "--data_path", root, "--metadata", root, "--workers", 0)
-    assert done.returncode == 0 and "not decodable" in done.stdout
+    of_training = ("--train_data_path", root, "--metadata", root, "--workers", 0)
+    done = cli("prepare_data", "check", "--trainset", "custom", *of_training)
+    assert done.returncode == 1 and "not decodable" in done.stdout
     (root / "boxes.json").write_text('[{"file": "a", "class": "x", "bbox": [[0, 0, NaN, 1]]}]')
     done = cli("prepare_data", "check", "--testset", "custom", *flags)
     assert done.returncode == 2 and "1 boxes not a number" in done.stdout and "boxes.json" in done.stderr
