@@ -75,8 +75,10 @@ class Keepsakes:
 
     def __init__(self, args, folder: Path, dataset: EvaluationPairs | None, count: int) -> None:
         self.drawer = self.gallery = self.writer = None
-        self.stale = [folder / name for name in ("report.html", "report_files", "samples", "maps.npz", "diagnosis")]
-        self.stale.append(folder / "contact_sheet.png")
+        names = ("report.html", "report_files", "samples", "contact_sheet.png", "diagnosis", "maps.npz")
+        self.stale = [
+            folder / name for name in names if name != "maps.npz" or not args.maps
+        ]  # it may be what is scored
         self.on_batch: list[OnBatch] = []
         if dataset:
             self.sounds = {pair.id: Path(pair.audio) for pair in dataset.pairs}

@@ -144,6 +144,10 @@ def test_saved_maps_score_exactly_as_they_did(checkpoint, synthetic_root, tmp_pa
     )
     for key in ("maps", "intervals", "references", "by_class", "by_size"):
         assert own[key] == again[key], key
+    again = run("--maps", folder / "maps.npz", *where, "--out_dir", tmp_path / "model")  # into the folder it lies in
+    assert again.returncode == 0 and (folder / "maps.npz").is_file()
+    run("--checkpoint", checkpoint, *where, "--out_dir", tmp_path / "model", "--imagenet_weights", "none")
+    assert not (folder / "maps.npz").exists()  # maps of other settings do not stay beside new figures
     assert "confidence_map" in (tmp_path / "file" / "synthetic_interactive" / "per_sample.csv").read_text()
 
 
