@@ -3,6 +3,7 @@
 F = 257 frequency bins, L frames of 10 ms. This is the only file that knows 16 kHz, 512 and 160.
 """
 
+import os
 from pathlib import Path
 from tokenize import TokenError
 
@@ -14,6 +15,7 @@ import torch
 SAMPLE_RATE = 16000
 N_FFT = 512
 HOP = 160
+WINDOW = torch.hann_window(N_FFT)
 LOG_FLOOR = 1e-7
 LOG_SCALE = 12.0
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".npy")
@@ -28,25 +30,38 @@ def num_frames(seconds: float) -> int:
     return 1 + num_samples(seconds) // HOP
 
 
-def load_audio(path: str | Path) -> np.ndarray:
+def load_audio(path: str | Path, length: int | None = None, position: float = 0.5) -> np.ndarray:
     """Decode a sound file (WAV, FLAC, Ogg, MP3; any rate and number of channels) to mono 16 kHz.
 
+    length, position: cut or repeat it to so many samples, see `crop_or_tile`; of a 16-bit WAV no more is read.
     Returns (samples,) float32 in -1..1: the mean of the channels, resampled with soxr's high quality.
-    Raises ValueError, naming the file, when it cannot be decoded, is cut short, empty or not finite.
+    Raises ValueError, naming the file, when it cannot be decoded, is cut short, empty or, in what is read, not finite.
     """
     try:
-        waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        part = None if length is None else _read_part(path, length, position)
+        waveform, rate = soundfile.read(path, dtype="float32", always_2d=True) if part is None else (part, SAMPLE_RATE)
     except (soundfile.LibsndfileError, OSError, MemoryError, OverflowError) as error:
         raise ValueError(f"cannot decode the sound {path}: {error}") from error
-    _check_whole(Path(path))
-    mono = waveform.mean(axis=1)
+    _check_whole(path)
+    mono = waveform[:, 0] if waveform.shape[1] == 1 else waveform.mean(axis=1)
     if mono.size == 0:
         raise ValueError(f"the sound {path} is empty")
     if not np.isfinite(mono).all():
         raise ValueError(f"the sound {path} holds values that are not finite")
     if rate != SAMPLE_RATE:
         mono = resample(mono, rate)
-    return mono
+    return mono if length is None else crop_or_tile(mono, length, position)
+
+
+def _read_part(path: str | Path, length: int, position: float) -> np.ndarray | None:
+    """The cut (length, channels) of a longer 16-kHz 16-bit WAV, each sample of which has its known place, else None."""
+    with soundfile.SoundFile(path) as file:
+        slack = file.frames - length
+        known = file.format in ("WAV", "WAVEX") and file.subtype == "PCM_16" and file.samplerate == SAMPLE_RATE
+        if slack <= 0 or not known:
+            return None
+        file.seek(int(slack * position))
+        return file.read(length, dtype="int16", always_2d=True) * np.float32(2**-15)  # as soundfile scales them
 
 
 def resample(mono: np.ndarray, rate: int) -> np.ndarray:
@@ -59,13 +74,13 @@ def load_resampler() -> None:
     resample(np.zeros(SAMPLE_RATE, np.float32), 2 * SAMPLE_RATE)
 
 
-def _check_whole(path: Path) -> None:
+def _check_whole(path: str | Path) -> None:
     """A WAV shorter than its header says decodes without a word; streams write 0 or all ones as their length."""
     with open(path, "rb") as file:
-        head = file.read(8)
+        head, size = file.read(8), os.fstat(file.fileno()).st_size
     length = int.from_bytes(head[4:8], "little")
-    if head[:4] == b"RIFF" and length not in (0, 2**32 - 1) and path.stat().st_size < length + 8 - length % 2:
-        raise ValueError(f"the sound {path} is cut short: {path.stat().st_size} of {length + 8} bytes")
+    if head[:4] == b"RIFF" and length not in (0, 2**32 - 1) and size < length + 8 - length % 2:
+        raise ValueError(f"the sound {path} is cut short: {size} of {length + 8} bytes")
 
 
 def crop_or_tile(waveform: np.ndarray, length: int, position: float = 0.5) -> np.ndarray:
@@ -82,15 +97,22 @@ def crop_or_tile(waveform: np.ndarray, length: int, position: float = 0.5) -> np
 
 def power_spectrogram(waveform: np.ndarray | torch.Tensor) -> torch.Tensor:
     """(samples,) in -1..1 -> (1, F, L) float32, |STFT|^2 with a periodic Hann window, centred, reflect padding."""
-    waveform = torch.as_tensor(waveform, dtype=torch.float32)
-    window = torch.hann_window(N_FFT, device=waveform.device)
-    spectrum = torch.stft(waveform, N_FFT, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
-    return spectrum.abs().square()[None]
+    padded = np.pad(np.asarray(waveform, dtype=np.float32), N_FFT // 2, mode="reflect")
+    frames = torch.from_numpy(padded).unfold(0, N_FFT, HOP)  # (L, N_FFT)
+    spectrum = torch.fft.rfft(frames * WINDOW).numpy()  # (L, F); NumPy's squares and logarithms are the faster ones
+    with np.errstate(over="ignore"):  # load_spectrogram names the file
+        power = np.square(spectrum.real)
+        power += np.square(spectrum.imag)
+    return torch.from_numpy(power.T[None])
 
 
 def compress(power: torch.Tensor) -> torch.Tensor:
-    """Power to what the audio encoder takes: log(power + 1e-7) / 12, about -1.35 (silence) to 1."""
-    return (power + LOG_FLOOR).log() / LOG_SCALE
+    """Power, in place, to what the audio encoder takes: log(power + 1e-7) / 12, about -1.35 (silence) to 1."""
+    values = power.numpy()
+    values += LOG_FLOOR
+    np.log(values, out=values)
+    values /= LOG_SCALE
+    return power
 
 
 def log_spectrogram(waveform: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -104,13 +126,13 @@ def load_spectrogram(path: str | Path, seconds: float, position: float = 0.5) ->
     seconds: length that the model takes; position: see `crop_or_tile`, stored spectrograms are cut likewise.
     Raises ValueError, naming the file, on anything that cannot be read as such.
     """
-    if Path(path).suffix == ".npy":
+    if str(path).endswith(".npy"):
         power = load_power(path)
         columns = crop_or_tile(np.arange(power.shape[2]), num_frames(seconds), position)
         spectrogram = compress(torch.from_numpy(power[:, :, columns].astype(np.float32)))
     else:
-        spectrogram = log_spectrogram(crop_or_tile(load_audio(path), num_samples(seconds), position))
-    if not torch.isfinite(spectrogram).all():
+        spectrogram = log_spectrogram(load_audio(path, num_samples(seconds), position))
+    if not torch.isfinite(spectrogram.sum()):
         raise ValueError(f"the sound {path} is so loud that its spectrogram is not finite: samples are in -1..1")
     return spectrogram
 

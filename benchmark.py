@@ -1,6 +1,6 @@
 """Speed against the way the released code works, as ratios within one run.
 
-    python benchmark.py eval
+    python benchmark.py input|eval
 
 The baselines below stay as the released code does the work; each is timed in alternation with ours, and medians are
 compared. After the table comes one JSON object per figure: name, value, baseline, ratio (baseline / value), unit.
@@ -8,27 +8,39 @@ compared. After the table comes one JSON object per figure: name, value, baselin
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import cv2
 import numpy as np
+import soundfile
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision import transforms as torchvision_v1
 from tqdm import tqdm
 
 from annotations import GroundTruth, box_map
+from audio_io import SAMPLE_RATE, load_audio, num_samples, power_spectrogram
+from dataset import Pair, Sample, TrainingPairs, make_loader
 from evaluation import enlarge, evaluate_stored, in_parts
 from metrics import area_under_curve, consensus_iou, region_fixed, success_rate
+from model_slot import JointSlotModel
 from scores import RESAMPLES
 from stored_maps import StoredMaps
-from utils import ArgumentParser, number, provenance, run_cli, strict_json
+from utils import ArgumentParser, bf16_is_fast, number, provenance, run_cli, strict_json
 
 ALPHA = 0.6
 SIX_MAPS = ("AUD", "IMG_QUERY", "OBJ_PRIOR", "IQR", "OGL", "IQR_OGL")
 VGGSS_PAIRS = 5158
 BATCH = 64
+IMAGE_SIZE, AUDIO_SECONDS = 224, 5.0
+INPUT_FILES = 32  # different pictures and sounds
+TRAIN_BATCH, TRAIN_WORKERS = 32, 2
 
 
 class Timing(NamedTuple):
@@ -42,17 +54,147 @@ class Timing(NamedTuple):
         return {"name": self.name, "value": self.value, "baseline": self.baseline, "ratio": ratio, "unit": self.unit}
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def alternate(ours: Callable[[], object], baseline: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Median seconds of both, timed in turns after one untimed call of each."""
+def alternate(
+    ours: Callable[[], object],
+    baseline: Callable[[], object],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float]:
+    """Median seconds of both by the clock, timed in turns after one untimed call of each."""
     ours(), baseline()
-    pairs = [(seconds(ours), seconds(baseline)) for _ in tqdm(range(rounds), "timing", leave=False, disable=None)]
+    pairs = [
+        (seconds(ours, clock), seconds(baseline, clock))
+        for _ in tqdm(range(rounds), "timing", leave=False, disable=None)
+    ]
     return median(pair[0] for pair in pairs), median(pair[1] for pair in pairs)
+
+
+# ---------------------------------------------------------------- input
+
+
+def random_picture(rng: np.random.Generator, height: int = 360, width: int = 640) -> np.ndarray:
+    """(height, width, 3) uint8: smooth fields of several scales, discs with sharp edges, a little noise."""
+    picture = np.zeros((height, width, 3))
+    for cells in (3, 8, 20, 60, 160):
+        field = rng.normal(size=(cells, cells * width // height, 3))
+        picture += cells**-0.5 * cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC)
+    picture = 128 + 45 * picture / picture.std()
+    for _ in range(6):
+        centre, radius = rng.integers((width, height)).tolist(), int(rng.integers(height // 36, height // 4))
+        cv2.circle(picture, centre, radius, rng.uniform(0, 255, 3).tolist(), cv2.FILLED, cv2.LINE_AA)
+    return (picture + rng.normal(0, 2, picture.shape)).clip(0, 255).astype(np.uint8)
+
+
+def random_sound(rng: np.random.Generator, length: int) -> np.ndarray:
+    """(length,) in -1..1: a tone in noise."""
+    time_axis = np.arange(length) / SAMPLE_RATE
+    return 0.3 * np.sin(2 * np.pi * rng.uniform(100, 4000) * time_axis) + rng.normal(0, 0.05, length)
+
+
+def make_input_files(folder: Path, count: int) -> tuple[list[Pair], list[Pair]]:
+    """Pictures of 640 x 360 and 10-s sounds, as ours reads them and, with stored spectrograms, as the baseline does."""
+    rng = np.random.default_rng(0)
+    ours, baseline = [], []
+    for i in range(count):
+        picture, sound, stored = (str(folder / f"{i}.{suffix}") for suffix in ("jpg", "wav", "npy"))
+        Image.fromarray(random_picture(rng)).save(picture, quality=90)
+        soundfile.write(sound, random_sound(rng, 10 * SAMPLE_RATE), SAMPLE_RATE, subtype="PCM_16")
+        np.save(stored, power_spectrogram(load_audio(sound, num_samples(AUDIO_SECONDS))).numpy())
+        ours.append(Pair(str(i), picture, sound))
+        baseline.append(Pair(str(i), picture, stored))
+    return ours, baseline
+
+
+class ReleasedPairs(Dataset):
+    """Training pairs as the released code makes them: torchvision's transforms on PIL pictures, stored spectrograms."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.pairs = pairs
+        self.transform = torchvision_v1.Compose(
+            [
+                torchvision_v1.Resize(int(224 * 1.1), torchvision_v1.InterpolationMode.BICUBIC),
+                torchvision_v1.RandomCrop(224),
+                torchvision_v1.RandomApply([torchvision_v1.GaussianBlur(5, (0.1, 2.0))], p=0.8),
+                torchvision_v1.RandomHorizontalFlip(),
+                torchvision_v1.RandomApply([torchvision_v1.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
+                torchvision_v1.RandomGrayscale(0.2),
+                torchvision_v1.ToTensor(),
+                torchvision_v1.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        pair = self.pairs[index]
+        image = self.transform(Image.open(pair.image).convert("RGB"))
+        spectrogram = torch.log(torch.from_numpy(np.load(pair.audio)) + 1e-7) / 12
+        for axis in (1, 2):
+            width = int(torch.randint(10, (1,)))
+            start = int(torch.randint(spectrogram.shape[axis] - width + 1, (1,)))
+            spectrogram.narrow(axis, start, width).fill_(0)
+        return Sample(image, spectrogram, torch.empty(0), pair.id, "")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread, as in a loader's worker."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def read_all(pairs: Dataset) -> None:
+    for index in range(len(pairs)):
+        pairs[index]
+
+
+def train_epoch(pairs: Dataset, model: JointSlotModel, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Forward, backward and step over all batches, in bfloat16 where that is fast."""
+    for batch in make_loader(pairs, TRAIN_BATCH, TRAIN_WORKERS):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device)):
+            loss = sum(model(batch.image.to(device), batch.spectrogram.to(device)).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    loss.item()  # waits for the device
+
+
+def bench_input(rounds: int, train_pairs: int) -> Iterator[Timing]:
+    with tempfile.TemporaryDirectory() as folder:
+        files = make_input_files(Path(folder), INPUT_FILES)
+
+        def data_sets(count: int) -> tuple[TrainingPairs, ReleasedPairs]:
+            ours, baseline = ([found[i % len(found)] for i in range(count)] for found in files)
+            return TrainingPairs(ours, IMAGE_SIZE, AUDIO_SECONDS, "hard"), ReleasedPairs(baseline)
+
+        ours, baseline = data_sets(2 * INPUT_FILES)
+        with one_thread():
+            spent = alternate(lambda: read_all(ours), lambda: read_all(baseline), rounds, time.process_time)
+        yield Timing("input: core time, per sample", *(1000 * t / len(ours) for t in spent), "ms")
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(0)
+        model = JointSlotModel(arch="small", image_size=IMAGE_SIZE, audio_seconds=AUDIO_SECONDS).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+        ours, baseline = data_sets(train_pairs)
+        spent = alternate(
+            lambda: train_epoch(ours, model, optimizer, device),
+            lambda: train_epoch(baseline, model, optimizer, device),
+            rounds,
+        )
+        name = f"input: training epoch, {TRAIN_WORKERS} loader workers, {device.type}, per pair"
+        yield Timing(name, *(1000 * t / len(ours) for t in spent), "ms")
 
 
 # ---------------------------------------------------------------- eval
@@ -155,12 +297,16 @@ def bench_eval(rounds: int, pairs: int) -> Iterator[Timing]:
 
 def main() -> None:
     parser = ArgumentParser(description="Time our way against the released code's.")
-    parser.add_argument("what", choices=("eval",), help="what is timed")
+    parser.add_argument("what", choices=("input", "eval"), help="what is timed")
     parser.add_argument("--rounds", type=number(int, low=1), default=5, help="alternating pairs of timings")
     parser.add_argument("--pairs", type=number(int, low=2), default=VGGSS_PAIRS, help="samples of the stored set")
+    parser.add_argument("--train_pairs", type=number(int, low=2), default=256, help="pairs of a training epoch")
     args = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in provenance().items()) + f", {torch.get_num_threads()} threads")
-    benches = {"eval": lambda: bench_eval(args.rounds, args.pairs)}
+    benches = {
+        "input": lambda: bench_input(args.rounds, args.train_pairs),
+        "eval": lambda: bench_eval(args.rounds, args.pairs),
+    }
     lines = [timing.line() for timing in benches[args.what]()]
     print(f"\n{'':62} {'ours':>10} {'released':>10} {'ratio':>7}")
     for line in lines:

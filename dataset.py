@@ -218,6 +218,7 @@ class TrainingPairs(Dataset):
     ) -> None:
         self.pairs, self.audio_seconds, self.augment, self.seed, self.epoch = pairs, audio_seconds, augment, seed, 0
         self.transform = eval_transform(image_size) if augment == "none" else train_transform(image_size, augment)
+        self.short_side = None if augment == "none" else 2 * image_size
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -231,7 +232,8 @@ class TrainingPairs(Dataset):
             spectrogram = load_spectrogram(pair.audio, self.audio_seconds, position)
             if self.augment == "hard":
                 spectrogram = mask_spectrogram(spectrogram)
-            return Sample(self.transform(load_image(pair.image)), spectrogram, torch.empty(0), pair.id, "")
+            image = self.transform(load_image(pair.image, self.short_side))
+            return Sample(image, spectrogram, torch.empty(0), pair.id, "")
 
 
 class EvaluationPairs(Dataset):

@@ -5,8 +5,10 @@ H x W picture, F bins, L frames.
 
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -15,27 +17,95 @@ from torchvision.transforms.functional import to_tensor
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPECTROGRAM_MASK_BINS = 9
+CUT_OFF = -0.499  # OpenCV rounds to whole levels, Pillow cuts the fraction off
+
+cv2.setNumThreads(0)  # a forked worker would wait forever for the threads of its parent's OpenCV
 
 
 def train_transform(size: int, augment: str) -> Callable[[Image.Image], torch.Tensor]:
-    """PIL picture -> (3, size, size) normalised. augment: "hard" (the paper's) or "plain" (crop and flip)."""
-    crop = [v2.Resize(int(size * 1.1), InterpolationMode.BICUBIC), v2.RandomCrop(size)]
-    if augment == "hard":
-        crop.append(v2.RandomApply([v2.GaussianBlur(5, (0.1, 2.0))], p=0.8))
-    crop.append(v2.RandomHorizontalFlip())
-    if augment == "hard":
-        crop.append(v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8))
-        crop.append(v2.RandomGrayscale(0.2))
-    return v2.Compose([*crop, *_to_normalised()])
+    """RGB PIL picture -> (3, size, size) normalised. augment: "hard" (the paper's) or "plain" (crop and flip)."""
+    return partial(_augment, size=size, hard=augment == "hard")
+
+
+def _augment(picture: Image.Image, size: int, hard: bool) -> torch.Tensor:
+    """Draws from torch's global generator what torchvision's transforms of the same names draw, in their order."""
+    pixels = _random_crop(picture, size, short_side=int(size * 1.1))
+    if hard and _chance(0.8):
+        kernel = cv2.getGaussianKernel(5, _uniform(0.1, 2.0))
+        pixels = cv2.sepFilter2D(pixels, -1, kernel, kernel)
+    if _chance(0.5):
+        pixels = cv2.flip(pixels, 1)
+    if hard and _chance(0.8):
+        pixels = _jitter_colour(pixels, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
+    if hard and _chance(0.2):
+        pixels = _grey(pixels)
+    return _normalise(pixels)
+
+
+def _chance(probability: float) -> bool:
+    return float(torch.rand(())) < probability
+
+
+def _uniform(low: float, high: float) -> float:
+    return float(torch.empty(()).uniform_(low, high))
+
+
+def _random_crop(picture: Image.Image, size: int, short_side: int) -> np.ndarray:
+    """RGB PIL picture -> (size, size, 3) uint8: the crop of it resized (bicubic, antialiased) to that short side.
+
+    Cut first and resized then, which is the same to half a pixel and does not work on what the crop leaves out.
+    """
+    scale = min(picture.size) / short_side  # pixels of the picture for one of the crop
+    side, (width, height) = round(scale * size), picture.size
+    places = [short_side * length // min(picture.size) - size + 1 for length in (height, width)]
+    top, left = (round(scale * int(torch.randint(count, ()))) for count in places)
+    top, left = min(top, height - side), min(left, width - side)  # rounding may have passed the edge
+    part = bytearray(picture.crop((left, top, left + side, top + side)).tobytes("raw", "RGBX"))  # as Pillow stores it
+    part = torch.frombuffer(part, dtype=torch.uint8).view(side, side, 4).permute(2, 0, 1)
+    resized = v2.functional.resize(part, [size, size], InterpolationMode.BICUBIC).permute(1, 2, 0).numpy()
+    return cv2.cvtColor(resized, cv2.COLOR_RGBA2RGB)
+
+
+def _jitter_colour(pixels: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float) -> np.ndarray:
+    """Four changes in random order: factors within 1 -+ what is given; hue turned by up to that share of a circle."""
+    order = torch.randperm(4).tolist()
+    factors = [_uniform(1 - spread, 1 + spread) for spread in (brightness, contrast, saturation)]
+    turn = _uniform(-hue, hue)
+    for change in order:
+        if change == 3:
+            pixels = _turn_hue(pixels, turn)
+        else:
+            blend_with = (np.zeros_like, _mean_grey, _grey)[change](pixels)
+            pixels = cv2.addWeighted(pixels, factors[change], blend_with, 1 - factors[change], CUT_OFF)
+    return pixels
+
+
+def _grey(pixels: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
+def _mean_grey(pixels: np.ndarray) -> np.ndarray:
+    return np.full_like(pixels, round(cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0]))
+
+
+def _turn_hue(pixels: np.ndarray, turn: float) -> np.ndarray:
+    hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] += np.uint8(round(256 * turn) % 256)  # wraps around: the circle has 256 steps
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+def _normalise(pixels: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) float32."""
+    planes = np.empty((3, *pixels.shape[:2]), np.float32)
+    for plane, channel, mean, std in zip(planes, cv2.split(pixels), IMAGENET_MEAN, IMAGENET_STD, strict=True):
+        cv2.addWeighted(channel, 1 / (255 * std), channel, 0, -mean / std, dst=plane, dtype=cv2.CV_32F)
+    return torch.from_numpy(planes)
 
 
 def eval_transform(size: int) -> Callable[[Image.Image], torch.Tensor]:
     """PIL picture -> (3, size, size) normalised: bicubic, antialiased, the aspect ratio is not kept."""
-    return v2.Compose([v2.Resize((size, size), InterpolationMode.BICUBIC), *_to_normalised()])
-
-
-def _to_normalised() -> list[Callable]:
-    return [to_tensor, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]  # v2's own scaling differs in the last bit
+    resize = v2.Resize((size, size), InterpolationMode.BICUBIC)
+    return v2.Compose([resize, to_tensor, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])  # v2's scaling: another last bit
 
 
 def mask_spectrogram(spectrogram: torch.Tensor) -> torch.Tensor:
@@ -48,16 +118,19 @@ def mask_spectrogram(spectrogram: torch.Tensor) -> torch.Tensor:
     return spectrogram
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path, short_side: int | None = None) -> Image.Image:
     """RGB picture as a viewer shows it: turned as its EXIF data say, 16 bits scaled to 8, transparency dropped.
 
+    short_side: a JPEG whose sides are all at least 2, 4 or 8 times as long is decoded at that fraction of its size.
     Raises ValueError, naming the file, when it cannot be decoded.
     """
     try:
         with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture)
+            if short_side:
+                picture.draft(None, (short_side, short_side))
+            ImageOps.exif_transpose(picture, in_place=True)
             if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
                 picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            return picture.convert("RGB")
+            return picture if picture.mode == "RGB" else picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot decode the picture {path}: {error}") from error

@@ -102,3 +102,50 @@ def test_an_empty_sound_and_one_with_nan_are_refused(tmp_path):
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 16000, subtype="FLOAT")
     with pytest.raises(ValueError, match="not finite"):
         audio_io.load_audio(tmp_path / "nan.wav")
+
+
+@pytest.mark.parametrize(
+    "kind, subtype",
+    [
+        ("WAV", "PCM_16"),
+        ("WAVEX", "PCM_16"),
+        ("WAV", "PCM_24"),
+        ("WAV", "FLOAT"),
+        ("FLAC", "PCM_16"),
+        ("OGG", "VORBIS"),
+        ("MP3", "MPEG_LAYER_III"),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_cut_that_is_read_alone_equals_the_cut_of_the_whole(kind, subtype, channels, tmp_path):
+    path = tmp_path / f"a.{kind.lower()}"
+    noise = np.random.default_rng(0).uniform(-1, 1, (24001, channels))
+    soundfile.write(path, noise, 16000, format=kind, subtype=subtype)
+    whole = audio_io.load_audio(path)
+    for length in (16000, len(whole), 40000):
+        for position in (0.0, 0.4321, 1.0):
+            wanted = audio_io.crop_or_tile(whole, length, position)
+            assert np.array_equal(audio_io.load_audio(path, length, position), wanted)
+
+
+@pytest.mark.parametrize("written", [b"\xff" * 4, bytes(4)])
+def test_a_cut_of_a_wav_whose_writer_did_not_know_its_length(written, tmp_path):
+    path = tmp_path / "stream.wav"
+    soundfile.write(path, np.random.default_rng(0).uniform(-1, 1, 16000), 16000)
+    known = path.read_bytes()
+    place = known.index(b"data") + 4
+    path.write_bytes(known[:4] + written + known[8:place] + b"\xff" * 4 + known[place + 4 :])
+    whole = audio_io.load_audio(path)
+    assert np.array_equal(audio_io.load_audio(path, 8000, 0.4), audio_io.crop_or_tile(whole, 8000, 0.4))
+
+
+def test_a_wav_that_is_cut_short_or_broken_is_refused_when_only_a_part_is_wanted(tmp_path):
+    path = tmp_path / "cut.wav"
+    soundfile.write(path, np.full(16000, 0.1), 16000)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:30000])
+    with pytest.raises(ValueError, match=r"cut\.wav is cut short"):
+        audio_io.load_audio(path, 1000, 0.0)
+    path.write_bytes(whole[:20])
+    with pytest.raises(ValueError, match=r"cut\.wav"):
+        audio_io.load_audio(path, 1000, 0.0)

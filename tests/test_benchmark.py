@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import benchmark
 
@@ -21,3 +22,23 @@ def test_the_command_prints_a_table_and_one_object_a_line(cli):
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 3 and all(line.keys() == {"name", "value", "baseline", "ratio", "unit"} for line in lines)
     assert lines[0]["ratio"] == pytest.approx(lines[0]["baseline"] / lines[0]["value"])
+
+
+def test_both_input_pipelines_give_what_the_model_takes(tmp_path):
+    ours, baseline = benchmark.make_input_files(tmp_path, 2)
+    ours = benchmark.TrainingPairs(ours, benchmark.IMAGE_SIZE, benchmark.AUDIO_SECONDS, "hard")[1]
+    baseline = benchmark.ReleasedPairs(baseline)[1]
+    for one, other in zip(ours, baseline, strict=True):
+        assert type(one) is type(other)
+        if isinstance(one, torch.Tensor):
+            assert one.shape == other.shape and one.dtype == other.dtype
+    heard = ours.spectrogram.ne(0) & baseline.spectrogram.ne(0)
+    assert heard.float().mean() > 0.9  # up to 9 bins and 9 frames are masked in each
+
+
+def test_the_input_figures_are_costs_of_both_pipelines(cli, monkeypatch):
+    monkeypatch.setattr(benchmark, "INPUT_FILES", 2)
+    done = cli("benchmark", "input", "--rounds", "1", "--train_pairs", "4")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["unit"] for line in lines] == ["ms", "ms"] and all(line["baseline"] > 0 for line in lines)
