@@ -4,6 +4,7 @@ An id names one pair. H x W picture, F bins, L frames; ground truth is a (224, 2
 """
 
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -426,17 +427,32 @@ def _mask_truth(files: dict[str, str | None], name: str) -> torch.Tensor:
         return mask_map(files[name])
 
 
+def training_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Every full batch of one epoch over `count` pairs, shuffled by (seed, epoch) alone."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+    return order[: count - count % batch_size].view(-1, batch_size).tolist()
+
+
+def in_order(count: int, batch_size: int) -> list[range]:
+    """Batches of `count` items in order, the last one as large as what is left."""
+    return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+
+
 def make_loader(
-    dataset: Dataset, batch_size: int, workers: int, shuffle_seed: int | None = None, drop_last: bool = False
+    dataset: Dataset, batch_size: int, workers: int, batches: Sequence[Sequence[int]] | None = None
 ) -> DataLoader:
-    """Batches in order, or shuffled by a seed. Workers draw nothing of their own: see TrainingPairs."""
-    shuffle = shuffle_seed is not None
+    """The given batches of indices, else all items in order. Workers draw nothing of their own: see TrainingPairs."""
+    batches = in_order(len(dataset), batch_size) if batches is None else batches
     return DataLoader(
         dataset,
-        batch_size,
-        shuffle=shuffle,
-        drop_last=drop_last,
+        batch_sampler=batches,
         num_workers=workers,
-        generator=torch.Generator().manual_seed(shuffle_seed if shuffle else 0),
+        worker_init_fn=_leave_stopping_to_the_run,
+        generator=torch.Generator().manual_seed(0),
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _leave_stopping_to_the_run(_: int) -> None:
+    """A scheduler signals every process; the run finishes its step with the workers, then ends them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -5,19 +5,21 @@ B batch, K slots, D channels, h x w image grid; maps are scored at 224 x 224, in
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from annotations import GroundTruth, first_ids, repeated
-from dataset import EvaluationPairs, Sample, make_loader
+from dataset import EvaluationPairs, Sample, in_order, make_loader
+from distributed import gather_in_order, hidden_bar, is_main, own_share
 from inspection import count_undecodable
 from metrics import JACCARD_THRESHOLDS, RULES, THRESHOLD, interactive_groups, normalize_maps, upsample_maps
-from model_slot import TARGET, JointSlotModel, SlotState, map_confidence, mix_maps
+from model_slot import TARGET, JointSlotModel, map_confidence, mix_maps
 from resnet import ObjectSaliency
 from retrieval import derangement, retrieval_recall
 from scores import (
@@ -38,6 +40,7 @@ from utils import UserError, as_user_error
 
 PART = 8  # samples whose enlarged maps are scored at once: more would leave the processor's cache
 NOT_SCORED = "picture, sound or mask not found or not decodable"
+BAR = {"leave": False, "unit": "batch"}
 WRONG = "_wrong"  # ends the name of a map that was asked with a wrong sound
 
 
@@ -180,6 +183,10 @@ class SetScores:
         return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
+def _joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 def _take(tables: Mapping[str, Columns], rows: np.ndarray) -> dict[str, Columns]:
     return {name: {key: values[rows] for key, values in columns.items()} for name, columns in tables.items()}
 
@@ -236,6 +243,29 @@ def enlarge(raw: Mapping[str, torch.Tensor], interpolation: str, alpha: float | 
     return maps
 
 
+class Localized(NamedTuple):
+    """What a model says of pictures and sounds, on the CPU, before anything is enlarged and scored."""
+
+    raw: dict[str, torch.Tensor]  # (B, h, w) each
+    scalars: dict[str, torch.Tensor]  # (B,) each
+    image_target: torch.Tensor  # (B, D) target slots
+    audio_target: torch.Tensor  # (B, D)
+
+
+def on_device(work: Callable[..., Result], device: torch.device, *inputs: torch.Tensor) -> Iterator[Result]:
+    """work(*inputs) without gradient: of the whole batch on a CUDA device, on a CPU in parts, one core each.
+
+    So the numbers of a CPU do not depend on how many cores it has.
+    """
+
+    @torch.no_grad()
+    def run(rows: slice) -> Result:
+        return work(*(x[rows].to(device, non_blocking=True) for x in inputs))
+
+    count = len(inputs[0])
+    return in_parts(run, count) if device.type == "cpu" else iter([run(slice(count))])
+
+
 def localize_batch(
     model: JointSlotModel,
     image: torch.Tensor,
@@ -243,8 +273,8 @@ def localize_batch(
     wrong: torch.Tensor,
     infer_sharpening: float,
     saliency: ObjectSaliency | None,
-) -> tuple[dict[str, torch.Tensor], SlotState, SlotState]:
-    """Maps of a batch by name, (B, h, w) as the model gives them, and what attention left of both modalities."""
+) -> Localized:
+    """Ask pictures (B, 3, H, W) with their own sounds and with wrong ones, spectrograms (B, 1, F, L)."""
     image_state, grid = model.attend_image(image)
     audio_state = model.attend_audio(spectrogram)
     own = model.maps(image_state, audio_state, grid, infer_sharpening)
@@ -252,7 +282,13 @@ def localize_batch(
     raw = {"AUD": own.audio_map, "AUD" + WRONG: other.audio_map, "IMG_QUERY": own.image_map}
     if saliency is not None:
         raw["OBJ_PRIOR"] = saliency(image)
-    return raw, image_state, audio_state
+    targets = [state.slots[:, TARGET] for state in (image_state, audio_state)]
+    scalars = {
+        "confidence": F.cosine_similarity(*targets),
+        "confidence_map": map_confidence(image_state, audio_state, infer_sharpening),
+    }
+    raw, scalars = ({name: values.cpu() for name, values in side.items()} for side in (raw, scalars))
+    return Localized(raw, scalars, *(target.cpu() for target in targets))
 
 
 @torch.no_grad()
@@ -269,38 +305,38 @@ def evaluate(
     resamples: int = 0,
     on_batch: Iterable[OnBatch] = (),
     max_batches: int | None = None,
-) -> Evaluation:
+) -> Evaluation | None:
     """Score every map of a test set in one pass, in fp32; weights, buffers and the model's mode stay as they were.
 
     resamples: of the bootstrap (0: no intervals); on_batch see each batch (to draw or keep its maps); max_batches ends
-    the pass early (dry runs).
+    the pass early (dry runs). Of several processes each localizes every W-th batch; the first one scores all of them in
+    order, so its numbers are those of one process, and returns them; the others return None.
     """
+    paired = WithWrongSound(dataset, seed)
+    batches = in_order(len(paired), batch_size)[:max_batches]
+    loader = counted_batches(make_loader(paired, batch_size, workers, own_share(batches)), dataset, workers)
+    scores, image_target, audio_target = SetScores(dataset.ground_truth), [], []
     was_training = model.training
     model.eval()
-    scores, paired = SetScores(dataset.ground_truth), WithWrongSound(dataset, seed)
-    image_target, audio_target = [], []
-    loader = make_loader(paired, batch_size, workers)
-    total = min(len(loader), max_batches or len(loader))
-    batches = tqdm(loader, "evaluating", total, leave=False, unit="batch", disable=None)
     try:
-        for number, (batch, wrong) in enumerate(counted_batches(batches, dataset, workers)):
-            if number == max_batches:
-                break
-            inputs = (x.to(device, non_blocking=True) for x in (batch.image, batch.spectrogram, wrong))
-            raw, image_state, audio_state = localize_batch(model, *inputs, infer_sharpening, saliency)
-            image_slots, audio_slots = image_state.slots[:, TARGET], audio_state.slots[:, TARGET]
-            scalars = {
-                "confidence": F.cosine_similarity(image_slots, audio_slots),
-                "confidence_map": map_confidence(image_state, audio_state, infer_sharpening),
-            }
-            image_target.append(image_slots.cpu())
-            audio_target.append(audio_slots.cpu())
+        ask = partial(localize_batch, model, infer_sharpening=infer_sharpening, saliency=saliency)
+        own = (
+            (batch.id, batch.truth, list(on_device(ask, device, batch.image, batch.spectrogram, wrong)))
+            for batch, wrong in loader
+        )
+        everyones = gather_in_order(own, len(batches))
+        for ids, truth, found in tqdm(everyones, "evaluating", len(batches), **BAR, disable=hidden_bar()):
+            image_target += [part.image_target for part in found]
+            audio_target += [part.audio_target for part in found]
+            raw, scalars = (_joined([part[side] for part in found]) for side in (0, 1))
             with as_user_error(ValueError):  # maps that are not finite
-                for part in scores.add(batch.id, batch.truth, raw, scalars, "bicubic", alpha):
+                for part in scores.add(ids, truth, raw, scalars, "bicubic", alpha):
                     for show in on_batch:
                         show(part)
     finally:
         model.train(was_training)
+    if not is_main():
+        return None
     with as_user_error(ValueError):  # embeddings that are not finite
         results = scores.summary(dataset.missing, resamples, seed)
         results["retrieval"] = _retrieval(dataset, scores.ids, torch.cat(image_target), torch.cat(audio_target))
@@ -349,15 +385,25 @@ def _retrieval(dataset: EvaluationPairs, ids: Sequence[str], image: torch.Tensor
 
 
 @torch.no_grad()
-def embed_set(model: JointSlotModel, loader: DataLoader, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Target slots (N, D) of the pictures and of the sounds of a loader, in evaluation mode; the mode is put back."""
+def embed_set(
+    model: JointSlotModel, dataset: Dataset, device: torch.device, batch_size: int = 64, workers: int = 0
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Target slots (N, D) of a set's pictures and of its sounds, in evaluation mode; the mode is put back.
+
+    Several processes share the batches; the first one returns the slots, the others None.
+    """
+    batches = in_order(len(dataset), batch_size)
+    loader = make_loader(dataset, batch_size, workers, own_share(batches))
     was_training = model.training
     model.eval()
     try:
-        slots = [model.embed(batch.image.to(device), batch.spectrogram.to(device)) for batch in loader]
+        own = (list(on_device(model.embed, device, batch.image, batch.spectrogram)) for batch in loader)
+        found = [part for parts in gather_in_order(own, len(batches)) for part in parts]
     finally:
         model.train(was_training)
-    return tuple(torch.cat([s[side][:, TARGET].cpu() for s in slots]) for side in (0, 1))
+    if not is_main():
+        return None
+    return tuple(torch.cat([slots[:, TARGET].cpu() for slots in side]) for side in zip(*found, strict=True))
 
 
 # ---------------------------------------------------------------- anyone's maps
@@ -381,7 +427,7 @@ def evaluate_stored(
     skipped = set(unknown)
     scores = SetScores(ground_truth)
     count = -(-len(stored.ids) // batch_size)
-    for batch in tqdm(stored.batches(batch_size), "scoring", count, leave=False, unit="batch", disable=None):
+    for batch in tqdm(stored.batches(batch_size), "scoring", count, **BAR, disable=None):
         keep = [i for i, name in enumerate(batch.ids) if name not in skipped]
         if not keep:
             continue

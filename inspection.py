@@ -19,6 +19,7 @@ from annotations import HUGE, first_ids, load_boxes, load_frames, read_entries, 
 from audio_io import HOP, SAMPLE_RATE, load_audio, load_power, load_spectrogram
 from dataset import TEST_SETS, Pair, SetRow
 from dataset_avs import AVS_SETS, read_videos
+from distributed import hidden_bar
 from metrics import MAP_SIZE
 from transforms import load_image
 from utils import Undecodable, UserError
@@ -65,7 +66,7 @@ class _Inspected(Dataset):
 def inspect_pairs(pairs: Sequence[Pair], workers: int = 0, truth_of: Callable | None = None) -> list[Facts]:
     """Decode every pair, and its ground truth where truth_of is given, in several processes -> its facts, in order."""
     loader = DataLoader(_Inspected(pairs, truth_of), batch_size=None, num_workers=workers)
-    return list(tqdm(loader, "decoding every pair", len(pairs), leave=False, unit="pair", disable=None))
+    return list(tqdm(loader, "decoding every pair", len(pairs), leave=False, unit="pair", disable=hidden_bar()))
 
 
 def undecodable(pairs: Sequence[Pair], workers: int = 0, truth_of: Callable | None = None) -> dict[str, str]:

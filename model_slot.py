@@ -6,7 +6,6 @@ Slot TARGET holds what is seen and heard, slot OFF_TARGET the rest. Weight names
 
 import inspect
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from torch import nn
 from audio_io import num_frames
 from metrics import MAP_SIZE, normalize_maps, upsample_maps
 from resnet import AudioEncoder, ImageEncoder, get_recipe, tokens_along
-from utils import UserError, load_checkpoint
+from utils import UserError, check_weights, load_checkpoint
 
 TARGET, OFF_TARGET = 0, 1
 ATTENTION_FLOOR = 1e-8
@@ -39,6 +38,29 @@ class Maps(NamedTuple):
 class Embeddings(NamedTuple):
     image_slots: torch.Tensor  # (B, K, D), not normalised
     audio_slots: torch.Tensor  # (B, K, D), not normalised
+
+
+class TokenMasks(NamedTuple):
+    """Which tokens training hides; True is hidden."""
+
+    image: torch.Tensor  # (B, N) bool
+    audio: torch.Tensor  # (B, T) bool
+
+
+class Represented(NamedTuple):
+    """What the model makes of pairs; all losses are functions of it."""
+
+    image: SlotState
+    audio: SlotState
+    image_tokens: torch.Tensor  # (B, N, D) of the encoder, before masking
+    audio_tokens: torch.Tensor  # (B, T, D) of the encoder, before masking
+
+
+class Contrasted(NamedTuple):
+    """What the losses over a whole batch need of each pair: all that many processes or parts of a batch exchange."""
+
+    image_target: torch.Tensor  # (B, D) target slots, unit length
+    audio_target: torch.Tensor  # (B, D)
 
 
 # ---------------------------------------------------------------- joint slot attention
@@ -92,9 +114,8 @@ class JointSlotAttention(nn.Module):
             for name, layer in layers.items():
                 self.add_module(f"{modality}_{name}", layer)
 
-    def mask_tokens(self, modality: str, tokens: torch.Tensor, ratio: float) -> torch.Tensor:
-        """Replace each token of (B, N, D) by the modality's mask token, independently with probability `ratio`."""
-        masked = torch.rand(tokens.shape[:2], device=tokens.device) < ratio
+    def mask_tokens(self, modality: str, tokens: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, D), with the modality's mask token wherever `masked` (B, N) is True."""
         return torch.where(masked[..., None], getattr(self, f"mask_token_{modality}").to(tokens.dtype), tokens)
 
     def forward(self, modality: str, tokens: torch.Tensor, trace: list[torch.Tensor] | None = None) -> SlotState:
@@ -303,6 +324,7 @@ class JointSlotModel(nn.Module):
         side, steps = tokens_along(image_size, arch), tokens_along(num_frames(audio_seconds), arch)
         if min(side, steps) < 1:
             raise ValueError(f"{image_size} px and {audio_seconds} s leave arch {arch} no token: enlarge them")
+        self.tokens = side * side, steps  # N, T
         self.img_decoder = MlpDecoder(side, side, dim)
         self.aud_decoder = MlpDecoder(1, steps, dim)
 
@@ -324,18 +346,48 @@ class JointSlotModel(nn.Module):
         """Spectrograms (B, 1, F, L) -> slots, query and keys."""
         return self.slot_attn("aud", self.audnet(spectrogram).transpose(1, 2))
 
-    def forward(self, image: torch.Tensor, spectrogram: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The four losses by name, unweighted scalars. Tokens are masked in training mode only."""
+    def draw_masks(self, batch: int, tokens: tuple[int, int] | None = None) -> TokenMasks:
+        """Hide each token of `batch` pairs independently with probability mask_ratio, by PyTorch's CPU generator.
+
+        tokens: N and T, where they are not those of the sizes that the model was built for.
+        """
+        return TokenMasks(*(torch.rand(batch, count) < self.mask_ratio for count in tokens or self.tokens))
+
+    def forward(
+        self, image: torch.Tensor, spectrogram: torch.Tensor, masks: TokenMasks | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The four losses by name, unweighted scalars. masks: see `represent`."""
+        pairs = self.represent(image, spectrogram, masks)
+        return self.batch_losses(self.contrasted(pairs)) | self.pair_losses(pairs)
+
+    def represent(self, image: torch.Tensor, spectrogram: torch.Tensor, masks: TokenMasks | None = None) -> Represented:
+        """Pictures and spectrograms -> slots of both. Tokens are masked in training mode only; None draws the masks."""
         image_tokens, audio_tokens = self.encode(image, spectrogram)
-        image_state = self.slot_attn("img", self._masked("img", image_tokens))
-        audio_state = self.slot_attn("aud", self._masked("aud", audio_tokens))
-        image_unit, audio_unit = F.normalize(image_state.slots, dim=2), F.normalize(audio_state.slots, dim=2)
-        with torch.autocast(image.device.type, enabled=False):
+        seen, heard = image_tokens, audio_tokens
+        if self.training and self.mask_ratio:
+            masks = masks or self.draw_masks(len(image), (seen.shape[1], heard.shape[1]))
+            seen = self.slot_attn.mask_tokens("img", seen, masks.image.to(seen.device))
+            heard = self.slot_attn.mask_tokens("aud", heard, masks.audio.to(heard.device))
+        return Represented(self.slot_attn("img", seen), self.slot_attn("aud", heard), image_tokens, audio_tokens)
+
+    @staticmethod
+    def contrasted(pairs: Represented) -> Contrasted:
+        return Contrasted(*(F.normalize(state.slots[:, TARGET], dim=1) for state in (pairs.image, pairs.audio)))
+
+    def batch_losses(self, batch: Contrasted) -> dict[str, torch.Tensor]:
+        """Losses that compare pairs with each other: those of a part of a batch say nothing about the whole."""
+        with torch.autocast(batch.image_target.device.type, enabled=False):
+            return {"info_nce": self._contrast(*batch)}
+
+    def pair_losses(self, pairs: Represented) -> dict[str, torch.Tensor]:
+        """Losses of each pair by itself, means over pairs: a batch's is the mean of its parts', weighted by size."""
+        image, audio = pairs.image, pairs.audio
+        image_unit, audio_unit = F.normalize(image.slots, dim=2), F.normalize(audio.slots, dim=2)
+        with torch.autocast(image.slots.device.type, enabled=False):
             return {
-                "info_nce": self._contrast(image_unit[:, TARGET], audio_unit[:, TARGET]),
-                "reconstruction": self._reconstruct(image_state.slots, image_tokens, audio_state.slots, audio_tokens),
+                "reconstruction": self._reconstruct(image.slots, pairs.image_tokens, audio.slots, pairs.audio_tokens),
                 "slot_divergence": slot_divergence_loss(image_unit) + slot_divergence_loss(audio_unit),
-                "attention_matching": attention_matching_loss(image_state, audio_state),
+                "attention_matching": attention_matching_loss(image, audio),
             }
 
     @torch.no_grad()
@@ -354,11 +406,6 @@ class JointSlotModel(nn.Module):
         """Like `localize`, from what the two modalities left: the same pictures can be asked with other sounds."""
         maps = (slot_attention(m.query, image.keys, infer_sharpening)[:, TARGET] for m in (audio, image))
         return Maps(*(m.unflatten(1, grid) for m in maps))
-
-    def _masked(self, modality: str, tokens: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.mask_ratio == 0:
-            return tokens
-        return self.slot_attn.mask_tokens(modality, tokens, self.mask_ratio)
 
     def _contrast(self, image_target: torch.Tensor, audio_target: torch.Tensor) -> torch.Tensor:
         batch = len(image_target)
@@ -418,28 +465,3 @@ def _released_config(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {beside}: {error}") from error
     print(f"settings of {path} from {beside}: {known or 'none of ours, so the defaults of the paper'}")
     return known
-
-
-def check_weights(weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Raise UserError unless both state dicts have the same keys and shapes, listing what differs."""
-    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in weights.items()}
-    wanted_shapes = {key: tuple(value.shape) for key, value in wanted.items()}
-    problems = [
-        ("missing", sorted(wanted_shapes.keys() - shapes.keys())),
-        ("unexpected", sorted(shapes.keys() - wanted_shapes.keys())),
-        (
-            "of another shape",
-            [
-                _shapes(k, shapes[k], wanted_shapes[k])
-                for k in shapes
-                if k in wanted_shapes and shapes[k] != wanted_shapes[k]
-            ],
-        ),
-    ]
-    if any(keys for _, keys in problems):
-        listed = "; ".join(f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in problems if keys)
-        raise UserError(f"the weights in {path} do not fit the model: {listed}")
-
-
-def _shapes(key: str, found: Iterable[int], wanted: Iterable[int]) -> str:
-    return f"{key} {tuple(found)} instead of {tuple(wanted)}"

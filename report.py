@@ -1,10 +1,8 @@
-"""What the world gets to see of results: tables, files, pictures, and the log of a training run."""
+"""What the world gets to see of results: tables, files and pictures."""
 
 import csv
 import io
-import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from annotations import GroundTruth, read_ids
-from audio_io import load_resampler
 from dataset import Pair
 from evaluation import Evaluation, ScoredBatch
 from metrics import MAP_SIZE
 from transforms import load_image
-from utils import as_user_error, provenance, strict_json, write_json, write_text
-from visualize import contact_sheet, plot_curves, sample_panel
+from utils import as_user_error, provenance, write_json, write_text
+from visualize import contact_sheet, sample_panel
 
 Picture = Callable[[str], np.ndarray]
 INTERVAL_KEY = "cIoU interval"
@@ -49,7 +46,7 @@ COLUMNS = {  # key of a summary: head of its column
 SOMETIMES = [*COLUMNS][[*COLUMNS].index("pointing") + 1 :]  # a table of their own, where anything fills them
 MAPS = ("AUD", "AUD_wrong", "IMG_QUERY", "IQR", "OBJ_PRIOR", "OGL", "IQR_OGL")
 REFERENCES = {"ceiling": "ceiling", "whole_frame": "whole frame", "centred_disc": "centred disc"}
-SHEET_SAMPLES = 12
+SHEET_SAMPLES = 16
 DRAWN_MAPS = ("AUD", "IMG_QUERY", "IQR")
 FIRST_KEYS = (
     "testset", "test_list", "maps", "intervals", "references", "retrieval", "pairs", "settings", "checkpoint",
@@ -278,65 +275,3 @@ def pictures_of(pairs: Sequence[Pair]) -> Picture:
             return np.asarray(load_image(files[name]).resize((MAP_SIZE, MAP_SIZE)))
 
     return picture
-
-
-# ---------------------------------------------------------------- a training run
-
-
-class RunLog:
-    """What a training run tells the world: log.jsonl, curves.png, sheets of heat maps, and Weights & Biases if wanted.
-
-    wandb: "true" (offline, with a line that says so, where nobody is logged in), "offline" or "false".
-    A resumed run drops the lines of epochs that it trains again.
-    """
-
-    def __init__(self, folder: Path, wandb: str, name: str, config: Mapping[str, Any], start_epoch: int) -> None:
-        self.folder, self.lines, self.sheets = folder, [], {}
-        path = folder / "log.jsonl"
-        if start_epoch and path.is_file():
-            old = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            self.lines = [line for line in old if line["epoch"] <= start_epoch]
-        self.wandb = None if wandb == "false" else _start_wandb(folder, wandb, name, config)
-
-    def write(self, line: dict[str, Any]) -> None:
-        """One epoch's numbers."""
-        self.lines.append(line)
-        write_text(self.folder / "log.jsonl", "".join(strict_json(entry) + "\n" for entry in self.lines))
-        plot_curves(self.lines, self.folder / "curves.png")
-        if self.wandb:
-            self.wandb.log(line | self._pictures(), step=line["epoch"])
-        self.sheets = {}
-
-    def add_sheet(self, name: str, path: Path) -> None:
-        """Heat maps of fixed samples of a test set, drawn in this epoch."""
-        self.sheets[name] = path
-
-    def finish(self, scores: dict[str, float]) -> None:
-        """The chosen checkpoint's scores, and the pictures drawn with it."""
-        if self.wandb:
-            self.wandb.log(self._pictures())
-            self.wandb.summary.update(scores)
-            self.wandb.finish()
-
-    def _pictures(self) -> dict[str, Any]:
-        import wandb
-
-        return {f"{name}/maps": wandb.Image(str(path)) for name, path in self.sheets.items()}
-
-
-def _start_wandb(folder: Path, mode: str, name: str, config: Mapping[str, Any]):
-    load_resampler()  # wandb watches imports, and that breaks in the loader processes
-    import wandb
-
-    if mode == "true" and not wandb.api.api_key and os.environ.get("WANDB_MODE") is None:
-        print("wandb: nobody is logged in, so the run is recorded offline (wandb login, then wandb sync sends it)")
-        mode = "offline"
-    run = wandb.init(
-        project="joint-slot-attention",
-        name=name,
-        dir=str(folder),
-        config=dict(config),
-        mode="offline" if mode == "offline" else None,
-        settings=wandb.Settings(silent=True),
-    )
-    return run

@@ -18,6 +18,7 @@ from annotations import first_ids, read_ids
 from comparison import compare
 from dataset import TRAIN_SETS, EvaluationPairs, TrainingPairs, select_training_pairs
 from diagnose import diagnose
+from distributed import is_main, launched, own_device, process_group
 from evaluation import Evaluation, OnBatch, ScoredBatch, evaluate, evaluate_stored, match_ids
 from html_report import Gallery
 from metrics import MAP_SIZE
@@ -34,7 +35,6 @@ from utils import (
     boolean,
     load_checkpoint,
     number,
-    pick_device,
     run_cli,
 )
 
@@ -127,8 +127,15 @@ class Keepsakes:
 def score_model(args) -> None:
     if args.compare_map:
         raise UserError("--compare_map belongs to --compare")
-    device, path = pick_device(args.gpu), checkpoint_path(args)
-    model = JointSlotModel.from_checkpoint(path, device)
+    device = own_device(args.gpu)
+    with process_group(device):
+        score_on(device, args)
+
+
+def score_on(device: torch.device, args) -> None:
+    """Several processes share the samples of each set; the first one writes."""
+    path = checkpoint_path(args)
+    model = JointSlotModel.from_checkpoint(path, device).to(memory_format=torch.channels_last)  # rounds as in training
     state = load_checkpoint(path)
     test_sets = build_test_sets(args, model.shape["image_size"], model.shape["audio_seconds"])
     saliency = load_saliency(args.imagenet_weights, device)
@@ -136,7 +143,7 @@ def score_model(args) -> None:
     out_dir = make_out_dir(args, path.parent / ("results" if args.experiment_name else f"{path.stem}_results"))
     for name, dataset in test_sets.items():
         folder = out_dir / name
-        keepsakes = Keepsakes(args, folder, dataset, len(dataset))
+        keepsakes = Keepsakes(args, folder, dataset, len(dataset)) if is_main() else None
         evaluation = evaluate(
             model,
             dataset,
@@ -148,8 +155,10 @@ def score_model(args) -> None:
             saliency=saliency,
             seed=args.seed,
             resamples=RESAMPLES,
-            on_batch=keepsakes.on_batch,
+            on_batch=keepsakes.on_batch if keepsakes else (),
         )
+        if evaluation is None:
+            continue
         about = describe_checkpoint(path, state)
         overlap = training_overlap(path, [pair.id for pair in dataset.pairs])
         keepsakes.clear()
@@ -264,6 +273,8 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
+    if launched() and (args.compare or args.maps is not None):
+        raise UserError("--compare and --maps run in one process: start them without torchrun")
     if args.compare:
         if args.maps is not None or args.report or args.save_maps or args.diagnose or args.out_dir:
             raise UserError(

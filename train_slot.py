@@ -6,161 +6,22 @@
 Every epoch sees every full batch; best.pth is chosen by retrieval on held-out training pairs, without boxes.
 """
 
-import math
 import os
 import shlex
-import shutil
 import sys
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from dataset import TRAIN_SETS, TrainingPairs, hold_out, make_loader, select_training_pairs
-from evaluation import embed_set, evaluate
-from inspection import count_undecodable, overlap_with_tests, undecodable
+from dataset import TRAIN_SETS, TrainingPairs, hold_out, select_training_pairs
+from distributed import own_device, process_group, restarted, world_size
+from inspection import overlap_with_tests, undecodable
 from model_slot import JointSlotModel
-from report import Drawer, RunLog, describe_checkpoint, pictures_of, publish, training_overlap
+from optimisation import LR_DECAY, with_sync_bn
 from resnet import RECIPES, load_imagenet_weights
-from retrieval import retrieval_recall, retrieval_score
-from scores import RESAMPLES
 from test_sets import ALL_SETS, add_test_set_flags, build_test_sets, parse_testsets
-from utils import (
-    ArgumentParser,
-    UserError,
-    as_user_error,
-    bf16_is_fast,
-    load_checkpoint,
-    number,
-    pick_device,
-    provenance,
-    random_states,
-    restore_random_states,
-    run_cli,
-    save_checkpoint,
-    seed_everything,
-    write_json,
-    write_text,
-)
-
-SELECTED_BY = {
-    "retrieval": "retrieval on held-out training pairs (no boxes)",
-    "test": "cIoU of IQR on test set {first}",
-    "last": "last epoch (no pairs were held out)",
-}
-MAY_CHANGE = {  # on --resume; the other flags belong to the run
-    "resume", "dry_run", "overwrite", "gpu", "num_workers", "wandb", "eval_every", "model_dir", "metadata",
-    "train_data_path", "test_data_path", "test_gt_path",
-}  # fmt: skip
-
-
-# ---------------------------------------------------------------- one epoch
-
-
-def loss_weights(args, epoch: int) -> dict[str, float]:
-    """Weight of each loss; during the first --warmup epochs only the contrastive one counts."""
-    on = float(epoch >= args.warmup)
-    return {
-        "info_nce": 1.0,
-        "reconstruction": args.lam1 * on,
-        "slot_divergence": args.lam2 * on,
-        "attention_matching": args.lam3 * on,
-    }
-
-
-def train_one_epoch(
-    model: JointSlotModel,
-    loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LambdaLR,
-    scaler: torch.amp.GradScaler,
-    weights: dict[str, float],
-    amp_dtype: torch.dtype | None,
-    clip: float,
-    title: str,
-) -> dict[str, float]:
-    """One pass over the loader -> averages of the losses, the gradient norm and the pairs per second."""
-    model.train()
-    device = next(model.parameters()).device
-    sums = dict.fromkeys([*weights, "loss", "grad_norm"], 0.0)
-    start, seen = time.monotonic(), 0
-    bar = tqdm(loader, title, leave=False, unit="batch", disable=None)
-    for steps, batch in enumerate(bar, start=1):
-        image = batch.image.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-        spectrogram = batch.spectrogram.to(device, non_blocking=True)
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            losses = model(image, spectrogram)
-        loss = sum(weight * losses[name] for name, weight in weights.items() if weight)
-        if not torch.isfinite(loss):
-            values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-            raise UserError(
-                f"the loss is not finite in step {steps} of {title} ({values}): ids {', '.join(batch.id[:8])} ..."
-            )
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip else math.inf)
-        if not (torch.isfinite(norm) or scaler.is_enabled()):  # the scaler skips such a step by itself
-            raise UserError(f"the gradient is not finite in step {steps} of {title}: ids {', '.join(batch.id[:8])} ...")
-        lr = optimizer.param_groups[0]["lr"]
-        scaler.step(optimizer)
-        scaler.update()
-        scheduler.step()
-        seen += len(image)
-        for name, value in {**losses, "loss": loss, "grad_norm": norm}.items():
-            sums[name] += value.item()
-        shown = {name: f"{sums[name] / steps:.3g}" for name in ("loss", *weights)}
-        bar.set_postfix(shown | {"pairs/s": f"{seen / (time.monotonic() - start):.0f}"})
-    averages = {name: value / len(loader) for name, value in sums.items()}
-    return averages | {"lr": lr, "steps": len(loader), "pairs_per_second": seen / (time.monotonic() - start)}
-
-
-def lr_factor(step: int, steps_per_epoch: int, epochs: int, schedule: str, warmup: float, decay: float) -> float:
-    """Learning rate of a step as a share of --lr: a linear start over `warmup` of all steps, then the schedule.
-
-    constant stays; step multiplies by `decay` after every epoch; cosine falls to 0 at the end.
-    """
-    total = steps_per_epoch * epochs
-    warm = round(warmup * total)
-    if step < warm:
-        return (step + 1) / warm
-    if schedule == "step":
-        return decay ** (step // steps_per_epoch)
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
-    return 1.0
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def restore(path: Path, args, **objects: Any) -> dict[str, Any]:
-    """Load `path` into the named objects (with load_state_dict) and the random generators; return the checkpoint.
-
-    Raises UserError when the run that wrote it had other data or hyper-parameters, naming what differs.
-    """
-    state = load_checkpoint(path)
-    if not all(name in state for name in (*objects, "args", "random", "epoch")):
-        raise UserError(f"{path} holds weights only and cannot be resumed")
-    now, to_the_end = vars(args), args.lr_schedule == "cosine" or args.lr_warmup
-    free = MAY_CHANGE | (set() if to_the_end else {"epochs"})
-    different = [
-        f"--{name} {state['args'].get(name)} -> {now[name]}"
-        for name in now
-        if name not in free and state["args"].get(name) != now[name]
-    ]
-    if different:
-        raise UserError(f"{path} was trained with other settings: {'; '.join(different)}")
-    for name, target in objects.items():
-        with as_user_error(RuntimeError, ValueError, KeyError):
-            target.load_state_dict(state[name])
-    restore_random_states(state["random"])
-    return state
-
+from training import Run, TrainingData
+from utils import ArgumentParser, UserError, as_user_error, number, provenance, run_cli, seed_everything
 
 # ---------------------------------------------------------------- command line
 
@@ -208,13 +69,19 @@ def parse_args():
     add_method_flags(parser)
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=number(int, low=1), default=100, help="passes over the training pairs")
-    group.add_argument("--batch_size", type=number(int, low=2), default=256, help="pairs per step")
+    group.add_argument("--batch_size", type=number(int, low=2), default=256, help="pairs per step, of all processes")
+    group.add_argument(
+        "--micro_batch", type=number(int, low=1), help="pairs of a process that go through the model at once"
+    )
+    group.add_argument("--sync_bn", action="store_true", help="batch norm over all processes (CUDA)")
     group.add_argument("--lr", type=number(float, above=0), default=5e-5, help="learning rate of AdamW")
     group.add_argument("--weight_decay", type=number(float, low=0), default=0.01, help="of AdamW")
     group.add_argument(
-        "--lr_schedule", choices=("constant", "step", "cosine"), default="constant", help="after the warm-up"
+        "--lr_schedule",
+        choices=("constant", "step", "cosine"),
+        default="constant",
+        help=f"after the warm-up; step: times {LR_DECAY} per epoch",
     )
-    group.add_argument("--lr_decay", type=number(float, above=0, high=1), default=0.9, help="per epoch, schedule step")
     group.add_argument(
         "--lr_warmup", type=number(float, low=0, high=1), default=0.0, help="share of steps to reach --lr"
     )
@@ -236,7 +103,12 @@ def parse_args():
     group.add_argument("--alpha", type=number(float, low=0, high=1), default=0.6, help="weight of AUD in IQR")
     group.add_argument("--infer_sharpening", type=number(float, above=0), default=0.1, help="of the maps in tests")
     group.add_argument("--wandb", choices=("true", "offline", "false"), default="false", help="log to Weights & Biases")
-    group.add_argument("--resume", action="store_true", help="go on from latest.pth")
+    group.add_argument("--resume", action="store_true", help="go on from latest.pth, exactly")
+    group.add_argument("--force", action="store_true", help="resume with other data or hyper-parameters")
+    group.add_argument(
+        "--save_every_steps", type=number(int, low=0), default=0, help="latest.pth within an epoch; 0: at its end"
+    )
+    group.add_argument("--keep_every", type=number(int, low=0), default=0, help="epochs between checkpoints to keep")
     group.add_argument("--overwrite", action="store_true", help="replace an experiment of the same name")
     group.add_argument(
         "--dry_run", action="store_true", help="one batch, one step, one evaluation batch; writes nothing"
@@ -253,15 +125,10 @@ def check_args(args) -> None:
         parse_testsets(args.testset)
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with an experiment, --overwrite replaces it: choose one")
+    if args.force and not args.resume:
+        raise UserError("--force belongs to --resume")
     if "/" in args.experiment_name or args.experiment_name in ("", ".", ".."):
         raise UserError(f"--experiment_name {args.experiment_name!r} must be a plain name: it becomes a folder")
-
-
-def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:
-    """Precision of the encoders: auto is bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPUs."""
-    if amp == "auto":
-        amp = "bf16" if bf16_is_fast(device) else "fp16" if device.type == "cuda" else "none"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
 
 
 def build_model(args, device: torch.device) -> JointSlotModel:
@@ -281,14 +148,9 @@ def build_model(args, device: torch.device) -> JointSlotModel:
             if args.arch != "resnet18":
                 raise UserError(f"there are no ImageNet weights for --arch {args.arch}: pass --imagenet_weights none")
             load_imagenet_weights(model.imgnet, args.imagenet_weights)
+    if args.sync_bn:
+        model = with_sync_bn(model, device)
     return model.to(device, memory_format=torch.channels_last)
-
-
-class TrainingData(NamedTuple):
-    train: TrainingPairs
-    held_out: TrainingPairs
-    counts: dict[str, int]  # expected, left out, train, held_out
-    left_out: dict[str, str]  # id: why
 
 
 def build_training_data(args) -> TrainingData:
@@ -338,17 +200,26 @@ def build_training_data(args) -> TrainingData:
     return TrainingData(*sets, counts, left_out)
 
 
-def print_start(
-    args, model: JointSlotModel, device: torch.device, amp: torch.dtype | None, counts: dict, tests: dict
-) -> None:
+def check_folder(args) -> None:
+    """Nothing finished is replaced unless asked; a process that torchrun starts again goes on by itself."""
+    folder = Path(args.model_dir) / args.experiment_name
+    there = (folder / "latest.pth").exists()
+    if there and not (args.resume or args.overwrite or args.dry_run or restarted()):
+        raise UserError(f"{folder} holds a trained model: --resume goes on with it, --overwrite replaces it")
+    if args.resume and not there:
+        raise UserError(f"there is nothing to resume in {folder}: no latest.pth")
+
+
+def print_start(args, run: Run) -> None:
     for name, value in provenance().items():
         print(f"{name}: {value}")
     for name, value in sorted(vars(args).items()):
         print(f"--{name} {value}")
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"parameters: {millions:.2f} M; device: {device}; precision: {amp or 'float32'}")
-    print("training pairs: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
-    for name, dataset in tests.items():
+    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+    precision = run.optimisation.amp or "float32"
+    print(f"parameters: {millions:.2f} M; device: {run.device}; processes: {world_size()}; precision: {precision}")
+    print("training pairs: " + ", ".join(f"{count} {name}" for name, count in run.data.counts.items()))
+    for name, dataset in run.test_sets.items():
         print(f"test set {name}: {len(dataset)} of {dataset.ground_truth.expected} pairs")
 
 
@@ -367,181 +238,27 @@ def test_command(args) -> str:
     return " ".join(command + ["--allow_missing true"] * args.allow_missing)
 
 
-# ---------------------------------------------------------------- the run
-
-
-class Run:
-    """One training run: everything that an epoch touches, and the folder that it writes to."""
-
-    def __init__(self, args) -> None:
-        self.args, self.device = args, pick_device(args.gpu)
-        self.folder = Path(args.model_dir) / args.experiment_name
-        if (self.folder / "latest.pth").exists() and not (args.resume or args.overwrite or args.dry_run):
-            raise UserError(f"{self.folder} holds a trained model: --resume goes on with it, --overwrite replaces it")
-        if args.resume and not (self.folder / "latest.pth").exists():
-            raise UserError(f"there is nothing to resume in {self.folder}: no latest.pth")
-        seed_everything(args.seed)
-        self.train_pairs, self.held_out, self.counts, self.left_out = build_training_data(args)
-        self.model = build_model(args, self.device)
-        sizes = args.image_size, args.audio_seconds
-        self.test_sets = build_test_sets(args, *sizes) if args.testset else {}
-        self.amp = choose_amp(args.amp, self.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, weight_decay=args.weight_decay)
-        self.steps_per_epoch = len(self.train_pairs) // args.batch_size
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda step: lr_factor(
-                step, self.steps_per_epoch, args.epochs, args.lr_schedule, args.lr_warmup, args.lr_decay
-            ),
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
-        self.start_epoch, self.best = 0, -math.inf
-        self.select = args.select if args.select == "test" or len(self.held_out) else "last"
-
-    def objects(self) -> dict[str, Any]:
-        return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
-
-    def resume(self) -> None:
-        state = restore(self.folder / "latest.pth", self.args, **self.objects())
-        self.start_epoch, self.best = state["epoch"], state["best"]
-        print(f"resumed after epoch {self.start_epoch} of {self.args.epochs}")
-
-    def train_epoch(self, epoch: int, max_batches: int | None = None) -> dict[str, float]:
-        self.train_pairs.epoch = epoch
-        data = (
-            torch.utils.data.Subset(self.train_pairs, range(self.args.batch_size)) if max_batches else self.train_pairs
-        )
-        order_seed = self.args.seed * 100_003 + epoch
-        loader = make_loader(data, self.args.batch_size, self.args.num_workers, order_seed, drop_last=True)
-        with count_undecodable(self.train_pairs.pairs, self.args.num_workers):
-            return train_one_epoch(
-                self.model, loader, self.optimizer, self.scheduler, self.scaler, loss_weights(self.args, epoch),
-                self.amp, self.args.clip, f"epoch {epoch + 1}/{self.args.epochs}",
-            )  # fmt: skip
-
-    def validate(self, count: int | None = None) -> dict[str, float]:
-        """Retrieval on the held-out pairs: no boxes, no classes."""
-        data = torch.utils.data.Subset(self.held_out, range(min(count or len(self.held_out), len(self.held_out))))
-        if not len(data):
-            return {}
-        loader = make_loader(data, self.args.batch_size, self.args.num_workers)
-        with count_undecodable(self.held_out.pairs, self.args.num_workers):
-            embeddings = embed_set(self.model, loader, self.device)
-        recall = retrieval_recall(*embeddings)
-        return {"val/retrieval_score": retrieval_score(*embeddings)} | {
-            f"val/{direction}_{k}": value for direction, by_k in recall.items() for k, value in by_k.items()
-        }
-
-    def score(
-        self, log: RunLog | None = None, max_batches: int | None = None, best: dict[str, Any] | None = None
-    ) -> dict[str, float]:
-        """Score every test set -> {"set/map/metric": value}; best: a finished run's checkpoint, to be published."""
-        scores = {}
-        for name, dataset in self.test_sets.items():
-            results, picture_of = self.folder / "results" / name, pictures_of(dataset.pairs)
-            sheet = results / "contact_sheet.png"
-            drawer = Drawer(sheet, dataset.ground_truth, len(dataset), picture_of) if log else None
-            evaluation = evaluate(
-                self.model,
-                dataset,
-                self.device,
-                batch_size=self.args.batch_size,
-                workers=self.args.num_workers,
-                alpha=self.args.alpha,
-                infer_sharpening=self.args.infer_sharpening,
-                resamples=RESAMPLES if best else 0,
-                on_batch=[drawer] if drawer else [],
-                max_batches=max_batches,
-            )
-            if drawer:
-                drawer.finish()
-            if log:
-                log.add_sheet(name, drawer.sheet)
-            for map_name, figures in evaluation.results["maps"].items():
-                scores |= {f"{name}/{map_name}/{metric}": value for metric, value in figures.items()}
-            if best:
-                path = self.folder / "best.pth"
-                overlap = training_overlap(path, [pair.id for pair in dataset.pairs])
-                about = describe_checkpoint(path, best)
-                publish(evaluation, results, testset=name, checkpoint=about, training_test_overlap=overlap)
-        return scores
-
-    def save(self, epoch: int, scores: dict[str, float]) -> None:
-        """latest.pth always; best.pth, too, when the scores of this epoch are at least as good as all before."""
-        first = next(iter(self.test_sets), "")
-        measure = {"retrieval": "val/retrieval_score", "test": f"{first}/IQR/cIoU", "last": "epoch"}[self.select]
-        score = scores.get(measure, -math.inf)
-        is_best = score >= self.best and score > -math.inf
-        self.best = max(self.best, score)
-        state = {name: target.state_dict() for name, target in self.objects().items()} | {
-            "model_config": self.model.config,
-            "args": vars(self.args),
-            "epoch": epoch + 1,
-            "scores": scores,
-            "best": self.best,
-            "random": random_states(),
-            "selected_by": SELECTED_BY[self.select].format(first=first),
-        }
-        if is_best:
-            save_checkpoint(self.folder / "best.pth", state)
-        save_checkpoint(self.folder / "latest.pth", state)
-
-    def dry_run(self) -> None:
-        averages = self.train_epoch(0, max_batches=1)
-        print(f"one step: loss {averages['loss']:.4f}")
-        for name, value in self.validate(self.args.batch_size).items():
-            print(f"one batch of held-out pairs: {name} {value:.3f}")
-        for name, value in self.score(max_batches=1).items():
-            if name.endswith(("AUD/cIoU", "AUD/pointing")):
-                print(f"one evaluation batch: {name} {value:.3f}")
-        print("dry run: data, model, one step and one evaluation batch work; nothing was written")
-
-    def prepare_folder(self) -> None:
-        """What a run leaves behind is of one run: an overwritten one goes first."""
-        if self.args.overwrite:
-            for name in ("best.pth", "latest.pth", "log.jsonl", "curves.png", "left_out.txt"):
-                (self.folder / name).unlink(missing_ok=True)
-            shutil.rmtree(self.folder / "results", ignore_errors=True)
-        write_json(self.folder / "configs.json", vars(self.args) | self.model.config)
-        reasons = "".join(f"{name}\t{why}\n" for name, why in self.left_out.items())
-        if reasons:
-            write_text(self.folder / "left_out.txt", reasons)
-        write_text(self.folder / "train_ids.txt", "".join(f"{pair.id}\n" for pair in self.train_pairs.pairs))
-
-    def run(self) -> None:
-        self.prepare_folder()
-        log = RunLog(self.folder, self.args.wandb, self.args.experiment_name, vars(self.args), self.start_epoch)
-        for epoch in range(self.start_epoch, self.args.epochs):
-            line = {"epoch": epoch + 1} | self.train_epoch(epoch)
-            self.save(epoch, {})  # a sound that cannot be read while scoring does not cost the epoch
-            line |= self.validate()
-            if self.args.eval_every and (epoch + 1) % self.args.eval_every == 0:
-                line |= self.score(log)
-            self.save(epoch, line)
-            log.write(line)
-            shown = ("loss", "info_nce", "pairs_per_second", "val/retrieval_score")
-            figures = ", ".join(f"{name} {line[name]:.4g}" for name in shown if name in line)
-            print(f"epoch {epoch + 1}/{self.args.epochs}: {figures}", flush=True)
-        best = load_checkpoint(self.folder / "best.pth")
-        self.model.load_state_dict(best["model"])
-        print(f"best.pth: epoch {best['epoch']}, chosen by {best['selected_by']}")
-        log.finish(self.score(log, best=best))
-        print(f"in {self.folder}: best.pth, latest.pth, log.jsonl, curves.png" + ", results/" * bool(self.test_sets))
-        if self.test_sets:
-            print(f"test it again, with a picture of every sample:\n  {test_command(self.args)}")
-
-
 def main() -> None:
     args = parse_args()
     check_args(args)
-    run = Run(args)
-    print_start(args, run.model, run.device, run.amp, run.counts, run.test_sets)
-    if args.dry_run:
-        run.dry_run()
-        return
-    if args.resume:
-        run.resume()
-    run.run()
+    device = own_device(args.gpu)
+    with process_group(device):
+        if args.batch_size < world_size():
+            raise UserError(f"--batch_size {args.batch_size} leaves some of {world_size()} processes without a pair")
+        check_folder(args)
+        seed_everything(args.seed)
+        data = build_training_data(args)
+        model = build_model(args, device)
+        test_sets = build_test_sets(args, args.image_size, args.audio_seconds) if args.testset else {}
+        run = Run(args, device, model, data, test_sets)
+        print_start(args, run)
+        if args.dry_run:
+            run.dry_run()
+            return
+        run.run()
+        print(f"in {run.folder}: best.pth, latest.pth, log.jsonl, curves.png" + ", results/" * bool(test_sets))
+        if test_sets:
+            print(f"test it again, with a picture of every sample:\n  {test_command(args)}")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ import os
 import platform
 import random
 import re
+import resource
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -135,6 +136,14 @@ def bf16_is_fast(device: torch.device) -> bool:
     return bool(probe and probe())
 
 
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory that PyTorch held on a CUDA device, or that this process held at all on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
@@ -210,10 +219,27 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left half written by `atomic_path` in a folder that is the run's own."""
+    for path in folder.glob(".*.*"):
+        if path.is_file():
+            path.unlink()
+
+
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint so that a kill or a full disk never leaves a broken file in the place of a good one."""
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    """Write a checkpoint so that a kill or a full disk never leaves a broken file in the place of a good one.
+
+    Raises UserError, saying that the old one is kept, when it cannot be written.
+    """
+    try:
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch.save says some of the first as the second
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        kept = "; the one before is kept" if Path(path).exists() else ""
+        raise UserError(f"the checkpoint {path} cannot be written ({reason}){kept}") from error
 
 
 # NumPy scalars (a best score, as released checkpoints carry) are data, not code, under their old and new module names.
@@ -243,3 +269,28 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path} is not a checkpoint of this project: a dict with `model` is wanted")
     return state
+
+
+def check_weights(weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raise UserError unless both state dicts have the same keys and shapes, listing what differs."""
+    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in weights.items()}
+    wanted_shapes = {key: tuple(value.shape) for key, value in wanted.items()}
+    problems = [
+        ("missing", sorted(wanted_shapes.keys() - shapes.keys())),
+        ("unexpected", sorted(shapes.keys() - wanted_shapes.keys())),
+        (
+            "of another shape",
+            [
+                _shapes(k, shapes[k], wanted_shapes[k])
+                for k in shapes
+                if k in wanted_shapes and shapes[k] != wanted_shapes[k]
+            ],
+        ),
+    ]
+    if any(keys for _, keys in problems):
+        listed = "; ".join(f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in problems if keys)
+        raise UserError(f"the weights in {path} do not fit the model: {listed}")
+
+
+def _shapes(key: str, found: Iterable[int], wanted: Iterable[int]) -> str:
+    return f"{key} {tuple(found)} instead of {tuple(wanted)}"

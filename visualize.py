@@ -28,7 +28,12 @@ TRUTH_COLOUR = (60, 255, 90)
 INK, SOFT_INK, PAPER = (25, 25, 30), (105, 105, 115), (255, 255, 255)
 GAP, LABEL_HEIGHT, TITLE_HEIGHT, HEADER_HEIGHT = 8, 24, 26, 44  # pixels
 LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222", "#999999")  # Okabe and Ito
-NOT_CURVES = ("epoch", "step", "steps", "seconds", "pairs_per_second")
+NOT_CURVES = ("epoch", "step", "steps", "seconds", "memory_gib")
+OWN_AXES = {  # key: title of its axis
+    "grad_norm": "gradient norm",
+    "pairs_per_second": "pairs per second",
+    "data_wait": "share of time waiting for data",
+}
 DRAWN_SCORES = ("cIoU", "AUC", "cIoU_half", "mAP", "pointing", "IIoU", "listening")  # of a test set, one axis each
 
 
@@ -167,9 +172,9 @@ def plot_curves(log_lines: Log, path: str | Path) -> None:
     """Draw the training log, one dict per epoch, and write it as a PNG, whole or not at all.
 
     Numbers are sorted by their names: `lr*` is a learning rate; `val*`, and what holds `retrieval` or `recall`, is
-    validation; `set/map/metric` is a score, one axis per set and metric of `DRAWN_SCORES`; `loss*` and what remains are
-    losses. An epoch that lacks a key is bridged; `epoch` is the x axis, else the line's index. ValueError for an empty
-    log.
+    validation; `set/map/metric` is a score, one axis per set and metric of `DRAWN_SCORES`; the keys of `OWN_AXES` have
+    one each; `loss*` and what remains are losses. An epoch that lacks a key is bridged; `epoch` is the x axis, else the
+    line's index. ValueError for an empty log.
     """
     if not log_lines:
         raise ValueError("no line in the training log")
@@ -188,7 +193,7 @@ def plot_curves(log_lines: Log, path: str | Path) -> None:
 def _sort_keys(log_lines: Log) -> dict[str, dict[str, str]]:
     """Title of each axis -> {key: label of its curve}."""
     names = dict.fromkeys(key for line in log_lines for key, value in line.items() if _is_number(value))
-    axes = {"losses": {}, "learning rate": {}, "validation": {}}
+    axes = {title: {} for title in ("losses", "learning rate", "validation", *OWN_AXES.values())}
     for key in names:
         parts = key.split("/")
         if len(parts) == 3:
@@ -198,8 +203,8 @@ def _sort_keys(log_lines: Log) -> dict[str, dict[str, str]]:
             axes["learning rate"][key] = key
         elif "retrieval" in key or "recall" in key or key.startswith("val"):
             axes["validation"][key] = key.removeprefix("val/")
-        elif key == "grad_norm":
-            axes["gradient norm"] = {key: key}
+        elif key in OWN_AXES:
+            axes[OWN_AXES[key]][key] = key
         elif key not in NOT_CURVES:
             axes["losses"][key] = key
     return {title: keys for title, keys in axes.items() if keys} or {"nothing to draw": {}}
@@ -235,5 +240,9 @@ def _plot_axis(axis, title: str, keys: Mapping[str, str], epochs: Floats, log_li
     positive = [value for value in drawn if value > 0]
     if title == "losses" and positive and max(positive) > 20 * min(positive):
         axis.set_yscale("log")  # attention matching is orders of magnitude below the contrastive loss
+    if "pairs_per_second" in keys:
+        axis.set_ylim(0, 1.1 * max(drawn))
+    if "data_wait" in keys:
+        axis.set_ylim(-0.02, 1.02)
     if keys:
         axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)

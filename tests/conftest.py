@@ -16,6 +16,10 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 os.environ["WANDB_MODE"] = "offline"  # no test may reach for a network
 
+SMALL = ["--arch", "small", "--dim", "16", "--image_size", "64", "--audio_seconds", "0.8", "--imagenet_weights", "none"]
+SHORT = ["--epochs", "2", "--batch_size", "16", "--lr", "1e-3", "--num_workers", "0", "--gpu", "cpu"]
+MEASURED = ("pairs_per_second", "data_wait", "memory_gib")  # of a line of the log: what no other run repeats
+
 import utils  # noqa: E402  (found through the path set above)
 
 
@@ -61,5 +65,17 @@ def cli() -> Callable[..., Finished]:
             sys.argv = argv
             os.chdir(folder)
         return Finished(status, stdout.getvalue(), stderr.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train(cli):
+    """Run train_slot.py on the small synthetic set: train(root, folder, *flags)."""
+
+    def run(root, folder, *arguments):
+        data = ["--trainset", "synthetic", "--train_data_path", root, "--test_data_path", root]
+        flags = [*data, *SMALL, *SHORT, "--model_dir", folder, "--experiment_name", "run", *arguments]
+        return cli("train_slot", *flags)
 
     return run

@@ -172,12 +172,14 @@ def test_both_modalities_share_the_initial_slots_and_nothing_else():
 
 def test_tokens_are_masked_in_training_only_and_at_the_given_rate():
     attention = joint()
-    tokens = torch.randn(200, 50, 16)
-    masked = attention.mask_tokens("img", tokens, 0.1)
-    replaced = (masked == attention.mask_token_img).all(2)
-    assert abs(replaced.float().mean().item() - 0.1) < 0.01
-    assert torch.equal(masked[~replaced], tokens[~replaced])
+    tokens, hidden = torch.randn(200, 50, 16), torch.rand(200, 50) < 0.1
+    masked = attention.mask_tokens("img", tokens, hidden)
+    assert torch.equal((masked == attention.mask_token_img).all(2), hidden)
+    assert torch.equal(masked[~hidden], tokens[~hidden])
     torch.manual_seed(0)
+    drawn = JointSlotModel(**SMALL, mask_ratio=0.1).draw_masks(2000)
+    for hidden, count in zip(drawn, (4 * 4, 5), strict=True):
+        assert hidden.shape == (2000, count) and abs(hidden.float().mean().item() - 0.1) < 0.01
     model = JointSlotModel(**SMALL, mask_ratio=0.9, reciprocal_k=0).eval()
     inputs = torch.randn(4, 3, 64, 64), torch.randn(4, 1, 257, 81)
     assert model(*inputs)["info_nce"] == model(*inputs)["info_nce"]

@@ -111,7 +111,7 @@ def test_each_kind_of_number_has_its_axis():
     axes = visualize._sort_keys(
         [log_line(1), {"pairs_per_second": 3.0, "note": "text", "synthetic/IQR/cIoU": 0.5, "synthetic/IQR/samples": 9}]
     )
-    assert list(axes) == ["losses", "learning rate", "validation", "synthetic: cIoU"]
+    assert list(axes) == ["losses", "learning rate", "validation", "pairs per second", "synthetic: cIoU"]
     assert list(axes["losses"]) == ["loss", "info_nce", "attention_matching"]
     assert list(axes["synthetic: cIoU"].values()) == ["AUD", "IQR"]
     with pytest.raises(ValueError, match="log"):

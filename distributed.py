@@ -1,0 +1,160 @@
+"""Several processes on one global batch, started by torchrun: who we are, and what goes from one to the others.
+
+Everything works with one process, too, where it does nothing. W processes, B rows of the global batch.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from utils import pick_device
+
+PATIENCE = timedelta(hours=1)  # the others wait while the first process scores and writes
+
+
+def launched() -> bool:
+    """Whether torchrun started this process, alone or as one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process in the place of one that died (--max-restarts)."""
+    return launched() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def own_device(gpu: str) -> torch.device:
+    """ "cpu" or the number of a CUDA device -> device; under torchrun each process takes that of its own number."""
+    return pick_device(os.environ["LOCAL_RANK"] if launched() and gpu != "cpu" else gpu)
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """True on the one process that writes and prints."""
+    return rank() == 0
+
+
+def hidden_bar() -> bool | None:
+    """What tqdm takes as `disable`: one bar in all, on a terminal only."""
+    return None if is_main() else True
+
+
+@contextmanager
+def process_group(device: torch.device):
+    """Join the other processes, nccl between CUDA devices, gloo between CPUs. Only the first goes on printing."""
+    if not launched():
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    if not is_main():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    yield
+    wait_for_all()
+    dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- rows of a batch
+
+
+def shares(total: int) -> list[int]:
+    """Rows of a batch of `total` that each process holds, as equal as can be; the first ones hold one more."""
+    each, more = divmod(total, world_size())
+    return [each + (number < more) for number in range(world_size())]
+
+
+def own_rows(total: int) -> slice:
+    """The rows of a batch of `total` that are this process's."""
+    counts = shares(total)
+    start = sum(counts[: rank()])
+    return slice(start, start + counts[rank()])
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, total: int) -> torch.Tensor:
+        ctx.own = own_rows(total)
+        whole = rows.new_zeros(total, *rows.shape[1:])
+        whole[ctx.own] = rows
+        dist.all_reduce(whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient[ctx.own], None
+
+
+def gather_rows(rows: torch.Tensor, total: int) -> torch.Tensor:
+    """This process's rows of a batch -> all `total` rows, (total, ...), on every process.
+
+    With gradient: what any process's loss says of our rows comes back as a sum over processes, which the mean of
+    DistributedDataParallel then makes the gradient of one loss over the global batch.
+    """
+    return rows if world_size() == 1 else _GatherRows.apply(rows, total)
+
+
+# ---------------------------------------------------------------- numbers and objects
+
+
+def average(values: torch.Tensor) -> torch.Tensor:
+    """Mean over the processes of a tensor that each of them holds."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values = values / world_size()
+    return values
+
+
+def anyone(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any process."""
+    return bool(average(torch.tensor(float(flag), device=device)) > 0) if world_size() > 1 else flag
+
+
+def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
+    """Fill the tensors with those of the first process: batch-norm statistics are each process's own."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def wait_for_all() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_objects(value: Any) -> list[Any]:
+    """Every process's value, in their order, on every process."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def own_share(items: Sequence) -> Sequence:
+    """Items that processes take in turns: process r has r, r + W, r + 2 W, ..."""
+    return items[rank() :: world_size()]
+
+
+def gather_in_order(own: Iterable, count: int) -> Iterator:
+    """What each process made of its `own_share` of `count` items -> on the first process all, in order; elsewhere none.
+
+    Every process has to walk through it.
+    """
+    own = iter(own)
+    for start in range(0, count, world_size()):
+        item = next(own, None)
+        received = [item] * world_size() if is_main() else None
+        if world_size() > 1:
+            dist.gather_object(item, received)
+        yield from (received or [])[: count - start]

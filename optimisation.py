@@ -1,0 +1,237 @@
+"""One optimisation step: precision, micro-batches, many processes, and the learning rate.
+
+B pairs of the global batch, of which each process holds its rows. A step gives the gradients of one loss over all B,
+however they are divided: into processes (`distributed.gather_rows`) or into parts that memory holds (`_cache`).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distributed import average, gather_rows, own_rows, world_size
+from model_slot import Contrasted, JointSlotModel, TokenMasks
+from utils import UserError, bf16_is_fast
+
+LR_DECAY = 0.9  # of schedule `step`, per epoch (paper)
+
+
+class Inputs(NamedTuple):
+    """This process's rows of a batch."""
+
+    image: torch.Tensor  # (B, 3, H, W)
+    spectrogram: torch.Tensor  # (B, 1, F, L)
+    masks: TokenMasks
+
+    def parts(self, size: int) -> Iterator["Inputs"]:
+        """Successive parts of `size` rows, the last one as large as what is left."""
+        for image, spectrogram, *masks in zip(*(x.split(size) for x in (*self[:2], *self.masks)), strict=True):
+            yield Inputs(image, spectrogram, TokenMasks(*masks))
+
+
+class NotFinite(Exception):
+    """The loss or the gradient of a step is not finite; weights, statistics and generators are those before it."""
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def loss_weights(epoch: int, warmup: int, lam1: float, lam2: float, lam3: float) -> dict[str, float]:
+    """Weight of each loss; during the first `warmup` epochs only the contrastive one counts."""
+    on = float(epoch >= warmup)
+    return {
+        "info_nce": 1.0,
+        "reconstruction": lam1 * on,
+        "slot_divergence": lam2 * on,
+        "attention_matching": lam3 * on,
+    }
+
+
+def lr_factor(step: int, steps_per_epoch: int, epochs: int, schedule: str, warmup: float) -> float:
+    """Learning rate of a step as a share of --lr: a linear start over `warmup` of all steps, then the schedule.
+
+    constant stays; step multiplies by LR_DECAY after every epoch; cosine falls to 0 at the end.
+    """
+    total = steps_per_epoch * epochs
+    warm = round(warmup * total)
+    if step < warm:
+        return (step + 1) / warm
+    if schedule == "step":
+        return LR_DECAY ** (step // steps_per_epoch)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+    return 1.0
+
+
+def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:
+    """Precision of the encoders: auto is bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPUs."""
+    if amp == "auto":
+        amp = "bf16" if bf16_is_fast(device) else "fp16" if device.type == "cuda" else "none"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
+
+
+# ---------------------------------------------------------------- the step
+
+
+class Objective(nn.Module):
+    """The model and the loss that training minimises as one module: what DistributedDataParallel has to wrap."""
+
+    def __init__(self, model: JointSlotModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, inputs: Inputs, weights: Mapping[str, float], total: int, cached: Contrasted | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Losses of some rows of a batch of `total`, each loss's part of the batch's; only "objective" has a gradient.
+
+        cached: what the batch losses' gradient says of these rows; without it they are computed from all rows.
+        """
+        pairs = self.model.represent(*inputs)
+        own = self.model.contrasted(pairs)
+        share = len(inputs.image) * world_size() / total  # DistributedDataParallel divides by the processes
+        losses = {name: share * loss for name, loss in self.model.pair_losses(pairs).items()}
+        if cached is None:
+            losses = self.model.batch_losses(Contrasted(*(gather_rows(x, total) for x in own))) | losses
+        objective = weighted(losses, weights)
+        if cached is not None:
+            objective = objective + sum((x * gradient).sum() for x, gradient in zip(own, cached, strict=True))
+        return {name: loss.detach() for name, loss in losses.items()} | {"objective": objective}
+
+
+def weighted(losses: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
+    """Sum of the losses times their weights; those of weight 0 send no gradient."""
+    return sum(weight * losses[name] for name, weight in weights.items() if weight and name in losses)
+
+
+class Optimisation:
+    """Model, AdamW and gradient scaler, and the step that they take together with all processes.
+
+    micro_batch: rows of a process that go through the model at once. The batch losses still see the whole batch: a
+    first pass without gradient caches what they need, their gradient is taken at that, and a second pass sends it
+    through the model part by part (GradCache, Gao et al. 2021). Gradients are those of the whole batch, but for batch
+    norm in training mode, which normalises each part by itself (as it does in each process without sync_bn), and
+    whose running statistics move once per part.
+    """
+
+    def __init__(
+        self,
+        model: JointSlotModel,
+        device: torch.device,
+        lr: float,
+        weight_decay: float = 0.01,
+        clip: float = 0.0,
+        amp: torch.dtype | None = None,
+        micro_batch: int | None = None,
+        all_weights: bool = True,
+    ) -> None:
+        """all_weights: whether every step sends a gradient to every weight, which spares the processes a search."""
+        self.model, self.device, self.lr, self.clip, self.amp = model, device, lr, clip, amp
+        self.micro_batch = micro_batch
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+        self.objective: nn.Module = Objective(model)
+        if world_size() > 1:
+            devices = [device.index] if device.type == "cuda" else None
+            self.objective = DistributedDataParallel(
+                self.objective, device_ids=devices, find_unused_parameters=not all_weights
+            )
+
+    def step(self, inputs: Inputs, total: int, weights: Mapping[str, float], lr_factor: float) -> dict[str, float]:
+        """One step on a batch of `total` pairs -> its losses by name, their weighted sum `loss`, and `grad_norm`.
+
+        Raises NotFinite, on every process alike.
+        """
+        before = self._what_a_forward_changes()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * lr_factor
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.backward(inputs, total, weights)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or math.inf)
+        figures = losses | {"loss": weighted(losses, weights)}
+        values = dict(zip(figures, average(torch.stack([*figures.values()])).tolist(), strict=True))
+        values["grad_norm"] = norm.item()
+        finite = math.isfinite(values["loss"]) and (math.isfinite(values["grad_norm"]) or self.scaler.is_enabled())
+        if not finite:
+            before()
+            raise NotFinite(", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self.scaler.step(self.optimizer)  # leaves out a step whose fp16 gradient overflows
+        self.scaler.update()
+        return values
+
+    def backward(self, inputs: Inputs, total: int, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
+        """Add the batch's gradients to the weights' and return its losses, of which the mean over processes counts."""
+        parts = list(inputs.parts(self.micro_batch or len(inputs.image)))
+        losses: dict[str, torch.Tensor] = {}
+        caches: list[Contrasted | None] = [None]
+        if len(parts) > 1:
+            losses, caches = self._cache(parts, total, weights)
+        for part, cached in zip(parts, caches, strict=True):
+            more_to_come = world_size() > 1 and part is not parts[-1]
+            with self.objective.no_sync() if more_to_come else nullcontext():
+                with self._autocast():
+                    found = self.objective(part, weights, total, cached)
+                self.scaler.scale(found.pop("objective")).backward()
+            for name, value in found.items():
+                losses[name] = losses[name] + value if name in losses else value
+        return losses
+
+    def _cache(
+        self, parts: list[Inputs], total: int, weights: Mapping[str, float]
+    ) -> tuple[dict[str, torch.Tensor], list[Contrasted]]:
+        """The batch losses over all parts of all processes, and their gradient at the rows of each part of ours."""
+        rewind, rows = self._what_a_forward_changes(), []
+        with torch.no_grad():
+            for part in parts:
+                with self._autocast():
+                    rows.append(self.model.contrasted(self.model.represent(*part)))
+            whole = [gather_rows(torch.cat(columns), total).requires_grad_() for columns in zip(*rows, strict=True)]
+        rewind()
+        losses = self.model.batch_losses(Contrasted(*whole))
+        gradients = torch.autograd.grad(weighted(losses, weights), whole)
+        own = (world_size() * gradient[own_rows(total)] for gradient in gradients)
+        sizes = [len(part.image) for part in parts]
+        return {name: loss.detach() for name, loss in losses.items()}, [
+            Contrasted(*columns) for columns in zip(*(gradient.split(sizes) for gradient in own), strict=True)
+        ]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+
+    def _what_a_forward_changes(self) -> Callable[[], None]:
+        """A function that puts the batch-norm statistics back to what they are now."""
+        kept = [buffer.clone() for buffer in self.model.buffers()]
+
+        def rewind() -> None:
+            for buffer, value in zip(self.model.buffers(), kept, strict=True):
+                buffer.copy_(value)
+
+        return rewind
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises RuntimeError, ValueError or KeyError where the state is not of this model and optimizer."""
+        weight_decay = self.optimizer.param_groups[0]["weight_decay"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for group in self.optimizer.param_groups:  # the command line's, which --force may have changed
+            group["weight_decay"] = weight_decay
+
+
+def with_sync_bn(model: JointSlotModel, device: torch.device) -> JointSlotModel:
+    """The model with batch norm over the rows of all processes. UserError on CPUs, where PyTorch has none."""
+    if device.type != "cuda":
+        raise UserError("--sync_bn: PyTorch synchronises batch norm on CUDA devices only")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -1,0 +1,142 @@
+"""Gradients of one global batch, in parts and over processes, are those of one process that holds all of it."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import distributed
+from distributed import average, gather_in_order, own_rows, own_share, shares
+from model_slot import JointSlotModel, TokenMasks
+from optimisation import Inputs, Optimisation
+
+PAIRS = 10  # not a multiple of 3 processes, nor of parts of 4
+WEIGHTS = {"info_nce": 1.0, "reconstruction": 0.1, "slot_divergence": 0.1, "attention_matching": 100.0}
+CPU = torch.device("cpu")
+
+
+def gradients(micro_batch=None, pairs=PAIRS, reciprocal_k=3, frozen=True, weights=WEIGHTS):
+    """Losses and gradients in float64 of this process's rows of a batch that NumPy determines; masks are on."""
+    torch.manual_seed(0)
+    model = JointSlotModel("small", 16, 2, 3, 64, 0.8, mask_ratio=0.3, reciprocal_k=reciprocal_k).double().train()
+    if frozen:
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+    rng = np.random.default_rng(0)
+    image = torch.from_numpy(rng.standard_normal((pairs, 3, 64, 64)))
+    spectrogram = torch.from_numpy(rng.standard_normal((pairs, 1, 257, 81)))
+    masks, rows = model.draw_masks(pairs), own_rows(pairs)
+    inputs = Inputs(image[rows], spectrogram[rows], TokenMasks(*(mask[rows] for mask in masks)))
+    all_weights = all(weights.values())
+    optimisation = Optimisation(model, CPU, 1e-3, micro_batch=micro_batch, all_weights=all_weights)
+    losses = optimisation.backward(inputs, pairs, weights)
+    names = sorted(losses)
+    values = average(torch.stack([losses[name] for name in names]))
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return dict(zip(names, values.tolist(), strict=True)), found
+
+
+def work(rank, world, store, make, results):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    torch.save(make(), f"{results}_{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_processes(world, make, folder):
+    """What `make` returns on each of so many processes."""
+    mp.spawn(work, (world, folder / "store", make, folder / "result"), world)
+    return [torch.load(f"{folder / 'result'}_{rank}", weights_only=True) for rank in range(world)]
+
+
+def assert_same(found, expected):
+    losses, grads = expected
+    assert found[0] == pytest.approx(losses, rel=1e-12)
+    assert found[1].keys() == grads.keys()
+    largest = max(grad.abs().max() for grad in grads.values())
+    assert largest > 0.1
+    for name, grad in grads.items():
+        assert (found[1][name] - grad).abs().max() <= 1e-9 * largest, name
+
+
+def in_parts_of_two():
+    return gradients(micro_batch=2)
+
+
+def without_reconstruction():
+    return gradients(weights=WEIGHTS | {"reconstruction": 0.0})
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 5])
+def test_parts_of_a_batch_give_the_gradients_of_the_whole(micro_batch):
+    assert_same(gradients(micro_batch), gradients())
+
+
+def test_the_reference_leaves_false_negatives_out_and_feels_the_whole_batch():
+    """Else the equalities here would hold for losses that never look beyond a part."""
+    losses, _ = gradients()
+    assert abs(losses["info_nce"] - gradients(reciprocal_k=0)[0]["info_nce"]) > 1e-3
+    assert abs(losses["info_nce"] - gradients(pairs=5)[0]["info_nce"]) > 1e-3
+
+
+def test_parts_normalise_by_themselves_in_training_mode():
+    """The difference that the documentation speaks of: batch norm in training mode sees a part."""
+    whole, parts = gradients(frozen=False), gradients(micro_batch=5, frozen=False)
+    assert abs(whole[0]["reconstruction"] - parts[0]["reconstruction"]) > 1e-6
+
+
+@pytest.mark.parametrize("world, make", [(2, gradients), (3, gradients), (2, in_parts_of_two)])
+def test_several_processes_give_the_gradients_of_one(world, make, tmp_path):
+    expected = gradients()
+    for found in on_processes(world, make, tmp_path):
+        assert_same(found, expected)
+
+
+def test_weights_without_a_gradient_have_none_on_several_processes_either(tmp_path):
+    expected = without_reconstruction()
+    assert not any(name.startswith("img_decoder") for name in expected[1])
+    for found in on_processes(2, without_reconstruction, tmp_path):
+        assert_same(found, expected)
+
+
+def shared_items():
+    items = [f"item {i}" for i in range(7)]
+    return list(gather_in_order(iter(own_share(items)), len(items)))
+
+
+def test_shared_items_come_back_once_each_and_in_order(tmp_path):
+    first, second, third = on_processes(3, shared_items, tmp_path)
+    assert first == [f"item {i}" for i in range(7)] == shared_items()
+    assert second == third == []
+
+
+@pytest.mark.parametrize("total, world", [(256, 3), (7, 2), (8, 4), (2, 2)])
+def test_rows_are_shared_without_overlap_or_gap(total, world, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    rows = []
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        rows += range(total)[own_rows(total)]
+    assert rows == list(range(total)) and max(shares(total)) - min(shares(total)) <= 1
+
+
+def test_a_step_leaves_the_statistics_of_one_pass_not_of_two():
+    """The first pass over the parts, which caches, must not move the running statistics."""
+    torch.manual_seed(0)
+    model = JointSlotModel("small", 16, 2, 3, 64, 0.8, reciprocal_k=0).train()
+    inputs = Inputs(torch.randn(4, 3, 64, 64), torch.randn(4, 1, 257, 81), model.draw_masks(4))
+    Optimisation(model, CPU, 1e-3, micro_batch=2).step(inputs, 4, WEIGHTS, 1.0)
+    counts = {int(value) for name, value in model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert counts == {2}
+
+
+def test_nobody_is_launched_without_torchrun(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK"):  # some schedulers set them for every job
+        monkeypatch.setitem(os.environ, name, "1")
+    assert not distributed.launched() and distributed.is_main()
+    assert distributed.own_device("cpu") == CPU
