@@ -1,14 +1,17 @@
 """Speed against the way the released code works, as ratios within one run.
 
-    python benchmark.py input|eval
+    python benchmark.py step|input|eval|scaling|all
 
 The baselines below stay as the released code does the work; each is timed in alternation with ours, and medians are
 compared. After the table comes one JSON object per figure: name, value, baseline, ratio (baseline / value), unit.
+Where nothing of the released code compares, the baseline is what the name says, or null.
 """
 
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -21,18 +24,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as torchvision_v1
 from tqdm import tqdm
 
 from annotations import GroundTruth, box_map
-from audio_io import SAMPLE_RATE, load_audio, num_samples, power_spectrogram
+from audio_io import SAMPLE_RATE, load_audio, num_frames, num_samples, power_spectrogram
 from dataset import Pair, Sample, TrainingPairs, make_loader
+from distributed import own_rows
 from evaluation import enlarge, evaluate_stored, in_parts
 from metrics import area_under_curve, consensus_iou, region_fixed, success_rate
-from model_slot import JointSlotModel
+from model_slot import JointSlotModel, TokenMasks
+from optimisation import Inputs, Optimisation, choose_amp, loss_weights
 from scores import RESAMPLES
 from stored_maps import StoredMaps
-from utils import ArgumentParser, bf16_is_fast, number, provenance, run_cli, strict_json
+from utils import ArgumentParser, bf16_is_fast, number, peak_memory_gib, provenance, run_cli, strict_json
 
 ALPHA = 0.6
 SIX_MAPS = ("AUD", "IMG_QUERY", "OBJ_PRIOR", "IQR", "OGL", "IQR_OGL")
@@ -40,6 +46,7 @@ VGGSS_PAIRS = 5158
 BATCH = 64
 IMAGE_SIZE, AUDIO_SECONDS = 224, 5.0
 INPUT_FILES = 32  # different pictures and sounds
+LOSS_WEIGHTS = loss_weights(0, 0, 0.1, 0.1, 100.0)
 TRAIN_BATCH, TRAIN_WORKERS = 32, 2
 
 
@@ -73,6 +80,138 @@ def alternate(
         for _ in tqdm(range(rounds), "timing", leave=False, disable=None)
     ]
     return median(pair[0] for pair in pairs), median(pair[1] for pair in pairs)
+
+
+def apart(work: Callable, *arguments) -> object:
+    """work(*arguments) in a process of its own, whose peak memory is that of the work."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+# ---------------------------------------------------------------- step
+
+
+def random_inputs(model: JointSlotModel, batch: int) -> Inputs:
+    """Pictures and spectrograms of the full size, on the CPU."""
+    image = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE).contiguous(memory_format=torch.channels_last)
+    return Inputs(image, torch.randn(batch, 1, 257, num_frames(AUDIO_SECONDS)), model.draw_masks(batch))
+
+
+def full_model() -> JointSlotModel:
+    torch.manual_seed(0)
+    return JointSlotModel(image_size=IMAGE_SIZE, audio_seconds=AUDIO_SECONDS).train()
+
+
+def our_step(batch: int, micro_batch: int | None = None) -> Callable[[], object]:
+    """A step of the full-size model with everything as train_slot.py does it on this CPU, ready to be taken again."""
+    device = torch.device("cpu")
+    model = full_model().to(memory_format=torch.channels_last)
+    optimisation = Optimisation(model, device, 5e-5, amp=choose_amp("auto", device), micro_batch=micro_batch)
+    inputs = random_inputs(model, batch)
+    inputs = Inputs(*(x[own_rows(batch)] for x in inputs[:2]), TokenMasks(*(x[own_rows(batch)] for x in inputs.masks)))
+    return lambda: optimisation.step(inputs, batch, LOSS_WEIGHTS, 1.0)
+
+
+def released_step(batch: int) -> Callable[[], object]:
+    """The same step as the released code takes it: fp32, contiguous."""
+    model = full_model()
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-5)
+    image, spectrogram, _ = random_inputs(model, batch)
+    image = image.contiguous()
+
+    def step() -> None:
+        losses = model(image, spectrogram)
+        loss = sum(weight * losses[name] for name, weight in LOSS_WEIGHTS.items())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def slots_and_losses(batch: int) -> Callable[[], object]:
+    """What a step does beside the encoders, forward and backward."""
+    model = full_model()
+    with torch.no_grad():
+        tokens = [x.detach().requires_grad_() for x in model.encode(*random_inputs(model, batch)[:2])]
+    masks = model.draw_masks(batch)
+
+    def run() -> None:
+        pairs = model.represent_tokens(*tokens, masks)
+        losses = model.batch_losses(model.contrasted(pairs)) | model.pair_losses(pairs)
+        sum(weight * losses[name] for name, weight in LOSS_WEIGHTS.items()).backward()
+
+    return run
+
+
+def memory_of(make_step: Callable, *arguments) -> float:
+    """GiB that this process has held at most after two steps."""
+    step = make_step(*arguments)
+    step(), step()
+    return peak_memory_gib(torch.device("cpu"))
+
+
+def limit_of_this_machine(dtype: torch.dtype) -> float:
+    """FLOP per second of the best of 5 products of 4096 x 4096 matrices."""
+    a, b = (torch.randn(4096, 4096).to(dtype) for _ in range(2))
+    return 2 * 4096**3 / min(seconds(lambda: a @ b, time.perf_counter) for _ in range(5))
+
+
+def bench_step(rounds: int, batch: int) -> Iterator[Timing]:
+    ours, baseline, rest = our_step(batch), released_step(batch), slots_and_losses(batch)
+    with FlopCounterMode(display=False) as counter:
+        baseline()
+    spent, released = alternate(ours, baseline, rounds)
+    yield Timing(f"step: full size, batch {batch}", spent, released, "s")
+    limit = limit_of_this_machine(choose_amp("auto", torch.device("cpu")) or torch.float32)
+    share = counter.get_total_flops() / spent / limit
+    yield Timing(f"step: share of this machine's {limit / 1e9:.0f} GFLOP/s", 100 * share, None, "%")
+    beside, _ = alternate(rest, lambda: None, rounds)
+    yield Timing("step: slots and losses, share of the step", 100 * beside / spent, None, "%")
+    del ours, baseline, rest
+    memory = [apart(memory_of, make, batch) for make in (our_step, released_step)]
+    yield Timing("step: peak memory", *memory, "GiB")
+
+
+# ---------------------------------------------------------------- scaling
+
+
+def time_of_step(batch: int, micro_batch: int | None, rounds: int) -> tuple[float, float]:
+    """Median seconds of a step after an untimed one, and the peak memory in GiB."""
+    step = our_step(batch, micro_batch)
+    step()
+    return median(seconds(step, time.perf_counter) for _ in range(rounds)), peak_memory_gib(torch.device("cpu"))
+
+
+def time_in_process(rank: int, world: int, threads: int, store: str, batch: int, rounds: int) -> None:
+    """One of so many processes that take the step together; the first one writes the median seconds."""
+    torch.set_num_threads(threads)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    spent, _ = time_of_step(batch, None, rounds)
+    if rank == 0:
+        Path(store).with_name("seconds").write_text(str(spent))
+    torch.distributed.destroy_process_group()
+
+
+def time_of_processes(world: int, batch: int, rounds: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        threads = max(1, torch.get_num_threads() // world)
+        arguments = (world, threads, f"{folder}/store", batch, rounds)
+        torch.multiprocessing.spawn(time_in_process, arguments, world)
+        return float((Path(folder) / "seconds").read_text())
+
+
+def bench_scaling(rounds: int, sizes: Sequence[int], micro_batch: int) -> Iterator[Timing]:
+    baseline = None
+    for batch, part in [*((size, None) for size in sizes), (sizes[-1], micro_batch)]:
+        spent, memory = apart(time_of_step, batch, part, rounds)
+        name = f"scaling: batch {batch}" + (f" in parts of {part}" if part else "")
+        baseline = baseline or 1000 * spent / batch
+        yield Timing(f"{name}, per pair (baseline: batch {sizes[0]})", 1000 * spent / batch, baseline, "ms")
+        yield Timing(f"{name}, peak memory", memory, None, "GiB")
+    one, two = (time_of_processes(world, sizes[1], rounds) for world in (1, 2))
+    yield Timing(f"scaling: 2 processes, global batch {sizes[1]} (baseline: 1 process)", two, one, "s")
 
 
 # ---------------------------------------------------------------- input
@@ -297,21 +436,28 @@ def bench_eval(rounds: int, pairs: int) -> Iterator[Timing]:
 
 def main() -> None:
     parser = ArgumentParser(description="Time our way against the released code's.")
-    parser.add_argument("what", choices=("input", "eval"), help="what is timed")
+    parser.add_argument("what", choices=("step", "input", "eval", "scaling", "all"), help="what is timed")
     parser.add_argument("--rounds", type=number(int, low=1), default=5, help="alternating pairs of timings")
     parser.add_argument("--pairs", type=number(int, low=2), default=VGGSS_PAIRS, help="samples of the stored set")
     parser.add_argument("--train_pairs", type=number(int, low=2), default=256, help="pairs of a training epoch")
+    parser.add_argument("--batch_size", type=number(int, low=2), default=32, help="of the step that is timed")
+    parser.add_argument(
+        "--batch_sizes", type=number(int, low=2), nargs="+", default=[16, 32, 64, 128, 256], help="of scaling"
+    )
     args = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in provenance().items()) + f", {torch.get_num_threads()} threads")
     benches = {
+        "step": lambda: bench_step(args.rounds, args.batch_size),
         "input": lambda: bench_input(args.rounds, args.train_pairs),
         "eval": lambda: bench_eval(args.rounds, args.pairs),
+        "scaling": lambda: bench_scaling(min(args.rounds, 2), args.batch_sizes, args.batch_size),
     }
-    lines = [timing.line() for timing in benches[args.what]()]
-    print(f"\n{'':62} {'ours':>10} {'released':>10} {'ratio':>7}")
+    chosen = benches if args.what == "all" else [args.what]
+    lines = [timing.line() for name in chosen for timing in benches[name]()]
+    print(f"\n{'':72} {'ours':>11} {'released':>10} {'ratio':>7}")
     for line in lines:
         baseline, ratio = (f"{line[key]:.3g}" if line[key] is not None else "-" for key in ("baseline", "ratio"))
-        print(f"{line['name']:62} {line['value']:>7.3g} {line['unit']:2} {baseline:>10} {ratio:>7}")
+        print(f"{line['name']:72} {line['value']:>7.3g} {line['unit']:3} {baseline:>10} {ratio:>7}")
     print()
     for line in lines:
         print(strict_json(line))

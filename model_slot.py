@@ -362,10 +362,15 @@ class JointSlotModel(nn.Module):
 
     def represent(self, image: torch.Tensor, spectrogram: torch.Tensor, masks: TokenMasks | None = None) -> Represented:
         """Pictures and spectrograms -> slots of both. Tokens are masked in training mode only; None draws the masks."""
-        image_tokens, audio_tokens = self.encode(image, spectrogram)
+        return self.represent_tokens(*self.encode(image, spectrogram), masks)
+
+    def represent_tokens(
+        self, image_tokens: torch.Tensor, audio_tokens: torch.Tensor, masks: TokenMasks | None = None
+    ) -> Represented:
+        """The same from the encoders' tokens, (B, N, D) and (B, T, D)."""
         seen, heard = image_tokens, audio_tokens
         if self.training and self.mask_ratio:
-            masks = masks or self.draw_masks(len(image), (seen.shape[1], heard.shape[1]))
+            masks = masks or self.draw_masks(len(seen), (seen.shape[1], heard.shape[1]))
             seen = self.slot_attn.mask_tokens("img", seen, masks.image.to(seen.device))
             heard = self.slot_attn.mask_tokens("aud", heard, masks.audio.to(heard.device))
         return Represented(self.slot_attn("img", seen), self.slot_attn("aud", heard), image_tokens, audio_tokens)

@@ -42,3 +42,23 @@ def test_the_input_figures_are_costs_of_both_pipelines(cli, monkeypatch):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [line["unit"] for line in lines] == ["ms", "ms"] and all(line["baseline"] > 0 for line in lines)
+
+
+def test_a_step_is_timed_against_the_same_work(cli, monkeypatch):
+    """Both take the losses and the gradient of one batch; the figures come in the order of the table."""
+    monkeypatch.setattr(benchmark, "apart", lambda work, *arguments: work(*arguments))
+    done = cli("benchmark", "step", "--rounds", "1", "--batch_size", "2")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["unit"] for line in lines] == ["s", "%", "%", "GiB"]
+    assert 0 < lines[1]["value"] < 100 and 0 < lines[2]["value"] < 100 and lines[0]["baseline"] > 0
+
+
+@pytest.mark.slow
+def test_scaling_speaks_of_every_size_of_parts_and_of_processes(cli):
+    done = cli("benchmark", "scaling", "--rounds", "1", "--batch_sizes", "2", "4", "--batch_size", "2")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    names = " ".join(line["name"] for line in lines)
+    assert len(lines) == 7 and all(line["value"] > 0 for line in lines)
+    assert "batch 4 in parts of 2" in names and "2 processes" in names

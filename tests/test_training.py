@@ -23,7 +23,7 @@ from utils import UserError, load_checkpoint, save_checkpoint
 EVERYTHING = [  # two loader workers, strong augmentation, token masks, false negatives; ten steps an epoch
     "--batch_size", "7", "--epochs", "4", "--num_workers", "2", "--augment", "hard", "--mask_ratio", "0.3",
     "--reciprocal_k", "2", "--lr_schedule", "cosine", "--lr_warmup", "0.1", "--testset", "synthetic",
-    "--save_every_steps", "3",
+    "--save_every_steps", "3", "--eval_every", "2",
 ]  # fmt: skip
 
 
