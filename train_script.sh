@@ -8,9 +8,10 @@
 #   GPU       number of a CUDA device, or cpu
 #   NAME      folder below checkpoints/ (default: TRAINSET)
 #
+#   PROCESSES=4                                                             so many on this machine, one GPU each
 #   ABLATION=no_match|no_div|no_recon|no_false_negatives|no_mask|one_slot   leaves one part of the method out
 #   SEEDS="0 1 2"                                                           one training each
-# They end the folder's name, NAME_no_match_seed1; one table of all, differences to the first:
+# The last two end the folder's name, NAME_no_match_seed1; one table of all, differences to the first:
 #   python test_model.py --compare checkpoints/NAME_seed*/results/SET/results.json checkpoints/NAME_{no,one}_*/results/SET/results.json
 #
 # Nobody edits this file to say where data lie: set these variables, in your shell or in front of the command.
@@ -25,7 +26,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 if [ $# -lt 3 ]; then
-    sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 trainset=$1 testset=$2 gpu=$3
@@ -79,8 +80,10 @@ fi
 name=$name${ABLATION:+_$ABLATION}
 
 # A training ends by printing the test_model.py command for what it made.
+command=("$python")
+if [ -n "${PROCESSES:-}" ]; then command+=(-m torch.distributed.run --standalone --nproc_per_node "$PROCESSES"); fi
 train() {
-    "$python" train_slot.py --trainset "$trainset" --testset "$testset" --gpu "$gpu" "${recipe[@]}" "$@"
+    "${command[@]}" train_slot.py --trainset "$trainset" --testset "$testset" --gpu "$gpu" "${recipe[@]}" "$@"
 }
 if [ -z "${SEEDS:-}" ]; then
     train --experiment_name "$name" "$@"

@@ -311,6 +311,11 @@ def test_ablations_and_seeds_are_one_training_each_under_a_name_of_its_own():
     assert wrong.returncode == 2 and "no_false_negatives" in wrong.stderr and not wrong.stdout
 
 
+def test_several_processes_are_started_by_torchrun():
+    words = shell("synthetic", "synthetic", "cpu", PROCESSES="2").stdout.split()
+    assert words[:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_slot.py"]
+
+
 @pytest.mark.parametrize(
     "ablation, name, value",
     [
