@@ -32,11 +32,12 @@ from annotations import GroundTruth, box_map
 from audio_io import SAMPLE_RATE, load_audio, num_frames, num_samples, power_spectrogram
 from dataset import Pair, Sample, TrainingPairs, make_loader
 from distributed import own_rows
-from evaluation import enlarge, evaluate_stored, in_parts
+from evaluation import evaluate_stored
 from metrics import area_under_curve, consensus_iou, region_fixed, success_rate
 from model_slot import JointSlotModel, TokenMasks
 from optimisation import Inputs, Optimisation, choose_amp, loss_weights
 from scores import RESAMPLES
+from set_scores import enlarge, in_parts
 from stored_maps import StoredMaps
 from utils import ArgumentParser, bf16_is_fast, number, peak_memory_gib, provenance, run_cli, strict_json
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from annotations import GroundTruth, read_ids
 from dataset import Pair
-from evaluation import Evaluation, ScoredBatch
+from evaluation import Evaluation
 from metrics import MAP_SIZE
+from set_scores import ScoredBatch
 from transforms import load_image
 from utils import as_user_error, provenance, write_json, write_text
 from visualize import contact_sheet, sample_panel

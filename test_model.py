@@ -19,13 +19,14 @@ from comparison import compare
 from dataset import TRAIN_SETS, EvaluationPairs, TrainingPairs, select_training_pairs
 from diagnose import diagnose
 from distributed import is_main, launched, own_device, process_group
-from evaluation import Evaluation, OnBatch, ScoredBatch, evaluate, evaluate_stored, match_ids
+from evaluation import Evaluation, OnBatch, evaluate, evaluate_stored, match_ids
 from html_report import Gallery
 from metrics import MAP_SIZE
 from model_slot import JointSlotModel
 from report import Drawer, describe_checkpoint, pictures_of, publish, trained_with, training_overlap
 from resnet import ObjectSaliency
 from scores import RESAMPLES
+from set_scores import ScoredBatch
 from stored_maps import MapWriter, StoredMaps
 from test_sets import add_test_set_flags, build_ground_truths, build_test_sets
 from utils import (

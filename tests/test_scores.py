@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import metrics
 import scores
 from annotations import GroundTruth
-from evaluation import SetScores
 from metrics import normalize_maps, upsample_maps
 from scores import Figure, Table, figures_of, map_columns
+from set_scores import SetScores
 
 SEEDS = st.integers(0, 2**32 - 1)
 few = settings(max_examples=20, deadline=None)
