@@ -203,16 +203,16 @@ def time_of_processes(world: int, batch: int, rounds: int) -> float:
         return float((Path(folder) / "seconds").read_text())
 
 
-def bench_scaling(rounds: int, sizes: Sequence[int], micro_batch: int) -> Iterator[Timing]:
+def bench_scaling(rounds: int, sizes: Sequence[int], part_size: int) -> Iterator[Timing]:
     baseline = None
-    for batch, part in [*((size, None) for size in sizes), (sizes[-1], micro_batch)]:
+    for batch, part in [*((size, None) for size in sizes), (sizes[-1], part_size)]:
         spent, memory = apart(time_of_step, batch, part, rounds)
         name = f"scaling: batch {batch}" + (f" in parts of {part}" if part else "")
         baseline = baseline or 1000 * spent / batch
         yield Timing(f"{name}, per pair (baseline: batch {sizes[0]})", 1000 * spent / batch, baseline, "ms")
         yield Timing(f"{name}, peak memory", memory, None, "GiB")
-    one, two = (time_of_processes(world, sizes[1], rounds) for world in (1, 2))
-    yield Timing(f"scaling: 2 processes, global batch {sizes[1]} (baseline: 1 process)", two, one, "s")
+    one, two = (time_of_processes(world, part_size, rounds) for world in (1, 2))
+    yield Timing(f"scaling: 2 processes, global batch {part_size} (baseline: 1 process)", two, one, "s")
 
 
 # ---------------------------------------------------------------- input
@@ -438,10 +438,17 @@ def bench_eval(rounds: int, pairs: int) -> Iterator[Timing]:
 def main() -> None:
     parser = ArgumentParser(description="Time our way against the released code's.")
     parser.add_argument("what", choices=("step", "input", "eval", "scaling", "all"), help="what is timed")
-    parser.add_argument("--rounds", type=number(int, low=1), default=5, help="alternating pairs of timings")
+    parser.add_argument(
+        "--rounds", type=number(int, low=1), default=5, help="alternating pairs of timings (scaling: 2 steps at most)"
+    )
     parser.add_argument("--pairs", type=number(int, low=2), default=VGGSS_PAIRS, help="samples of the stored set")
     parser.add_argument("--train_pairs", type=number(int, low=2), default=256, help="pairs of a training epoch")
-    parser.add_argument("--batch_size", type=number(int, low=2), default=32, help="of the step that is timed")
+    parser.add_argument(
+        "--batch_size",
+        type=number(int, low=2),
+        default=32,
+        help="of the step that is timed; in scaling of parts and processes",
+    )
     parser.add_argument(
         "--batch_sizes", type=number(int, low=2), nargs="+", default=[16, 32, 64, 128, 256], help="of scaling"
     )

@@ -22,14 +22,12 @@ def launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def restarted() -> bool:
-    """Whether torchrun started this process in the place of one that died (--max-restarts)."""
-    return launched() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-
-
 def own_device(gpu: str) -> torch.device:
     """ "cpu" or the number of a CUDA device -> device; under torchrun each process takes that of its own number."""
-    return pick_device(os.environ["LOCAL_RANK"] if launched() and gpu != "cpu" else gpu)
+    device = pick_device(os.environ["LOCAL_RANK"] if launched() and gpu != "cpu" else gpu)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else pinned memory and collectives open every process's context on device 0
+    return device
 
 
 def world_size() -> int:
@@ -109,7 +107,7 @@ def gather_rows(rows: torch.Tensor, total: int) -> torch.Tensor:
 
 
 def average(values: torch.Tensor) -> torch.Tensor:
-    """Mean over the processes of a tensor that each of them holds."""
+    """Mean over the processes of a tensor that each of them holds, and that may be changed."""
     if world_size() > 1:
         dist.all_reduce(values)
         values = values / world_size()

@@ -216,18 +216,22 @@ def embed_set(
 
     Several processes share the batches; the first one returns the slots, the others None.
     """
+
+    def targets(image: torch.Tensor, spectrogram: torch.Tensor) -> list[torch.Tensor]:
+        return [slots[:, TARGET].cpu() for slots in model.embed(image, spectrogram)]
+
     batches = in_order(len(dataset), batch_size)
     loader = make_loader(dataset, batch_size, workers, own_share(batches))
     was_training = model.training
     model.eval()
     try:
-        own = (list(on_device(model.embed, device, batch.image, batch.spectrogram)) for batch in loader)
+        own = (list(on_device(targets, device, batch.image, batch.spectrogram)) for batch in loader)
         found = [part for parts in gather_in_order(own, len(batches)) for part in parts]
     finally:
         model.train(was_training)
     if not is_main():
         return None
-    return tuple(torch.cat([slots[:, TARGET].cpu() for slots in side]) for side in zip(*found, strict=True))
+    return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
 # ---------------------------------------------------------------- anyone's maps

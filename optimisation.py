@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed import average, gather_rows, own_rows, world_size
+from distributed import average, gather_rows, own_rows, shares, world_size
 from model_slot import Contrasted, JointSlotModel, TokenMasks
 from utils import UserError, bf16_is_fast
 
@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
 
 
 class NotFinite(Exception):
-    """The loss or the gradient of a step is not finite; weights, statistics and generators are those before it."""
+    """The loss or the gradient of a step is not finite; weights and batch-norm statistics are those before it."""
 
 
 # ---------------------------------------------------------------- schedules
@@ -138,13 +138,17 @@ class Optimisation:
         if world_size() > 1:
             devices = [device.index] if device.type == "cuda" else None
             self.objective = DistributedDataParallel(
-                self.objective, device_ids=devices, find_unused_parameters=not all_weights
+                self.objective,
+                device_ids=devices,
+                find_unused_parameters=not all_weights,
+                broadcast_buffers=False,
             )
 
     def step(self, inputs: Inputs, total: int, weights: Mapping[str, float], lr_factor: float) -> dict[str, float]:
-        """One step on a batch of `total` pairs -> its losses by name, their weighted sum `loss`, and `grad_norm`.
+        """One step on a batch of `total` pairs -> its losses by name, `loss`, `grad_norm`, `skipped_steps`.
 
-        Raises NotFinite, on every process alike.
+        The fp16 scaler leaves out a step whose scaled gradient overflows, which counts as skipped and has no norm.
+        Raises NotFinite, on every process alike, also when no scale above 1 helps.
         """
         before = self._what_a_forward_changes()
         for group in self.optimizer.param_groups:
@@ -155,21 +159,21 @@ class Optimisation:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or math.inf)
         figures = losses | {"loss": weighted(losses, weights)}
         values = dict(zip(figures, average(torch.stack([*figures.values()])).tolist(), strict=True))
-        values["grad_norm"] = norm.item()
-        finite = math.isfinite(values["loss"]) and (math.isfinite(values["grad_norm"]) or self.scaler.is_enabled())
-        if not finite:
+        norm = norm.item()
+        overflow = self.scaler.is_enabled() and not math.isfinite(norm) and self.scaler.get_scale() > 1
+        if not (math.isfinite(values["loss"]) and (math.isfinite(norm) or overflow)):
             before()
-            raise NotFinite(", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-        self.scaler.step(self.optimizer)  # leaves out a step whose fp16 gradient overflows
+            raise NotFinite(", ".join(f"{name} {value:.4g}" for name, value in {**values, "grad_norm": norm}.items()))
+        self.scaler.step(self.optimizer)
         self.scaler.update()
-        return values
+        return values | {"grad_norm": 0.0 if overflow else norm, "skipped_steps": float(overflow)}
 
     def backward(self, inputs: Inputs, total: int, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
         """Add the batch's gradients to the weights' and return its losses, of which the mean over processes counts."""
-        parts = list(inputs.parts(self.micro_batch or len(inputs.image)))
         losses: dict[str, torch.Tensor] = {}
-        caches: list[Contrasted | None] = [None]
-        if len(parts) > 1:
+        parts, caches = [inputs], [None]
+        if self.micro_batch and self.micro_batch < max(shares(total)):  # on all processes or on none
+            parts = list(inputs.parts(self.micro_batch))
             losses, caches = self._cache(parts, total, weights)
         for part, cached in zip(parts, caches, strict=True):
             more_to_come = world_size() > 1 and part is not parts[-1]
@@ -225,7 +229,8 @@ class Optimisation:
         weight_decay = self.optimizer.param_groups[0]["weight_decay"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         for group in self.optimizer.param_groups:  # the command line's, which --force may have changed
             group["weight_decay"] = weight_decay
 

@@ -18,7 +18,7 @@ from annotations import first_ids, read_ids
 from comparison import compare
 from dataset import TRAIN_SETS, EvaluationPairs, TrainingPairs, select_training_pairs
 from diagnose import diagnose
-from distributed import is_main, launched, own_device, process_group
+from distributed import anyone, is_main, launched, own_device, process_group
 from evaluation import Evaluation, OnBatch, evaluate, evaluate_stored, match_ids
 from html_report import Gallery
 from metrics import MAP_SIZE
@@ -140,6 +140,8 @@ def score_on(device: torch.device, args) -> None:
     state = load_checkpoint(path)
     test_sets = build_test_sets(args, model.shape["image_size"], model.shape["audio_seconds"])
     saliency = load_saliency(args.imagenet_weights, device)
+    if anyone(saliency is None, device):  # a download that failed for one process leaves the prior out for all
+        saliency = None
     infer_sharpening = args.infer_sharpening or trained_with(state).get("infer_sharpening") or 0.1
     out_dir = make_out_dir(args, path.parent / ("results" if args.experiment_name else f"{path.stem}_results"))
     for name, dataset in test_sets.items():

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from dataset import TRAIN_SETS, TrainingPairs, hold_out, select_training_pairs
-from distributed import own_device, process_group, restarted, world_size
+from distributed import own_device, process_group, world_size
 from inspection import overlap_with_tests, undecodable
 from model_slot import JointSlotModel
 from optimisation import LR_DECAY, with_sync_bn
 from resnet import RECIPES, load_imagenet_weights
+from resuming import goes_on
 from test_sets import ALL_SETS, add_test_set_flags, build_test_sets, parse_testsets
 from training import Run, TrainingData
 from utils import ArgumentParser, UserError, as_user_error, number, provenance, run_cli, seed_everything
@@ -48,25 +49,8 @@ def add_method_flags(parser: ArgumentParser) -> None:
     )
 
 
-def parse_args():
-    parser = ArgumentParser(description="Train joint slot attention on unlabelled image-audio pairs.")
-    group = parser.add_argument_group("training data")
-    group.add_argument(
-        "--trainset", choices=sorted(TRAIN_SETS), default="synthetic", help="row of the table in dataset.py"
-    )
-    group.add_argument("--train_data_path", help="root of the training data (default: the set's environment variable)")
-    group.add_argument("--train_list", help="list of training ids in the place of the set's own")
-    group.add_argument("--val_list", help="list of held-out ids that choose best.pth")
-    group.add_argument(
-        "--val_fraction", type=number(float, low=0, high=0.5), default=0.02, help="held out without a list"
-    )
-    group.add_argument(
-        "--augment", choices=("hard", "plain"), default="hard", help="hard: the paper's; plain: crop, flip"
-    )
-    group.add_argument("--num_workers", type=number(int, low=0), default=2, help="loader processes")
-    group.add_argument("--exclude_test_overlap", action="store_true", help="do not train on ids of known test lists")
-    add_test_set_flags(parser.add_argument_group("test data"), default=None)
-    add_method_flags(parser)
+def add_run_flags(parser: ArgumentParser) -> None:
+    """How the weights are found, and what a run keeps and shows."""
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=number(int, low=1), default=100, help="passes over the training pairs")
     group.add_argument("--batch_size", type=number(int, low=2), default=256, help="pairs per step, of all processes")
@@ -93,7 +77,7 @@ def parse_args():
         "--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="same seed, same numbers on a CPU"
     )
     group = parser.add_argument_group("run")
-    group.add_argument("--gpu", default="0", help="number of a CUDA device, or cpu")
+    group.add_argument("--gpu", default="0", help="number of a CUDA device, or cpu; torchrun numbers them itself")
     group.add_argument("--model_dir", default="./checkpoints", help="folder of experiments")
     group.add_argument("--experiment_name", required=True, help="folder of this run below --model_dir")
     group.add_argument("--select", choices=("retrieval", "test"), default="retrieval", help="what chooses best.pth")
@@ -113,6 +97,28 @@ def parse_args():
     group.add_argument(
         "--dry_run", action="store_true", help="one batch, one step, one evaluation batch; writes nothing"
     )
+
+
+def parse_args():
+    parser = ArgumentParser(description="Train joint slot attention on unlabelled image-audio pairs.")
+    group = parser.add_argument_group("training data")
+    group.add_argument(
+        "--trainset", choices=sorted(TRAIN_SETS), default="synthetic", help="row of the table in dataset.py"
+    )
+    group.add_argument("--train_data_path", help="root of the training data (default: the set's environment variable)")
+    group.add_argument("--train_list", help="list of training ids in the place of the set's own")
+    group.add_argument("--val_list", help="list of held-out ids that choose best.pth")
+    group.add_argument(
+        "--val_fraction", type=number(float, low=0, high=0.5), default=0.02, help="held out without a list"
+    )
+    group.add_argument(
+        "--augment", choices=("hard", "plain"), default="hard", help="hard: the paper's; plain: crop, flip"
+    )
+    group.add_argument("--num_workers", type=number(int, low=0), default=2, help="loader processes, of each process")
+    group.add_argument("--exclude_test_overlap", action="store_true", help="do not train on ids of known test lists")
+    add_test_set_flags(parser.add_argument_group("test data"), default=None)
+    add_method_flags(parser)
+    add_run_flags(parser)
     return parser.parse_args()
 
 
@@ -200,16 +206,6 @@ def build_training_data(args) -> TrainingData:
     return TrainingData(*sets, counts, left_out)
 
 
-def check_folder(args) -> None:
-    """Nothing finished is replaced unless asked; a process that torchrun starts again goes on by itself."""
-    folder = Path(args.model_dir) / args.experiment_name
-    there = (folder / "latest.pth").exists()
-    if there and not (args.resume or args.overwrite or args.dry_run or restarted()):
-        raise UserError(f"{folder} holds a trained model: --resume goes on with it, --overwrite replaces it")
-    if args.resume and not there:
-        raise UserError(f"there is nothing to resume in {folder}: no latest.pth")
-
-
 def print_start(args, run: Run) -> None:
     for name, value in provenance().items():
         print(f"{name}: {value}")
@@ -245,7 +241,11 @@ def main() -> None:
     with process_group(device):
         if args.batch_size < world_size():
             raise UserError(f"--batch_size {args.batch_size} leaves some of {world_size()} processes without a pair")
-        check_folder(args)
+        if args.sync_bn and args.micro_batch and args.batch_size % world_size():
+            raise UserError(
+                f"--sync_bn with --micro_batch needs a --batch_size that {world_size()} processes share evenly"
+            )
+        resume = goes_on(Path(args.model_dir) / args.experiment_name, args)
         seed_everything(args.seed)
         data = build_training_data(args)
         model = build_model(args, device)
@@ -255,7 +255,7 @@ def main() -> None:
         if args.dry_run:
             run.dry_run()
             return
-        run.run()
+        run.run(resume)
         print(f"in {run.folder}: best.pth, latest.pth, log.jsonl, curves.png" + ", results/" * bool(test_sets))
         if test_sets:
             print(f"test it again, with a picture of every sample:\n  {test_command(args)}")

@@ -4,14 +4,10 @@ A run's place is (epochs finished, steps done in the epoch under way). All that 
 place, but for token masks, which PyTorch's CPU generator draws: its state lies in the checkpoint.
 """
 
-import hashlib
 import math
 import shutil
-import signal
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +15,14 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from dataset import EvaluationPairs, Pair, TrainingPairs, make_loader, training_batches
-from distributed import all_objects, anyone, copy_from_main, is_main, own_rows, restarted, wait_for_all, world_size
+from dataset import EvaluationPairs, TrainingPairs, make_loader, training_batches
+from distributed import all_objects, anyone, copy_from_main, hidden_bar, is_main, own_rows, wait_for_all, world_size
 from evaluation import embed_set, evaluate
 from inspection import count_undecodable
 from model_slot import JointSlotModel, TokenMasks
 from optimisation import Inputs, NotFinite, Optimisation, choose_amp, loss_weights, lr_factor
 from report import Drawer, describe_checkpoint, pictures_of, publish, training_overlap
+from resuming import LAUNCH, StopSignal, differences, fingerprint, launch_name
 from retrieval import retrieval_recall, retrieval_score
 from run_log import RunLog
 from scores import RESAMPLES
@@ -47,12 +44,11 @@ SELECTED_BY = {
     "test": "cIoU of IQR on test set {first}",
     "last": "last epoch (no pairs were held out)",
 }
-MAY_CHANGE = {  # when a run goes on; its other flags belong to it
-    "resume", "force", "dry_run", "overwrite", "gpu", "num_workers", "wandb", "eval_every", "save_every_steps",
-    "keep_every", "model_dir", "metadata", "train_data_path", "train_list", "val_list", "test_data_path",
-    "test_gt_path",
+UNAVERAGED = ("seconds", "waiting", "skipped_steps")  # among the sums of an epoch
+STATE = {
+    "model", "optimizer", "scaler", "args", "marks", "processes", "epoch", "step", "sums", "best", "lines", "wandb_run",
+    "random", "selected_by",
 }  # fmt: skip
-STATE = {"model", "optimizer", "scaler", "args", "data", "epoch", "step", "sums", "best", "lines", "random"}
 
 
 class TrainingData(NamedTuple):
@@ -60,51 +56,6 @@ class TrainingData(NamedTuple):
     held_out: TrainingPairs
     counts: dict[str, int]  # expected, left out, train, held_out
     left_out: dict[str, str]  # id: why
-
-
-# ---------------------------------------------------------------- going on
-
-
-def fingerprint(pairs: Sequence[Pair]) -> str:
-    """How many ids there are and which, in their order, wherever their files lie."""
-    return f"{len(pairs)} ids {hashlib.sha256('/'.join(pair.id for pair in pairs).encode()).hexdigest()[:12]}"
-
-
-def differences(state: Mapping[str, Any], args, data: Mapping[str, str]) -> list[str]:
-    """What the run that wrote a checkpoint had else than this one: flags that belong to a run, and ids."""
-    to_the_end = args.lr_schedule == "cosine" or args.lr_warmup
-    free = MAY_CHANGE | (set() if to_the_end else {"epochs"})
-    then, now = state["args"], vars(args)
-    flags = [
-        f"--{name} {then.get(name)} -> {now[name]}" for name in now if name not in free and then.get(name) != now[name]
-    ]
-    return flags + [
-        f"{name} {state['data'][name]} -> {data[name]}" for name in data if state["data"][name] != data[name]
-    ]
-
-
-class StopSignal:
-    """SIGTERM, as a scheduler sends it before it kills: `asked` turns True, or the run ends at once where it may."""
-
-    def __init__(self) -> None:
-        self.asked, self.at_once = False, True
-
-    @contextmanager
-    def listening(self):
-        before = signal.signal(signal.SIGTERM, self._ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-        if self.at_once:
-            self.leave()
-
-    def leave(self) -> None:
-        print("stopped by SIGTERM; what was finished is kept, and --resume goes on", flush=True)
-        sys.exit(0)
 
 
 # ---------------------------------------------------------------- the run
@@ -141,6 +92,7 @@ class Run:
         self.stop = StopSignal()
         self.log: RunLog | None = None  # of the first process, and of no dry run
         self.resumed: dict[str, Any] = {}  # what the log goes on from
+        self.selected_by = SELECTED_BY[self.select].format(first=self.first_set)
 
     # ------------------------------------------------------------ what is kept
 
@@ -149,7 +101,7 @@ class Run:
         return self.optimisation.state_dict() | {
             "model_config": self.model.config,
             "args": vars(self.args),
-            "data": self.data_marks(),
+            "marks": self.marks(),
             "processes": world_size(),
             "epoch": self.epoch,
             "step": self.step,
@@ -158,17 +110,17 @@ class Run:
             "lines": self.log.lines,
             "wandb_run": self.log.run_id,
             "random": random_states(),
-            "selected_by": SELECTED_BY[self.select].format(first=self.first_set),
+            "selected_by": self.selected_by,
         }
 
-    def data_marks(self) -> dict[str, str]:
-        return {
-            "training pairs": fingerprint(self.data.train.pairs),
-            "held-out pairs": fingerprint(self.data.held_out.pairs),
-        }
+    def marks(self) -> dict[str, str]:
+        """What the flags do not say of a run and yet belongs to it."""
+        pairs = {"training pairs": self.data.train.pairs, "held-out pairs": self.data.held_out.pairs}
+        return {name: fingerprint(ids) for name, ids in pairs.items()} | {"precision": str(self.optimisation.amp)}
 
     def save(self, *names: str) -> None:
-        if is_main():
+        """Write the state under these names; only the first process does, and no dry run."""
+        if self.log:
             state = self.state()
             for name in names:
                 save_checkpoint(self.folder / f"{name}.pth", state)
@@ -179,7 +131,7 @@ class Run:
         state = load_checkpoint(path)
         if not state.keys() >= STATE:
             raise UserError(f"{path} holds weights only, or is of another version, and cannot be resumed")
-        different = differences(state, self.args, self.data_marks())
+        different = differences(state, self.args, self.marks())
         listed = "; ".join(different)
         if different and not self.args.force:
             raise UserError(f"{path} was trained with other settings: {listed} (--force goes on with these)")
@@ -187,9 +139,12 @@ class Run:
             self.optimisation.load_state_dict(state)
         restore_random_states(state["random"])
         self.epoch, self.step, self.sums = state["epoch"], state["step"], state["sums"]
-        self.best, self.resumed = state["best"], {"lines": state["lines"], "run_id": state.get("wandb_run")}
+        self.best, self.resumed = state["best"], {"lines": state["lines"], "run_id": state["wandb_run"]}
         if different:
             self.step, self.sums = 0, {}
+            held_out = self.marks()["held-out pairs"]
+            if (state["selected_by"], state["marks"]["held-out pairs"]) != (self.selected_by, held_out):
+                self.best = -math.inf  # another measure: the old best says nothing about it
             print(f"--force: goes on with other settings, from the start of epoch {self.epoch + 1}: {listed}")
         if state["processes"] != world_size():
             print(f"{world_size()} processes go on with what {state['processes']} began: batches of batch norm differ")
@@ -206,6 +161,7 @@ class Run:
         reasons = "".join(f"{name}\t{why}\n" for name, why in self.data.left_out.items())
         if reasons:
             write_text(self.folder / "left_out.txt", reasons)
+        write_text(self.folder / LAUNCH, launch_name())
         write_text(self.folder / "train_ids.txt", "".join(f"{pair.id}\n" for pair in self.data.train.pairs))
 
     # ------------------------------------------------------------ one epoch
@@ -219,11 +175,11 @@ class Run:
         loader = make_loader(train, args.batch_size, args.num_workers, own)
         weights = loss_weights(self.epoch, args.warmup, args.lam1, args.lam2, args.lam3)
         self.model.train()
-        self.stop.at_once = False
-        title, hidden = f"epoch {self.epoch + 1}/{args.epochs}", None if is_main() else True
+        title = f"epoch {self.epoch + 1}/{args.epochs}"
+        look = {"leave": False, "unit": "batch", "disable": hidden_bar()}
         with (
             count_undecodable(train.pairs, args.num_workers),
-            tqdm(total=len(batches), initial=self.step, desc=title, leave=False, unit="batch", disable=hidden) as bar,
+            tqdm(total=len(batches), initial=self.step, desc=title, **look) as bar,
         ):
             clock = time.monotonic()
             for batch in loader:
@@ -235,9 +191,11 @@ class Run:
                 shown = {name: f"{self.sums[name] / self.step:.3g}" for name in ("loss", *weights)}
                 bar.set_postfix(shown | {"pairs/s": f"{self.speed()['pairs_per_second']:.0f}"}, refresh=False)
                 self.save_between_steps(len(batches))
-        self.stop.at_once = True
         copy_from_main(self.model.buffers())
-        sums = {name: value / self.step for name, value in self.sums.items() if name not in ("seconds", "waiting")}
+        sums = {name: value / self.step for name, value in self.sums.items() if name not in UNAVERAGED}
+        if self.sums["skipped_steps"]:
+            sums |= {"skipped_steps": self.sums["skipped_steps"]}
+            sums["grad_norm"] *= self.step / max(self.step - self.sums["skipped_steps"], 1)
         place = {"lr": args.lr * self.lr_factor(self.step - 1), "steps": self.step}
         return sums | place | self.speed() | {"memory_gib": peak_memory_gib(self.device)}
 
@@ -268,11 +226,11 @@ class Run:
         return lr_factor(done + step, self.steps_per_epoch, args.epochs, args.lr_schedule, args.lr_warmup)
 
     def count(self, figures: Mapping[str, float], waiting: float, seconds: float) -> None:
-        """Add a step to the sums of the epoch; one that the fp16 scaler leaves out has no gradient norm."""
+        """Add a step to the sums of the epoch."""
         lr = self.args.lr * self.lr_factor(self.step)
         self.step += 1
         for name, value in {**figures, "waiting": waiting, "seconds": seconds}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + (value if math.isfinite(value) else 0.0)
+            self.sums[name] = self.sums.get(name, 0.0) + value
         if self.log:
             speed = {"pairs_per_second": self.args.batch_size / seconds, "data_wait": waiting / seconds}
             measured = speed | {"lr": lr, "memory_gib": peak_memory_gib(self.device)}
@@ -286,11 +244,11 @@ class Run:
         }
 
     def save_between_steps(self, steps: int) -> None:
-        """Between two steps: end the run if it was asked to, and save every so many."""
+        """Save every so many steps and after the last one; end the run, saved, if it was asked to."""
         stop = anyone(self.stop.asked, self.device)
         every = self.args.save_every_steps
-        if self.log and (stop or (every and self.step % every == 0 and self.step < steps)):
-            self.save("latest")
+        if stop or self.step == steps or (every and self.step % every == 0):
+            self.save("latest")  # at the end: a sound that cannot be read while scoring does not cost the epoch
         if stop:
             self.stop.leave()
 
@@ -306,8 +264,9 @@ class Run:
             embeddings = embed_set(self.model, pairs, self.device, args.batch_size, args.num_workers)
         if embeddings is None:
             return {}
-        recall = retrieval_recall(*embeddings)
-        return {"val/retrieval_score": retrieval_score(*embeddings)} | {
+        with as_user_error(ValueError):  # embeddings that are not finite
+            recall, score = retrieval_recall(*embeddings), retrieval_score(*embeddings)
+        return {"val/retrieval_score": score} | {
             f"val/{direction}_{k}": value for direction, by_k in recall.items() for k, value in by_k.items()
         }
 
@@ -356,10 +315,10 @@ class Run:
                 print(f"one evaluation batch: {name} {value:.3f}")
         print("dry run: data, model, one step and one evaluation batch work; nothing was written")
 
-    def run(self) -> None:
+    def run(self, resume: bool) -> None:
         """Train what is left of the run, then score and publish the chosen checkpoint."""
         args = self.args
-        if args.resume or (restarted() and (self.folder / "latest.pth").exists()):
+        if resume:
             self.resume()
         if is_main():
             self.prepare_folder()
@@ -368,10 +327,11 @@ class Run:
             while self.epoch < args.epochs:
                 self.whole_epoch()
             wait_for_all()
-            best = load_checkpoint(self.folder / "best.pth")
-            self.model.load_state_dict(best["model"])
-            print(f"best.pth: epoch {best['epoch']}, chosen by {best['selected_by']}")
-            scores = self.score(best=best)
+            with self.stop.anywhere():
+                best = load_checkpoint(self.folder / "best.pth")
+                self.model.load_state_dict(best["model"])
+                print(f"best.pth: epoch {best['epoch']}, chosen by {best['selected_by']}")
+                scores = self.score(best=best)
             if self.log:
                 self.log.finish(scores)
 
@@ -379,14 +339,12 @@ class Run:
         """Train and score one epoch, write its line, and keep latest.pth, and best.pth when none was better before."""
         args, number = self.args, self.epoch + 1
         line = {"epoch": number} | self.train_epoch()
-        self.save("latest")  # a sound that cannot be read while scoring does not cost the epoch
-        line |= self.validate()
-        if args.eval_every and number % args.eval_every == 0:
-            line |= self.score()
-        measure = {"retrieval": "val/retrieval_score", "test": f"{self.first_set}/IQR/cIoU", "last": "epoch"}[
-            self.select
-        ]
-        score = line.get(measure, -math.inf)
+        with self.stop.anywhere():
+            line |= self.validate()
+            if args.eval_every and number % args.eval_every == 0:
+                line |= self.score()
+        measures = {"retrieval": "val/retrieval_score", "test": f"{self.first_set}/IQR/cIoU", "last": "epoch"}
+        score = line.get(measures[self.select], -math.inf)
         is_best = score >= self.best and score > -math.inf
         self.best = max(self.best, score)
         self.epoch, self.step, self.sums = number, 0, {}
@@ -397,3 +355,5 @@ class Run:
         shown = ("loss", "info_nce", "pairs_per_second", "data_wait", "val/retrieval_score")
         figures = ", ".join(f"{name} {line[name]:.4g}" for name in shown if name in line)
         print(f"epoch {number}/{args.epochs}: {figures}", flush=True)
+        if anyone(self.stop.asked, self.device):
+            self.stop.leave()

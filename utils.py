@@ -151,17 +151,12 @@ def seed_everything(seed: int) -> None:
 
 
 def random_states() -> dict[str, Any]:
-    """States of every generator that training draws from, in types that `weights_only` loading allows."""
-    states = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
+    """State of the generator that training draws from, PyTorch's on the CPU, as `weights_only` loading allows it."""
+    return {"torch": torch.get_rng_state()}
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def provenance() -> dict[str, str]:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 os.environ["WANDB_MODE"] = "offline"  # no test may reach for a network
+os.environ["OMP_NUM_THREADS"] = "1"  # two small threads that share a busy core wait for each other
 
 SMALL = ["--arch", "small", "--dim", "16", "--image_size", "64", "--audio_seconds", "0.8", "--imagenet_weights", "none"]
 SHORT = ["--epochs", "2", "--batch_size", "16", "--lr", "1e-3", "--num_workers", "0", "--gpu", "cpu"]

@@ -68,6 +68,11 @@ def in_parts_of_two():
     return gradients(micro_batch=2)
 
 
+def in_parts_on_one_process_only():
+    """Of 9 pairs one process holds 5 and the other 4, which are one part of 4: both must take the same way."""
+    return gradients(micro_batch=4, pairs=9)
+
+
 def without_reconstruction():
     return gradients(weights=WEIGHTS | {"reconstruction": 0.0})
 
@@ -94,6 +99,12 @@ def test_parts_normalise_by_themselves_in_training_mode():
 def test_several_processes_give_the_gradients_of_one(world, make, tmp_path):
     expected = gradients()
     for found in on_processes(world, make, tmp_path):
+        assert_same(found, expected)
+
+
+def test_processes_with_different_numbers_of_parts_do_not_wait_for_each_other(tmp_path):
+    expected = gradients(pairs=9)
+    for found in on_processes(2, in_parts_on_one_process_only, tmp_path):
         assert_same(found, expected)
 
 

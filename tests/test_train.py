@@ -234,13 +234,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_ids(synthetic_root, tm
 
 
 @pytest.mark.parametrize(
-    "script, reader",
+    "script, readers",
     [
-        ("train_slot.py", "training.py"),
-        *((name, None) for name in ("test_model.py", "test_sets.py", "demo.py", "synthetic.py", "benchmark.py")),
+        ("train_slot.py", ("training.py", "resuming.py")),
+        *((name, ()) for name in ("test_model.py", "test_sets.py", "demo.py", "synthetic.py", "benchmark.py")),
     ],
 )
-def test_every_flag_is_read(script, reader):
+def test_every_flag_is_read(script, readers):
     """A flag that nothing reads is a lie: each one is read, as args.<flag>, in the file that adds it or the run's."""
     text = (ROOT / script).read_text()
     flags = {
@@ -248,7 +248,7 @@ def test_every_flag_is_read(script, reader):
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
     }
-    text += (ROOT / reader).read_text() if reader else ""
+    text += "".join((ROOT / reader).read_text() for reader in readers)
     unread = {flag for flag in flags if not re.search(rf"\bargs\.{flag}\b", text)}
     assert flags and not unread
 

@@ -6,18 +6,21 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
 from conftest import MEASURED, ROOT, SHORT, SMALL
 
-import distributed
+import resuming
 import training
 import utils
-from optimisation import Optimisation
+from model_slot import JointSlotModel
+from optimisation import Inputs, NotFinite, Optimisation, loss_weights
 from utils import UserError, load_checkpoint, save_checkpoint
 
 EVERYTHING = [  # two loader workers, strong augmentation, token masks, false negatives; ten steps an epoch
@@ -35,10 +38,7 @@ def command(root, folder, *flags, torchrun=()):
 
 
 def shell(*arguments, torchrun=()):
-    """Run to the end; without torchrun with as many threads as the tests have themselves, on which last bits depend."""
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if torchrun else {})
-    whole = command(*arguments, torchrun=torchrun)
-    return subprocess.run(whole, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command(*arguments, torchrun=torchrun), capture_output=True, text=True, timeout=300)
 
 
 def ending(folder):
@@ -112,7 +112,7 @@ def test_a_run_that_is_told_to_stop_saves_within_a_step_and_goes_on_exactly(
 
 
 def test_two_and_two_epochs_are_four(synthetic_root, tmp_path, train, monkeypatch, whole):
-    """Stopped by the first step of the third epoch, then taken back to what lay on disk at the second's end."""
+    """Interrupted as soon as the end of the second epoch is on disk."""
     write = utils.save_checkpoint
 
     def keep(path, state):
@@ -149,16 +149,64 @@ def wait_for(process, folder, epoch, step):
         time.sleep(0.02)
 
 
+KILLS_ITSELF = """
+import os, runpy, signal, sys
+from model_slot import JointSlotModel
+from optimisation import Inputs, NotFinite, Optimisation, loss_weights
+
+step, count = Optimisation.step, iter(range(1, 1000))
+
+def killed(self, *arguments):
+    if next(count) == 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *arguments)
+
+Optimisation.step = killed
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_run_killed_within_an_epoch_ends_like_one_in_one_go(synthetic_root, tmp_path, train, whole):
-    process = subprocess.Popen(command(synthetic_root, tmp_path, *EVERYTHING), stdout=subprocess.DEVNULL)
-    wait_for(process, tmp_path, 1, 3)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert load_checkpoint(tmp_path / "run" / "latest.pth")["epoch"] == 1
+    python, *arguments = command(synthetic_root, tmp_path, *EVERYTHING)
+    killed = subprocess.run([python, "-c", KILLS_ITSELF, *arguments], capture_output=True, cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    state = load_checkpoint(tmp_path / "run" / "latest.pth")
+    assert (state["epoch"], state["step"]) == (1, 3)  # the last multiple of three before the fifth step
     (tmp_path / "run" / ".latest.abc.pth").write_bytes(b"half written")
     assert train(synthetic_root, tmp_path, *EVERYTHING, "--resume").returncode == 0
     assert not difference(whole, ending(tmp_path))
     assert not list((tmp_path / "run").glob(".*.pth"))
+
+
+def test_a_run_told_to_stop_while_it_writes_finishes_writing(synthetic_root, tmp_path, train, monkeypatch, whole):
+    """At the end of the first epoch, when nothing else is on disk yet."""
+    write, flags = utils.save_checkpoint, [*EVERYTHING, "--save_every_steps", "0"]
+
+    def interrupted(path, state):
+        if (state["epoch"], state["step"]) == (0, 10):
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(path, state)
+
+    monkeypatch.setattr(training, "save_checkpoint", interrupted)
+    assert train(synthetic_root, tmp_path, *flags).returncode == 0
+    monkeypatch.undo()
+    state = load_checkpoint(tmp_path / "run" / "latest.pth")
+    assert (state["epoch"], state["step"], state["lines"]) == (0, 10, [])
+    assert train(synthetic_root, tmp_path, *flags, "--resume").returncode == 0
+    assert not difference(whole, ending(tmp_path))
+
+
+def test_a_run_told_to_stop_while_it_scores_ends_at_once(synthetic_root, tmp_path, train, monkeypatch, whole):
+    def interrupted(*arguments, **settings):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(training, "evaluate", interrupted)
+    assert train(synthetic_root, tmp_path, *EVERYTHING).returncode == 0
+    monkeypatch.undo()
+    assert train(synthetic_root, tmp_path, *EVERYTHING, "--resume").returncode == 0
+    assert not difference(whole, ending(tmp_path))
 
 
 @pytest.mark.slow
@@ -236,6 +284,70 @@ def test_a_resume_with_other_data_or_settings_needs_force(synthetic_root, tmp_pa
     assert [line["lr"] for line in log] == pytest.approx([1e-3, 2e-3])
 
 
+def test_a_forced_resume_with_another_measure_forgets_the_old_best(synthetic_root, tmp_path, train):
+    flags = ["--testset", "synthetic"]
+    assert train(synthetic_root, tmp_path, *flags, "--epochs", "1").returncode == 0
+    done = train(synthetic_root, tmp_path, *flags, "--resume", "--force", "--select", "test")
+    assert done.returncode == 0, done.stderr
+    best = load_checkpoint(tmp_path / "run" / "best.pth")
+    assert best["epoch"] == 2 and "test set synthetic" in best["selected_by"]
+
+
+def test_micro_batches_train_and_go_on_exactly(synthetic_root, tmp_path, train, monkeypatch):
+    flags = ["--micro_batch", "5", "--clip", "1"]
+    for name in ("whole", "halves"):
+        (tmp_path / name).mkdir()
+    assert train(synthetic_root, tmp_path / "whole", *flags).returncode == 0
+    stop_in_step(monkeypatch, 6)
+    assert train(synthetic_root, tmp_path / "halves", *flags).returncode == 0
+    monkeypatch.undo()
+    assert train(synthetic_root, tmp_path / "halves", *flags, "--resume").returncode == 0
+    whole, halves = (load_checkpoint(tmp_path / name / "run" / "latest.pth") for name in ("whole", "halves"))
+    for key in ("model", "optimizer", "random"):
+        assert not difference(whole[key], halves[key], key)
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(synthetic_root, tmp_path, train):
+    assert train(synthetic_root, tmp_path, "--epochs", "1", "--wandb", "offline").returncode == 0
+    before = load_checkpoint(tmp_path / "run" / "latest.pth")["wandb_run"]
+    assert train(synthetic_root, tmp_path, "--resume", "--wandb", "offline").returncode == 0
+    folders = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    assert len(folders) == 2 and all(name.endswith(f"-{before}") for name in folders)
+
+
+def test_a_scaler_that_finds_no_scale_ends_the_run(monkeypatch):
+    """fp16: a step whose scaled gradient overflows is left out and counted; one that no scale helps is an error."""
+    model = JointSlotModel("small", 16, 2, 3, 32, 0.4, reciprocal_k=0).train()
+    inputs = Inputs(torch.randn(2, 3, 32, 32), torch.randn(2, 1, 257, 41), model.draw_masks(2))
+    optimisation = Optimisation(model, torch.device("cpu"), 1e-3, amp=torch.float16)
+    weights, before = loss_weights(0, 0, 0.1, 0.1, 100.0), model.slot_attn.slots.clone()
+
+    def overflowing(*arguments):
+        losses = Optimisation.backward(optimisation, *arguments)
+        model.slot_attn.slots.grad.fill_(float("inf"))
+        return losses
+
+    monkeypatch.setattr(optimisation, "backward", overflowing)
+    found = optimisation.step(inputs, 2, weights, 1.0)
+    assert (found["grad_norm"], found["skipped_steps"]) == (0.0, 1.0) and torch.equal(model.slot_attn.slots, before)
+    with pytest.raises(NotFinite, match="grad_norm inf"):
+        for _ in range(20):
+            optimisation.step(inputs, 2, weights, 1.0)
+
+
+def test_skipped_steps_are_logged_and_lower_no_average(synthetic_root, tmp_path, train, monkeypatch):
+    step, count = Optimisation.step, iter(range(100))
+
+    def sometimes(self, *arguments):
+        skipped = next(count) % 4 == 3
+        return step(self, *arguments) | {"grad_norm": 0.0 if skipped else 2.0, "skipped_steps": float(skipped)}
+
+    monkeypatch.setattr(Optimisation, "step", sometimes)
+    assert train(synthetic_root, tmp_path, "--epochs", "1").returncode == 0
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert line["skipped_steps"] == 1 and line["grad_norm"] == pytest.approx(2.0)
+
+
 def test_a_loss_that_is_not_finite_keeps_the_state_before_the_step(synthetic_root, tmp_path, train, monkeypatch):
     count, matching = iter(range(1000)), training.Optimisation.backward
 
@@ -261,7 +373,23 @@ SHARED = ["--batch_size", "15", "--testset", "synthetic", "--save_every_steps", 
 
 
 def torchrun(count, *more):
-    return ["--nproc_per_node", count, "--master_port", random.SystemRandom().randint(20_000, 60_000), *more]
+    return ["--standalone", "--nproc_per_node", count, *more]
+
+
+def test_only_the_same_start_of_torchrun_goes_on_by_itself(synthetic_root, tmp_path, train, monkeypatch):
+    """Not one that was refused or began to overwrite, however often it is started again."""
+    assert train(synthetic_root, tmp_path, "--epochs", "1").returncode == 0
+    args = Namespace(resume=False, overwrite=False, dry_run=False)
+    monkeypatch.setattr(resuming, "launched", lambda: True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="--overwrite replaces it"):
+        resuming.goes_on(tmp_path / "run", args)
+    assert not resuming.goes_on(tmp_path / "run", Namespace(**vars(args) | {"overwrite": True}))
+    (tmp_path / "run" / resuming.LAUNCH).write_text(resuming.launch_name())
+    assert resuming.goes_on(tmp_path / "run", args)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert str(os.getppid()) in resuming.launch_name()
 
 
 def test_two_processes_train_on_one_global_batch_and_score_every_pair_once(synthetic_root, tmp_path, cli):
@@ -289,7 +417,7 @@ def test_a_killed_worker_comes_back_from_the_last_checkpoint(synthetic_root, tmp
     flags = [*SHARED, "--epochs", "6"]
     process = subprocess.Popen(
         command(synthetic_root, tmp_path, *flags, torchrun=torchrun(2, "--max-restarts", "2")),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for(process, tmp_path, 1, 2)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
@@ -308,14 +436,17 @@ def test_a_killed_worker_comes_back_from_the_last_checkpoint(synthetic_root, tmp
 def test_two_nodes_on_one_machine_train_like_one_node_of_two(synthetic_root, tmp_path):
     (tmp_path / "nodes").mkdir()
     (tmp_path / "node").mkdir()
-    port, processes = random.SystemRandom().randint(20_000, 60_000), []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
     for number in (0, 1):
         node = ["--nnodes", 2, "--node_rank", number, "--nproc_per_node", 1]
         node += ["--master_addr", "127.0.0.1", "--master_port", port]
         processes.append(
             subprocess.Popen(
                 command(synthetic_root, tmp_path / "nodes", *SHARED, torchrun=node),
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
         )  # fmt: skip
     outputs = [process.communicate(timeout=300) for process in processes]
@@ -326,19 +457,24 @@ def test_two_nodes_on_one_machine_train_like_one_node_of_two(synthetic_root, tmp
 
 @pytest.mark.slow
 def test_several_processes_told_to_stop_save_and_go_on(synthetic_root, tmp_path):
+    flags = [*SHARED, "--epochs", "6", "--save_every_steps", "0", "--testset", "synthetic"]
+    (tmp_path / "whole").mkdir()
+    assert shell(synthetic_root, tmp_path / "whole", *flags, torchrun=torchrun(2)).returncode == 0
     process = subprocess.Popen(
-        command(synthetic_root, tmp_path, *SHARED, "--epochs", "6", torchrun=torchrun(2)),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        command(synthetic_root, tmp_path, *flags, "--eval_every", "0", torchrun=torchrun(2)),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    wait_for(process, tmp_path, 1, 1)
+    wait_for(process, tmp_path, 1, 0)
     process.terminate()
     stdout, stderr = process.communicate(timeout=120)
     assert "stopped by SIGTERM" in stdout, stderr
-    done = shell(synthetic_root, tmp_path, *SHARED, "--epochs", "6", "--resume", torchrun=torchrun(2))
+    state = load_checkpoint(tmp_path / "run" / "latest.pth")
+    assert (1, 0) <= (state["epoch"], state["step"]) < (6, 0)
+    done = shell(synthetic_root, tmp_path, *flags, "--resume", torchrun=torchrun(2))
     assert done.returncode == 0, done.stderr
-    (tmp_path / "whole").mkdir()
-    assert shell(synthetic_root, tmp_path / "whole", *SHARED, "--epochs", "6", torchrun=torchrun(2)).returncode == 0
-    assert not difference(ending(tmp_path / "whole"), ending(tmp_path))
+    weights = (load_checkpoint(folder / "run" / "latest.pth") for folder in (tmp_path / "whole", tmp_path))
+    whole, halves = ({key: state[key] for key in ("model", "optimizer", "random")} for state in weights)
+    assert not difference(whole, halves)
 
 
 def test_a_batch_smaller_than_the_processes_is_refused(synthetic_root, tmp_path, monkeypatch, train):
@@ -350,11 +486,3 @@ def test_a_batch_smaller_than_the_processes_is_refused(synthetic_root, tmp_path,
 def test_batch_norm_over_processes_is_refused_where_there_is_none(synthetic_root, tmp_path, train):
     done = train(synthetic_root, tmp_path, "--sync_bn")
     assert done.returncode == 2 and "CUDA" in done.stderr
-
-
-def test_only_the_first_process_writes(monkeypatch, tmp_path):
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-    run = object.__new__(training.Run)
-    run.folder = tmp_path
-    run.save("latest")
-    assert not list(tmp_path.iterdir())
