@@ -289,12 +289,14 @@ def test_what_does_not_hear_points_wrong_at_least_half_the_time(numbers):
         for pointer, scores in numbers[split].items():
             assert scores["pointing"] <= 0.5, (split, pointer)
             assert scores.get("both_pointing", 0) <= 0.25, (split, pointer)
+    assert numbers["offscreen"]["saliency"]["pointing"] <= 0.35
     assert set(numbers["interactive"]["saliency"]) == {"pointing", "cIoU", "both_pointing", "IIoU"}
 
 
 def test_the_deaf_oracle_guesses_among_the_objects_in_view(numbers):
     assert numbers["test"]["oracle"] == pytest.approx({"pointing": 1, "cIoU": 1})
     assert numbers["distractor"]["oracle"]["pointing"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert numbers["offscreen"]["oracle"]["pointing"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3 / 2)
     assert numbers["interactive"]["oracle"] == pytest.approx(
         {"pointing": 0.5, "cIoU": 0.5, "both_pointing": 0.25, "IIoU": 0.25}
     )
@@ -303,6 +305,12 @@ def test_the_deaf_oracle_guesses_among_the_objects_in_view(numbers):
 def test_neither_colour_nor_spectrum_alone_gives_the_kind_away(numbers):
     accuracy = numbers["class_accuracy"]
     assert 0.5 < accuracy["colour"] <= 0.95 and 0.15 < accuracy["spectrum"] <= 0.8
+
+
+def test_neither_sense_alone_tells_whether_the_source_is_in_view(numbers):
+    presence = numbers["presence_AP"]
+    assert presence["objects"] == pytest.approx(0.5) and 0.4 < presence["saliency"] < 0.6
+    assert presence["ear"] == pytest.approx(0.75) and presence["loudness"] < 0.75 and presence["peaks"] < 0.85
 
 
 def test_probe_scores_a_right_and_a_wrong_map():

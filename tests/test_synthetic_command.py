@@ -87,6 +87,7 @@ def test_probe_makes_the_set_prints_a_table_and_writes_the_numbers(tmp_path, cap
     synthetic.main(["--out", str(tmp_path / "set"), "--seed", "2", "--probe", "--json", str(tmp_path / "numbers.json")])
     table, numbers = capsys.readouterr().out, json.loads((tmp_path / "numbers.json").read_text())
     assert f"{100 * numbers['test']['saliency']['pointing']:.1f}" in table and "by mean colour" in table
+    assert f"from silence and noise: {100 * numbers['presence_AP']['ear']:.1f}" in table
     synthetic.main(["--out", str(tmp_path / "set"), "--probe"])  # takes the set as it is, whatever its seed
     assert capsys.readouterr().out in table
     (tmp_path / "set" / "frames" / "test_000001.jpg").unlink()
