@@ -113,6 +113,7 @@ TEST_SETS = {
     "synthetic": _built_in("test.txt", "test.json"),
     "synthetic_distractor": _built_in("distractor.txt", "distractor.json"),
     "synthetic_interactive": _built_in("interactive.txt", "interactive.json", interactive=True),
+    "synthetic_offscreen": _built_in("offscreen.txt", "offscreen.json"),
     "custom": SetRow("vggsound", "CUSTOM_ROOT"),
 }  # fmt: skip
 

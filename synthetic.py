@@ -2,12 +2,14 @@
 
     python synthetic.py --out data/synthetic                     write the set
     python synthetic.py --out data/synthetic --probe             how far one gets on it without learning anything
+    python synthetic.py --out data/synthetic_3 --train_objects 3 pictures to train on hold silent objects, too
     python synthetic.py --preview synthetic.png                  contact sheet: pictures and a sound of each kind
 
 Ten kinds of objects, each with a look (shape, texture, range of colours) and a sound, both varied within the kind.
 Splits: train, val, test (one object in view), distractor (the sounding object among one or two silent ones of other
-kinds) and interactive (two objects, and one entry for the sound of each). Each sample comes from its own random stream,
-(seed, split, index): nothing is shared between splits, and the number of processes changes nothing.
+kinds), interactive (two objects, and one entry for the sound of each) and offscreen (one to three objects; half of the
+pairs hear one of them, the others a kind that is not in view, digital silence or noise). Each sample comes from its own
+random stream, (seed, split, index): nothing is shared between splits, and the number of processes changes nothing.
 """
 
 import json
@@ -15,6 +17,7 @@ import multiprocessing
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -29,8 +32,11 @@ from synthetic_kinds import (
     CLUTTER_CONTRAST,
     CLUTTER_COUNT,
     KINDS,
+    LEVEL_DB,
+    SAMPLES,
     difficulty,
     draw_object,
+    make_noise,
     make_sound,
 )
 from synthetic_probe import probe, probe_table
@@ -40,8 +46,10 @@ FORMAT_VERSION = 1
 SIDE = 128  # pixels
 OBJECT_SIDE = (0.25, 0.5)  # longer side of an object's box, as a part of the picture's side
 JPEG_QUALITY = 92
-COUNTS = {"train": 4000, "val": 256, "test": 400, "distractor": 400, "interactive": 200}  # pictures
-SPLITS = tuple(COUNTS)
+COUNTS = {"train": 4000, "val": 256, "test": 400, "distractor": 400, "interactive": 200, "offscreen": 360}  # pictures
+SPLITS = tuple(COUNTS)  # a split's place seeds its random streams: a new one goes to the end
+SILENCE, NOISE = "silence", "noise"  # what is heard besides the kinds, in offscreen alone
+MOST_OBJECTS = 3  # in a picture
 UNFINISHED = "unfinished"  # a file that stands in a root while it is written: an interrupted set is made anew
 
 
@@ -107,33 +115,80 @@ def make_picture(kinds: list[str], rng: Generator) -> tuple[np.ndarray, list[lis
 # ---------------------------------------------------------------- the set on disk
 
 
-def plan_kinds(seed: int, split: str, index: int) -> list[str]:
-    """Kinds in view in a picture, the sounding one first (interactive: both sound, each in an entry of its own).
+class Task(NamedTuple):
+    """One sample to write."""
+
+    root: Path
+    seed: int
+    split: str
+    index: int
+    train_objects: int = 1  # most objects in a picture of train and val
+
+
+class Entry(NamedTuple):
+    """One picture with one sound; objects in view: {"kind", "bbox", "sounding"} each."""
+
+    name: str
+    heard: str  # a kind, SILENCE or NOISE
+    in_view: list[dict]
+
+
+def plan_scene(task: Task) -> tuple[list[str], list[str]]:
+    """Kinds in view in a picture, and what is heard with it, in an entry each: interactive hears both kinds in view.
 
     Each block of as many pictures as there are kinds lets every kind sound once, and stay silent equally often.
     """
-    names, (block, place) = list(KINDS), divmod(index, len(KINDS))
-    rng = np.random.default_rng([seed, SPLITS.index(split), block, 1])  # differs from a sample's stream
+    names, (block, place) = list(KINDS), divmod(task.index, len(KINDS))
+    if task.split == "offscreen":
+        return plan_offscreen(task.seed, task.index)
+    rng = np.random.default_rng([task.seed, SPLITS.index(task.split), block, 1])  # differs from a sample's stream
     order, steps = rng.permutation(len(names)), rng.permutation(len(names) - 1) + 1
-    silent = {"distractor": 1 + block % 2, "interactive": 1}.get(split, 0)
-    return [names[order[(place + step) % len(names)]] for step in (0, *steps[:silent])]
+    extra = block % task.train_objects
+    silent = {"train": extra, "val": extra, "distractor": 1 + block % 2, "interactive": 1}.get(task.split, 0)
+    in_view = [names[order[(place + step) % len(names)]] for step in (0, *steps[:silent])]
+    return in_view, in_view if task.split == "interactive" else in_view[:1]
 
 
-def write_sample(task: tuple[Path, int, str, int]) -> list[tuple[str, list[dict]]]:
-    """Write one sample (root, seed, split, index): picture and sounds; per entry its id and the objects in view."""
-    root, seed, split, index = task
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    kinds = plan_kinds(seed, split, index)
+def plan_offscreen(seed: int, index: int) -> tuple[list[str], list[str]]:
+    """As plan_scene: two pictures in a row show the same kinds; the first hears one of them, the second none.
+
+    Within a round of three blocks of two pictures per kind every kind is heard in view thrice, and its second picture
+    hears another kind, silence and noise once each. Three rounds give each of these equally many pictures of one, two
+    and three objects.
+    """
+    names, (pair, second) = list(KINDS), divmod(index, 2)
+    block, place = divmod(pair, len(names))
+    turns, turn = divmod(block, 3)
+    rng = np.random.default_rng([seed, SPLITS.index("offscreen"), turns, 1])
+    order, steps = rng.permutation(len(names)), rng.permutation(len(names) - 1) + 1
+    *kinds, absent = (names[order[(place + step) % len(names)]] for step in (0, *steps[:MOST_OBJECTS]))
+    heard = (absent, SILENCE, NOISE)[(place + turn) % 3] if second else kinds[0]
+    return kinds[: 1 + (turn + turns) % MOST_OBJECTS], [heard]
+
+
+def make_waveform(heard: str, rng: Generator) -> np.ndarray:
+    """What is heard, within -1..1: (SAMPLES,). Silence is zero throughout, noise is as loud as the sounds of kinds."""
+    if heard == SILENCE:
+        return np.zeros(SAMPLES)
+    if heard == NOISE:
+        return 10 ** (rng.uniform(*LEVEL_DB) / 20) * make_noise(rng)
+    return sum(make_sound(heard, rng))
+
+
+def write_sample(task: Task) -> list[Entry]:
+    """Write one sample: picture and sounds."""
+    rng = np.random.default_rng([task.seed, SPLITS.index(task.split), task.index])
+    kinds, sounds = plan_scene(task)
     picture, boxes = make_picture(kinds, rng)
     entries = []
-    for sounding in kinds if split == "interactive" else kinds[:1]:
-        name = f"{split}_{index:06d}" + (f"_{sounding}" if split == "interactive" else "")
+    for heard in sounds:
+        name = f"{task.split}_{task.index:06d}" + (f"_{heard}" if task.split == "interactive" else "")
         jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
-        (root / "frames" / f"{name}.jpg").write_bytes(jpeg.tobytes())
-        soundfile.write(root / "audio" / f"{name}.wav", sum(make_sound(sounding, rng)), SAMPLE_RATE, subtype="PCM_16")
-        entries.append(
-            (name, [{"kind": kind, "bbox": box, "sounding": kind == sounding} for kind, box in zip(kinds, boxes)])
-        )
+        (task.root / "frames" / f"{name}.jpg").write_bytes(jpeg.tobytes())
+        path = task.root / "audio" / f"{name}.wav"
+        soundfile.write(path, make_waveform(heard, rng), SAMPLE_RATE, subtype="PCM_16")
+        in_view = [{"kind": kind, "bbox": box, "sounding": kind == heard} for kind, box in zip(kinds, boxes)]
+        entries.append(Entry(name, heard, in_view))
     return entries
 
 
@@ -156,39 +211,54 @@ def is_complete(root: Path, settings: str, force: bool) -> bool:
 
 
 def generate(
-    root: str | Path, seed: int = 0, counts: Mapping[str, int] | None = None, processes: int = 2, force: bool = False
+    root: str | Path,
+    seed: int = 0,
+    counts: Mapping[str, int] | None = None,
+    processes: int = 2,
+    force: bool = False,
+    train_objects: int = 1,
 ) -> bool:
-    """Write a set below root; counts: pictures per split (COUNTS for those left out). False if it was there already."""
+    """Write a set below root; counts: pictures per split (COUNTS for those left out). False if it was there already.
+
+    train_objects: pictures of train and val hold one to so many objects, all but one silent.
+    """
     root, counts = Path(root), {**COUNTS, **(counts or {})}
     if set(counts) != set(COUNTS) or min(counts.values()) < 1:
         raise ValueError(f"counts {counts}: each of {', '.join(COUNTS)}, and nothing else, needs at least 1")
-    settings = json.dumps({"version": FORMAT_VERSION, "seed": seed, "counts": counts, **difficulty()}, indent=1) + "\n"
+    chosen = {"version": FORMAT_VERSION, "seed": seed, "counts": counts, "train_objects": train_objects}
+    settings = json.dumps({**chosen, **difficulty()}, indent=1) + "\n"
     if is_complete(root, settings, force):
         return False
     for folder in ("frames", "audio"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     (root / UNFINISHED).touch()
-    tasks = [(root, seed, split, index) for split in SPLITS for index in range(counts[split])]
-    entries = {split: [] for split in SPLITS}
+    tasks = [Task(root, seed, split, index, train_objects) for split in SPLITS for index in range(counts[split])]
+    entries: dict[str, list[Entry]] = {split: [] for split in SPLITS}
     cv2.setNumThreads(1)  # before the fork: a child would wait forever for the threads of its parent's OpenCV
     with multiprocessing.Pool(processes) as pool:
         written = tqdm(pool.imap(write_sample, tasks, chunksize=16), total=len(tasks), unit="picture", mininterval=1)
-        for (_, _, split, _), sample in zip(tasks, written):
-            entries[split] += sample
-    for split in SPLITS:
-        write_text(root / f"{split}.txt", "".join(f"{name}\n" for name, _ in entries[split]))
-        annotations = [
-            {"file": name, "class": thing["kind"], "bbox": [thing["bbox"]]}
-            for name, things in entries[split]
-            for thing in things
-            if thing["sounding"]
-        ]
-        write_text(root / f"{split}.json", json.dumps(annotations))
-    objects = {name: things for split in SPLITS for name, things in entries[split]}
-    write_text(root / "objects.json", json.dumps(objects))
+        for task, sample in zip(tasks, written):
+            entries[task.split] += sample
+    write_lists(root, entries)
     write_text(root / "synthetic.json", settings)
     (root / UNFINISHED).unlink()  # last: the set is complete
     return True
+
+
+def write_lists(root: Path, entries: Mapping[str, Sequence[Entry]]) -> None:
+    """Write the ids and the annotation of each split, and what is in view in every picture.
+
+    An entry's class is what is heard, its boxes are those of the sounding object: none where no source is in view.
+    """
+    for split, of_split in entries.items():
+        write_text(root / f"{split}.txt", "".join(f"{entry.name}\n" for entry in of_split))
+        annotations = [
+            {"file": name, "class": heard, "bbox": [thing["bbox"] for thing in in_view if thing["sounding"]]}
+            for name, heard, in_view in of_split
+        ]
+        write_text(root / f"{split}.json", json.dumps(annotations))
+    objects = {entry.name: entry.in_view for of_split in entries.values() for entry in of_split}
+    write_text(root / "objects.json", json.dumps(objects))
 
 
 # ---------------------------------------------------------------- preview and command line
@@ -229,6 +299,13 @@ def parse_args(arguments: Sequence[str] | None) -> Namespace:
     parser.add_argument(
         "--train", type=number(int, low=1), metavar="N", help=f"number of training pairs (default: {COUNTS['train']})"
     )
+    parser.add_argument(
+        "--train_objects",
+        type=number(int, low=1, high=MOST_OBJECTS),
+        metavar="N",
+        help="pictures of train and val hold 1 to N objects of which one sounds (default: 1, at most "
+        f"{MOST_OBJECTS}); another set than the default one: give it a folder of its own, --out data/synthetic_3",
+    )
     parser.add_argument("--force", action="store_true", help="rewrite the synthetic set that is in the folder")
     parser.add_argument("--probe", action="store_true", help="print how far one gets on the set without learning")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers of the probe here")
@@ -244,12 +321,12 @@ def parse_args(arguments: Sequence[str] | None) -> Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_args(arguments)
     seed, counts = args.seed or 0, {"train": args.train} if args.train else {}
-    as_it_is = args.probe and not args.force and args.seed is None and args.train is None
+    as_it_is = args.probe and not args.force and args.seed is args.train is args.train_objects is None
     with as_user_error(OSError, soundfile.LibsndfileError):
         if args.preview:
             preview(args.preview, seed)
         if not (as_it_is and (args.out / "synthetic.json").is_file()) and (args.probe or not args.preview):
-            made = generate(args.out, seed, counts, force=args.force)
+            made = generate(args.out, seed, counts, force=args.force, train_objects=args.train_objects or 1)
             print(f"{args.out}: " + ("written" if made else "this very set is there already, nothing to do"))
         if args.probe:
             numbers = probe(args.out)

@@ -382,11 +382,16 @@ def unit_level(sound: np.ndarray, slope_db: float) -> np.ndarray:
     return sound / np.sqrt(np.mean(sound**2))
 
 
+def make_noise(rng: Generator) -> np.ndarray:
+    """Noise of a random slope at a root mean square of 1: a waveform (SAMPLES,)."""
+    return unit_level(rng.normal(size=SAMPLES), rng.uniform(-TILT_DB, 0))
+
+
 def make_sound(kind: str, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
     """A sound of a kind and the noise to add to it: two waveforms (SAMPLES,); their sum stays within -1..1."""
     sound = unit_level(KINDS[kind].sound(rng), rng.uniform(-TILT_DB, TILT_DB))
     for _ in range(4):  # softly limits the peaks, to about 15 dB above the mean
         sound = unit_level(5 * np.tanh(sound / 5), 0)
-    noise = unit_level(rng.normal(size=SAMPLES), rng.uniform(-TILT_DB, 0))
+    noise = make_noise(rng)
     level = 10 ** (rng.uniform(*LEVEL_DB) / 20)
     return level * sound, level * 10 ** (-rng.uniform(*SNR_DB) / 20) * noise

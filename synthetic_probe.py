@@ -1,7 +1,8 @@
 """How far one gets on the synthetic set without learning anything, from its files.
 
 Three pointers that do not hear: the middle of the picture, a random place, the most contrasted place. An oracle that
-sees where the objects are but does not hear. And the class by the nearest mean colour or mean spectrum.
+sees where the objects are but does not hear. The class by the nearest mean colour or mean spectrum. And whether the
+source is in view, by what is seen or by what is heard alone.
 N maps or entries, H x W pixels of a picture, F bins.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from sklearn.metrics import average_precision_score
 from tqdm import tqdm
 
 from annotations import box_map, load_boxes
@@ -33,6 +35,13 @@ from transforms import load_image
 from utils import UserError, as_user_error
 
 BATCH = 16  # maps scored at once: more would leave the processor's cache
+PRESENCE_CUES = {
+    "objects": "the number of objects in view",
+    "saliency": "the highest contrast in view",
+    "loudness": "the level of the sound",
+    "peaks": "how uneven the spectrogram is",
+    "ear": "telling any kind from silence and noise",
+}
 Boxes = list[list[float]]  # [xmin, ymin, xmax, ymax] in 0..1, of one entry
 
 
@@ -96,7 +105,8 @@ def oracle_scores(in_view: Sequence[list[dict]], groups: Groups) -> dict[str, fl
 
     in_view: the objects of each entry. Boxes are disjoint: the IoU is 1 if the taken one sounds, and else 0.
     """
-    chance = torch.tensor([1 / len(things) for things in in_view], dtype=torch.float64)
+    shares = [sum(thing["sounding"] for thing in things) / len(things) for things in in_view]
+    chance = torch.tensor(shares, dtype=torch.float64)
     scores = {"pointing": chance.mean().item(), "cIoU": chance.mean().item()}
     if groups:
         both = torch.stack([chance[group].prod() for group in groups.values()]).mean().item()
@@ -134,17 +144,44 @@ def mean_colour(root: Path, name: str, boxes: Boxes) -> np.ndarray:
 
 def mean_spectrum(root: Path, name: str, boxes: Boxes) -> np.ndarray:
     """Log power spectrum of the sound, averaged over time: (F,)."""
+    return log_spectrogram(read_sound(root, name))[0].mean(1).numpy()
+
+
+def read_sound(root: Path, name: str) -> np.ndarray:
+    """Waveform (samples,) in -1..1. Raises UserError, naming the file, when it cannot be decoded."""
     with as_user_error(ValueError):
-        return log_spectrogram(load_audio(root / "audio" / f"{name}.wav"))[0].mean(1).numpy()
+        return load_audio(root / "audio" / f"{name}.wav")
 
 
-# ---------------------------------------------------------------- both, for every split
+# ---------------------------------------------------------------- is its source in view?
+
+
+def presence_scores(root: Path, objects: dict[str, list[dict]]) -> dict[str, float]:
+    """Average precision of "the source is in view" on offscreen by cues of one sense: {cue: 0..1}; a half is chance.
+
+    ear: tells any kind from silence and noise, and sees nothing; the others are measured on the files.
+    """
+    annotations = load_boxes(root / "offscreen.json")
+    names = list(annotations)
+    there = [bool(boxes) for _, boxes in annotations.values()]
+    waveforms = [read_sound(root, name) for name in names]
+    cues = {
+        "objects": [len(objects[name]) for name in names],
+        "saliency": [contrast_saliency(read_picture(root / "frames" / f"{name}.jpg")).max() for name in names],
+        "loudness": [np.std(waveform) for waveform in waveforms],
+        "peaks": [log_spectrogram(waveform)[0].std().item() for waveform in waveforms],
+        "ear": [heard in KINDS for heard, _ in annotations.values()],
+    }
+    return {cue: float(average_precision_score(there, values)) for cue, values in cues.items()}
+
+
+# ---------------------------------------------------------------- all, for every split
 
 
 def probe(root: str | Path) -> dict[str, dict]:
     """What is had without learning, from the files: {split: blind_scores, "class_accuracy": {"colour", "spectrum"}}.
 
-    Raises UserError, naming the file, on one that is missing or cannot be read.
+    And "presence_AP": presence_scores. Raises UserError, naming the file, on one that is missing or cannot be read.
     """
     root = Path(root)
     path = root / "objects.json"
@@ -160,6 +197,8 @@ def probe(root: str | Path) -> dict[str, dict]:
         "colour": nearest_mean_accuracy(root, mean_colour),
         "spectrum": nearest_mean_accuracy(root, mean_spectrum),
     }
+    if "offscreen" in splits:  # older sets have none
+        numbers["presence_AP"] = presence_scores(root, objects)
     return numbers
 
 
@@ -167,10 +206,13 @@ def probe_table(numbers: dict[str, dict]) -> str:
     """The numbers of `probe` as a table, in percent."""
     columns = ("pointing", "cIoU", "both_pointing", "IIoU")
     lines = [f"{'split':<13}{'what points':<13}" + "".join(f"{column:>15}" for column in columns)]
-    for split in (name for name in numbers if name != "class_accuracy"):
+    for split in (name for name in numbers if name not in ("class_accuracy", "presence_AP")):
         for pointer, scores in numbers[split].items():
             cells = [f"{100 * scores[column]:15.1f}" if column in scores else " " * 15 for column in columns]
             lines.append(f"{split:<13}{pointer:<13}{''.join(cells)}".rstrip())
     lines += ["", f"class of the nearest mean ({len(KINDS)} kinds), test set"]
     lines += [f"  by mean {feature}: {100 * accuracy:.1f}" for feature, accuracy in numbers["class_accuracy"].items()]
+    if "presence_AP" in numbers:
+        lines += ["", 'average precision of "the source is in view" by one cue (chance: 50), offscreen']
+        lines += [f"  by {PRESENCE_CUES[cue]}: {100 * value:.1f}" for cue, value in numbers["presence_AP"].items()]
     return "\n".join(lines)

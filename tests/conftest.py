@@ -38,7 +38,8 @@ def synthetic_root(tmp_path_factory) -> Path:
     from synthetic import generate
 
     root = tmp_path_factory.mktemp("synthetic") / "data"
-    generate(root, seed=0, counts={"train": 70, "val": 10, "test": 20, "distractor": 20, "interactive": 10})
+    counts = {"train": 70, "val": 10, "test": 20, "distractor": 20, "interactive": 10, "offscreen": 20}
+    generate(root, seed=0, counts=counts)
     return root
 
 

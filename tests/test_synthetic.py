@@ -19,10 +19,9 @@ import synthetic_probe
 from metrics import MAP_SIZE
 from synthetic import SIDE, SPLITS
 from synthetic_kinds import KINDS
-from utils import run_cli
 
-COUNTS = {"train": 100, "val": 20, "test": 150, "distractor": 200, "interactive": 60}
-TINY = {"train": 12, "val": 2, "test": 2, "distractor": 11, "interactive": 2}
+COUNTS = {"train": 100, "val": 20, "test": 150, "distractor": 200, "interactive": 60, "offscreen": 60}
+TINY = {"train": 12, "val": 2, "test": 2, "distractor": 11, "interactive": 2, "offscreen": 6}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,14 +80,9 @@ def kinds_by_role(objects, split):
     ]
 
 
-def failure(capsys, *arguments):
-    """The one line with which the command line fails; exit status 2 and nothing on the standard output."""
-    with pytest.raises(SystemExit) as stop:
-        run_cli(lambda: synthetic.main([str(argument) for argument in arguments]))
-    printed = capsys.readouterr()
-    lines = [line for line in printed.err.splitlines() if "picture/s" not in line]
-    assert stop.value.code == 2 and len(lines) == 1 and not printed.out
-    return lines[0]
+def heard_in(folder, split):
+    """{id: what is heard, by the annotation}"""
+    return {entry["file"]: entry["class"] for entry in json.loads((folder / f"{split}.json").read_text())}
 
 
 # ---------------------------------------------------------------- reproducible, and apart
@@ -104,13 +98,31 @@ def test_other_seed_shares_no_picture_and_no_sound(root, other_root):
         {digest for path, digest in digests(folder).items() if path.startswith(("frames", "audio"))}
         for folder in (root, other_root)
     ]
-    assert all(made) and not made[0] & made[1]
+    assert all(made) and len(made[0] & made[1]) == 1  # digital silence
 
 
 def test_a_sample_does_not_depend_on_how_many_there_are(root, tmp_path):
     synthetic.generate(tmp_path, seed=3, counts=TINY, processes=1)
-    for name in ("frames/test_000001.jpg", "audio/distractor_000000.wav"):
+    for name in ("frames/test_000001.jpg", "audio/distractor_000000.wav", "audio/offscreen_000005.wav"):
         assert (tmp_path / name).read_bytes() == (root / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "split, digest, grey",
+    [
+        ("train", "3304e5fa33b44083", 124.03),
+        ("val", "39145f6ac21a176e", 158.34),
+        ("test", "16976c7894e78876", 113.08),
+        ("distractor", "63c7c25103353605", 114.13),
+        ("interactive", "f9cec9fa879b0bf4", 110.23),
+    ],
+)
+def test_a_new_split_or_flag_leaves_the_other_splits_as_they_were(other_root, split, digest, grey):
+    drawn = (other_root / f"{split}.json").read_bytes()  # kinds and boxes, in whole pixels
+    sound = sorted((other_root / "audio").glob(f"{split}_*.wav"))[-1].read_bytes()  # drawn after the picture
+    assert hashlib.sha256(drawn + sound).hexdigest()[:16] == digest
+    picture = cv2.imread(str(sorted((other_root / "frames").glob(f"{split}_*.jpg"))[-1]))
+    assert picture.mean() == pytest.approx(grey, abs=0.05)  # another OpenCV may round otherwise
 
 
 def test_no_id_picture_or_sound_is_in_two_splits(root):
@@ -123,7 +135,8 @@ def test_no_id_picture_or_sound_is_in_two_splits(root):
             splits_of[digest].add(path.split("/")[1].split("_")[0])
     assert all(len(splits) == 1 for splits in splits_of.values())
     sounds = [digest for path, digest in digests(root).items() if path.startswith("audio")]
-    assert len(set(sounds)) == len(sounds) == len(every)
+    silent = list(heard_in(root, "offscreen").values()).count(synthetic.SILENCE)
+    assert len(sounds) == len(every) and len(set(sounds)) == len(sounds) - silent + 1
 
 
 # ---------------------------------------------------------------- objects
@@ -171,7 +184,7 @@ def test_kinds_are_many_and_named_for_ids():
 def test_every_kind_sounds_and_stays_silent_equally_often(objects, split):
     sounding, silent = kinds_by_role(objects, split)
     assert set(sounding) == set(KINDS) and len(set(sounding.values())) == 1
-    if split in ("distractor", "interactive"):
+    if split in ("distractor", "interactive", "offscreen"):
         assert set(silent) == set(KINDS) and len(set(silent.values())) == 1
     else:
         assert not silent
@@ -182,10 +195,11 @@ def test_every_kind_sounds_and_stays_silent_equally_often(objects, split):
 def test_views_hold_the_promised_objects(objects):
     counts = collections.defaultdict(collections.Counter)
     for name, view in objects.items():
-        assert len({thing["kind"] for thing in view}) == len(view) and sum(thing["sounding"] for thing in view) == 1
+        assert len({thing["kind"] for thing in view}) == len(view)
+        assert sum(thing["sounding"] for thing in view) == 1 or name.startswith("offscreen")
         counts[name.split("_")[0]][len(view)] += 1
     assert counts["train"] == {1: 100} and counts["interactive"] == {2: 120}
-    assert counts["distractor"] == {2: 100, 3: 100}
+    assert counts["distractor"] == {2: 100, 3: 100} and counts["offscreen"] == {1: 20, 2: 20, 3: 20}
 
 
 def test_place_and_size_tell_nothing_about_the_kind_or_who_sounds(objects):
@@ -211,11 +225,13 @@ def test_sounds_are_16_khz_mono_16_bit_and_not_clipped(root):
         assert np.abs(soundfile.read(path)[0]).max() < 0.99
 
 
-def test_loudness_tells_nothing_about_the_kind(root, objects):
+def test_loudness_tells_nothing_about_the_kind(root):
     levels = collections.defaultdict(list)
-    for name, view in objects.items():
-        waveform, _ = soundfile.read(root / "audio" / f"{name}.wav")
-        levels[next(thing["kind"] for thing in view if thing["sounding"])].append(20 * np.log10(waveform.std()))
+    for name, heard in itertools.chain.from_iterable(heard_in(root, split).items() for split in SPLITS):
+        if heard != synthetic.SILENCE:
+            waveform, _ = soundfile.read(root / "audio" / f"{name}.wav")
+            levels[heard].append(20 * np.log10(waveform.std()))
+    assert len(levels) == len(KINDS) + 1  # and noise
     assert stats.kruskal(*levels.values()).pvalue > 1e-3
     low, high = np.percentile(list(itertools.chain(*levels.values())), (1, 99))
     assert -37 < low < -33 and -23 < high < -19
@@ -235,24 +251,24 @@ def test_interactive_entries_share_the_picture_and_hear_their_own_kind(tmp_path,
     monkeypatch.setattr(synthetic, "make_sound", lambda kind, rng: (np.full(100, loudness[kind]), np.zeros(100)))
     for folder in ("frames", "audio"):
         (tmp_path / folder).mkdir()
-    entries = synthetic.write_sample((tmp_path, 0, "interactive", 4))
-    pictures = {(tmp_path / "frames" / f"{name}.jpg").read_bytes() for name, _ in entries}
+    entries = synthetic.write_sample(synthetic.Task(tmp_path, 0, "interactive", 4))
+    pictures = {(tmp_path / "frames" / f"{entry.name}.jpg").read_bytes() for entry in entries}
     assert len(entries) == 2 and len(pictures) == 1
-    for name, view in entries:
+    for name, heard, view in entries:
         kind = name.removeprefix("interactive_000004_")
-        assert [thing["kind"] for thing in view if thing["sounding"]] == [kind]
+        assert heard == kind and [thing["kind"] for thing in view if thing["sounding"]] == [kind]
         assert soundfile.read(tmp_path / "audio" / f"{name}.wav")[0][0] == pytest.approx(loudness[kind], abs=1e-3)
 
 
 # ---------------------------------------------------------------- the loaders of the real sets
 
 
-@pytest.mark.parametrize("split", ["test", "distractor", "interactive"])
+@pytest.mark.parametrize("split", ["test", "distractor", "interactive", "offscreen"])
 def test_the_loader_of_the_real_sets_reads_it(root, objects, split):
     name = "synthetic" if split == "test" else f"synthetic_{split}"
     pairs = dataset.build_test_set(name, str(root), None, "metadata", 112, synthetic_kinds.AUDIO_SECONDS)
     assert [pair.id for pair in pairs.pairs] == ids_of(root, split) and not pairs.missing
-    sample = pairs[1]
+    sample = pairs[2]
     (thing,) = [thing for thing in objects[sample.id] if thing["sounding"]]
     left, top, right, bottom = thing["bbox"]
     assert sample.class_name == thing["kind"] and sample.image.shape == (3, 112, 112)
@@ -273,12 +289,14 @@ def test_what_does_not_hear_points_wrong_at_least_half_the_time(numbers):
         for pointer, scores in numbers[split].items():
             assert scores["pointing"] <= 0.5, (split, pointer)
             assert scores.get("both_pointing", 0) <= 0.25, (split, pointer)
+    assert numbers["offscreen"]["saliency"]["pointing"] <= 0.35
     assert set(numbers["interactive"]["saliency"]) == {"pointing", "cIoU", "both_pointing", "IIoU"}
 
 
 def test_the_deaf_oracle_guesses_among_the_objects_in_view(numbers):
     assert numbers["test"]["oracle"] == pytest.approx({"pointing": 1, "cIoU": 1})
     assert numbers["distractor"]["oracle"]["pointing"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert numbers["offscreen"]["oracle"]["pointing"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3 / 2)
     assert numbers["interactive"]["oracle"] == pytest.approx(
         {"pointing": 0.5, "cIoU": 0.5, "both_pointing": 0.25, "IIoU": 0.25}
     )
@@ -287,6 +305,12 @@ def test_the_deaf_oracle_guesses_among_the_objects_in_view(numbers):
 def test_neither_colour_nor_spectrum_alone_gives_the_kind_away(numbers):
     accuracy = numbers["class_accuracy"]
     assert 0.5 < accuracy["colour"] <= 0.95 and 0.15 < accuracy["spectrum"] <= 0.8
+
+
+def test_neither_sense_alone_tells_whether_the_source_is_in_view(numbers):
+    presence = numbers["presence_AP"]
+    assert presence["objects"] == pytest.approx(0.5) and 0.4 < presence["saliency"] < 0.6
+    assert presence["ear"] == pytest.approx(0.75) and presence["loudness"] < 0.75 and presence["peaks"] < 0.85
 
 
 def test_probe_scores_a_right_and_a_wrong_map():
@@ -313,100 +337,3 @@ def test_saliency_finds_a_patch_on_a_plain_ground():
     picture[20:60, 70:110] = np.random.default_rng(0).integers(0, 255, (40, 40, 3))
     box = [70 / SIDE, 20 / SIDE, 110 / SIDE, 60 / SIDE]
     assert synthetic_probe.score_maps([synthetic_probe.contrast_saliency(picture)], [[box]], {})["pointing"] == 1
-
-
-# ---------------------------------------------------------------- command line
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setattr(synthetic, "COUNTS", TINY)
-
-
-def test_main_writes_once_then_has_nothing_to_do(tmp_path, capsys, tiny):
-    arguments = ["--out", str(tmp_path / "set"), "--seed", "1", "--train", "13"]
-    synthetic.main(arguments)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*")}
-    assert "written" in capsys.readouterr().out and len(ids_of(tmp_path / "set", "train")) == 13
-    synthetic.main(arguments)
-    assert "nothing to do" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*")}
-
-
-def test_other_settings_are_refused_unless_forced(tmp_path, capsys, tiny, monkeypatch):
-    out = tmp_path / "set"
-    synthetic.main(["--out", str(out)])
-    (out / "frames" / "mine.jpg").write_bytes(b"not of the set")
-    capsys.readouterr()
-    assert "--force" in failure(capsys, "--out", out, "--seed", 1)
-    assert "--force" in failure(capsys, "--out", out, "--train", 5, "--probe")
-    for constant in synthetic_kinds.difficulty():
-        with monkeypatch.context() as change:
-            change.setattr(synthetic_kinds, constant, 0.9)
-            assert "--force" in failure(capsys, "--out", out), constant
-    synthetic.main(["--out", str(out), "--train", "5", "--force"])
-    pictures = {path.stem for path in (out / "frames").glob("*.jpg")}
-    assert {name for name in pictures if name.startswith("train")} == set(ids_of(out, "train")) and "mine" in pictures
-    assert len(ids_of(out, "train")) == 5
-
-
-def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("words")
-    assert "--force" in failure(capsys, "--out", tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-@pytest.mark.parametrize(
-    "arguments, named",
-    [
-        (["--seed", "-1"], "--seed"),
-        (["--seed", "one"], "--seed"),
-        (["--train", "0"], "--train"),
-        (["--train", "2.5"], "--train"),
-        (["--json", "numbers.json"], "--probe"),
-        (["--preview", "sheet.gif"], ".png"),
-        (["--prob"], "--prob"),
-        (["--out"], "--out"),
-    ],
-)
-def test_wrong_flags_end_with_one_line(tmp_path, capsys, monkeypatch, arguments, named):
-    monkeypatch.chdir(tmp_path)
-    assert named in failure(capsys, *arguments)
-    assert not list(tmp_path.iterdir())
-
-
-def test_probe_makes_the_set_prints_a_table_and_writes_the_numbers(tmp_path, capsys, tiny, monkeypatch):
-    monkeypatch.setitem(TINY, "test", 10)
-    synthetic.main(["--out", str(tmp_path / "set"), "--seed", "2", "--probe", "--json", str(tmp_path / "numbers.json")])
-    table, numbers = capsys.readouterr().out, json.loads((tmp_path / "numbers.json").read_text())
-    assert f"{100 * numbers['test']['saliency']['pointing']:.1f}" in table and "by mean colour" in table
-    synthetic.main(["--out", str(tmp_path / "set"), "--probe"])  # takes the set as it is, whatever its seed
-    assert capsys.readouterr().out in table
-    (tmp_path / "set" / "frames" / "test_000001.jpg").unlink()
-    assert "test_000001.jpg" in failure(capsys, "--out", tmp_path / "set", "--probe")
-    (tmp_path / "set" / "objects.json").write_text("{")
-    assert "objects.json" in failure(capsys, "--out", tmp_path / "set", "--probe")
-
-
-def test_preview_draws_a_sheet_and_no_set(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    synthetic.main(["--preview", "sheet.png"])
-    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
-    assert cv2.imread("sheet.png").shape[0] > 500
-
-
-def test_generate_refuses_unknown_and_empty_splits(tmp_path):
-    for counts in ({"valid": 3}, {"test": 0}):
-        with pytest.raises(ValueError, match="counts"):
-            synthetic.generate(tmp_path / "set", counts=counts)
-
-
-def test_an_interrupted_set_is_made_anew(tmp_path):
-    counts = dict.fromkeys(("train", "val", "test", "distractor", "interactive"), 1)
-    synthetic.generate(tmp_path / "whole", counts=counts)
-    synthetic.generate(tmp_path / "broken", counts=counts)
-    (tmp_path / "broken" / "unfinished").touch()
-    (tmp_path / "broken" / "frames" / "train_000000.jpg").write_bytes(b"half")
-    assert synthetic.generate(tmp_path / "broken", counts=counts)
-    for path in (tmp_path / "whole").rglob("*.*"):
-        assert (tmp_path / "broken" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
