@@ -8,9 +8,10 @@
 #   GPU       number of a CUDA device, or cpu
 #   NAME      folder below checkpoints/ (default: TRAINSET)
 #
+#   OBJECTIVE=paper|listen    listen adds two losses that make the map of a sound its own where several things are in view
 #   ABLATION=no_match|no_div|no_recon|no_false_negatives|no_mask|one_slot   leaves one part of the method out
 #   SEEDS="0 1 2"                                                           one training each
-# They end the folder's name, NAME_no_match_seed1; one table of all, differences to the first:
+# They end the folder's name, NAME_listen_no_match_seed1; one table of all, differences to the first:
 #   python test_model.py --compare checkpoints/NAME_seed*/results/SET/results.json checkpoints/NAME_{no,one}_*/results/SET/results.json
 #
 # Nobody edits this file to say where data lie: set these variables, in your shell or in front of the command.
@@ -25,7 +26,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 if [ $# -lt 3 ]; then
-    sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 trainset=$1 testset=$2 gpu=$3
@@ -47,6 +48,18 @@ case $trainset in
             --epochs 10 --batch_size 64 --lr 1e-3 --lr_warmup 0.06 --lr_schedule cosine --clip 5
             --tau 0.05 --iterations 3 --reciprocal_k 0 --infer_sharpening 0.02 --eval_every 0) ;;
     *) recipe=(--epochs 100) ;;
+esac
+
+case ${OBJECTIVE:=paper} in
+    paper) ;;
+    listen)
+        recipe+=(--map_contrast 1 --foreign_tokens 2)
+        name=${name}_listen
+        ;;
+    *)
+        echo "OBJECTIVE=$OBJECTIVE: choose paper or listen" >&2
+        exit 2
+        ;;
 esac
 
 case ${ABLATION:=} in
