@@ -271,6 +271,25 @@ def map_contrast_loss(
     return _contrast_both_ways(map_scores(audio_query, image_keys) / tau, keep)
 
 
+def shares_of_others(audio_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
+    """`slot_share` of the target slot of every sound in every picture: (M, K, D), (B, N, D) -> (M, B, N), plus 1e-8."""
+    logits = torch.einsum("mkd,nid->mkni", audio_query, image_keys) / image_keys.shape[2] ** 0.5  # (M, K, B, N)
+    return logits.softmax(dim=1)[:, TARGET] + ATTENTION_FLOOR
+
+
+def share_contrast_loss(
+    audio_query: torch.Tensor, image_keys: torch.Tensor, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Contrast the shares of pictures that sounds claim, both ways over the batch: queries (B, K, D), keys (B, N, D).
+
+    With S_nm the mean over tokens of the target slot's share (`slot_share` plus 1e-8) of sound m in picture n:
+    -mean log(S_nn / sum_m S_nm) - mean log(S_nn / sum_m S_mn); pairs where `keep` (B, B) is False are left out. A sound
+    gains by claiming every token of what sounds, and loses by any token that other pictures show as well: background,
+    and things that are silent here.
+    """
+    return _contrast_both_ways(shares_of_others(audio_query, image_keys).mean(2).log().T, keep)
+
+
 def foreign_token_loss(
     audio_query: torch.Tensor,
     image_keys: torch.Tensor,
@@ -284,8 +303,7 @@ def foreign_token_loss(
     MSE(P / sum P over the 2N tokens, [image_attention_m, 0]), a mean over tokens and over all pairs m != n but those
     where `keep` (B, B) is False.
     """
-    logits = torch.einsum("mkd,nid->mkni", audio_query, image_keys) / image_keys.shape[2] ** 0.5  # (B, K, B, N)
-    share = logits.softmax(dim=1)[:, TARGET] + ATTENTION_FLOOR  # (B, B, N), sounds by pictures
+    share = shares_of_others(audio_query, image_keys)  # (B, B, N), sounds by pictures
     own = share.diagonal().T[:, None]  # (B, 1, N)
     total = own.sum(2, keepdim=True) + share.sum(2, keepdim=True)  # (B, B, 1)
     at_home, abroad = own / total - image_attention.detach()[:, None], share / total
@@ -458,6 +476,7 @@ class JointSlotModel(nn.Module):
             losses = {"info_nce": info_nce_loss(image_target, audio_target, self.tau, keep)}
             if keys is not None:
                 losses["map_contrast"] = map_contrast_loss(query, keys, keep=keep)
+                losses["share_contrast"] = share_contrast_loss(query, keys, keep)
                 losses["foreign_tokens"] = foreign_token_loss(query, keys, attention, keep)
         return losses
 

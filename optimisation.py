@@ -40,7 +40,7 @@ class NotFinite(Exception):
 # ---------------------------------------------------------------- schedules
 
 
-MAP_LOSSES = {"map_contrast", "foreign_tokens"}  # ours, not the paper's
+MAP_LOSSES = {"map_contrast", "share_contrast", "foreign_tokens"}  # ours, not the paper's
 
 
 def loss_weights(
@@ -50,6 +50,7 @@ def loss_weights(
     lam2: float,
     lam3: float,
     map_contrast: float = 0.0,
+    share_contrast: float = 0.0,
     foreign_tokens: float = 0.0,
 ) -> dict[str, float]:
     """Weight of each loss; during the first `warmup` epochs only the contrastive one counts.
@@ -63,9 +64,12 @@ def loss_weights(
         "slot_divergence": lam2 * on,
         "attention_matching": lam3 * on,
     }
-    if map_contrast or foreign_tokens:
-        weights |= {"map_contrast": map_contrast * on, "foreign_tokens": lam3 * foreign_tokens * on}
-    return weights
+    of_the_map = {
+        "map_contrast": map_contrast * on,
+        "share_contrast": share_contrast * on,
+        "foreign_tokens": lam3 * foreign_tokens * on,
+    }
+    return weights | (of_the_map if map_contrast or share_contrast or foreign_tokens else {})
 
 
 def lr_factor(step: int, steps_per_epoch: int, epochs: int, schedule: str, warmup: float) -> float:

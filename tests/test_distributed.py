@@ -15,7 +15,7 @@ from optimisation import Inputs, Optimisation
 
 PAIRS = 10  # not a multiple of 3 processes, nor of parts of 4
 WEIGHTS = {"info_nce": 1.0, "reconstruction": 0.1, "slot_divergence": 0.1, "attention_matching": 100.0}
-WITH_MAPS = WEIGHTS | {"map_contrast": 1.0, "foreign_tokens": 200.0}
+WITH_MAPS = WEIGHTS | {"map_contrast": 1.0, "share_contrast": 1.0, "foreign_tokens": 200.0}
 CPU = torch.device("cpu")
 
 
@@ -81,13 +81,15 @@ def without_reconstruction():
     return gradients(weights=WEIGHTS | {"reconstruction": 0.0})
 
 
-@pytest.mark.parametrize("weights", [WEIGHTS, WITH_MAPS, WEIGHTS | {"map_contrast": 1.0, "foreign_tokens": 0.0}])
+@pytest.mark.parametrize("weights", [WEIGHTS, WITH_MAPS, WEIGHTS | {"map_contrast": 1.0}])
 @pytest.mark.parametrize("micro_batch", [1, 3, 5])
 def test_parts_of_a_batch_give_the_gradients_of_the_whole(micro_batch, weights):
     assert_same(gradients(micro_batch, weights=weights), gradients(weights=weights))
 
 
-@pytest.mark.parametrize("loss, difference", [("info_nce", 1e-3), ("map_contrast", 1e-3), ("foreign_tokens", 1e-8)])
+@pytest.mark.parametrize(
+    "loss, difference", [("info_nce", 1e-3), ("map_contrast", 1e-3), ("share_contrast", 1e-3), ("foreign_tokens", 1e-8)]
+)
 def test_the_reference_leaves_false_negatives_out_and_feels_the_whole_batch(loss, difference):
     """Else the equalities here would hold for losses that never look beyond a part."""
     losses, _ = with_maps()
@@ -96,7 +98,7 @@ def test_the_reference_leaves_false_negatives_out_and_feels_the_whole_batch(loss
 
 
 def test_losses_of_the_map_without_weight_change_no_gradient():
-    plain, off = gradients(), gradients(weights=WEIGHTS | {"map_contrast": 0.0, "foreign_tokens": 0.0})
+    plain, off = gradients(), gradients(weights=WEIGHTS | dict.fromkeys(WITH_MAPS.keys() - WEIGHTS.keys(), 0.0))
     assert plain[0].items() <= off[0].items()
     assert plain[1].keys() == off[1].keys() and all(torch.equal(off[1][name], plain[1][name]) for name in plain[1])
 

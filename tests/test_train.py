@@ -229,8 +229,8 @@ def test_only_the_contrastive_loss_counts_during_the_warm_up():
 
 def test_losses_of_the_map_are_weighed_only_where_one_is_on_and_foreign_tokens_within_matching():
     first, third = (loss_weights(epoch, 2, 0.1, 0.1, 50, foreign_tokens=2) for epoch in (1, 2))
-    assert first["map_contrast"] == first["foreign_tokens"] == 0
-    assert third["map_contrast"] == 0 and third["foreign_tokens"] == 100
+    assert first["map_contrast"] == first["share_contrast"] == first["foreign_tokens"] == 0
+    assert third["map_contrast"] == third["share_contrast"] == 0 and third["foreign_tokens"] == 100
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_ids(synthetic_root, tmp_path, train):
