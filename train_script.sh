@@ -8,10 +8,10 @@
 #   GPU       number of a CUDA device, or cpu
 #   NAME      folder below checkpoints/ (default: TRAINSET)
 #
-#   OBJECTIVE=paper|listen    listen adds two losses that make the map of a sound its own where several things are in view
+#   OBJECTIVE=paper|listen    listen: each sound gets a map of its own where several things are in view
 #   ABLATION=no_match|no_div|no_recon|no_false_negatives|no_mask|one_slot   leaves one part of the method out
 #   SEEDS="0 1 2"                                                           one training each
-# They end the folder's name, NAME_listen_no_match_seed1; one table of all, differences to the first:
+# They end the folder's name, NAME_listen_no_div_seed1; one table of all, differences to the first:
 #   python test_model.py --compare checkpoints/NAME_seed*/results/SET/results.json checkpoints/NAME_{no,one}_*/results/SET/results.json
 #
 # Nobody edits this file to say where data lie: set these variables, in your shell or in front of the command.
@@ -53,7 +53,7 @@ esac
 case ${OBJECTIVE:=paper} in
     paper) ;;
     listen)
-        recipe+=(--map_contrast 1 --foreign_tokens 2)
+        recipe+=(--share_contrast 1 --lam3 0 --infer_sharpening 0.1)
         name=${name}_listen
         ;;
     *)
@@ -64,7 +64,13 @@ esac
 
 case ${ABLATION:=} in
     "") ;;
-    no_match) recipe+=(--lam3 0) ;;
+    no_match)
+        if [ "$OBJECTIVE" = listen ]; then
+            echo "OBJECTIVE=listen has no attention matching to leave out" >&2
+            exit 2
+        fi
+        recipe+=(--lam3 0)
+        ;;
     no_div) recipe+=(--lam2 0) ;;
     no_recon) recipe+=(--lam1 0) ;;
     no_false_negatives)

@@ -335,17 +335,22 @@ def test_an_ablation_changes_one_flag_and_no_other(ablation, name, value, monkey
 
 
 @pytest.mark.parametrize("trainset", ["synthetic", "vggss_144k", "flickr_10k", "custom"])
-def test_the_listening_objective_adds_the_losses_of_the_map_and_nothing_else(trainset, monkeypatch):
+def test_the_listening_objective_has_share_contrast_in_the_place_of_attention_matching(trainset, monkeypatch):
     def flags(**environment):
         words = shell(trainset, "vggss", "0", "run", **environment).stdout.split()
         monkeypatch.setattr(sys, "argv", words)
         return vars(train_slot.parse_args())
 
     paper, listen = flags(), flags(OBJECTIVE="listen")
-    assert paper == flags(OBJECTIVE="paper") and paper["map_contrast"] == paper["foreign_tokens"] == 0
-    assert {key for key in paper if paper[key] != listen[key]} == {"map_contrast", "foreign_tokens", "experiment_name"}
-    assert listen["map_contrast"] > 0 and listen["foreign_tokens"] > 0 and listen["experiment_name"] == "run_listen"
-    wrong = shell("synthetic", "synthetic", "cpu", OBJECTIVE="luck")
+    assert paper == flags(OBJECTIVE="paper") and paper["share_contrast"] == 0
+    changed = {key for key in paper if paper[key] != listen[key]}
+    assert changed - {"infer_sharpening"} == {"share_contrast", "lam3", "experiment_name"}
+    assert listen["share_contrast"] > 0 and listen["lam3"] == 0 and listen["experiment_name"] == "run_listen"
+
+
+@pytest.mark.parametrize("environment", [{"OBJECTIVE": "luck"}, {"OBJECTIVE": "listen", "ABLATION": "no_match"}])
+def test_an_objective_that_is_unknown_or_lacks_what_an_ablation_leaves_out_trains_nothing(environment):
+    wrong = shell("synthetic", "synthetic", "cpu", **environment)
     assert wrong.returncode == 2 and "listen" in wrong.stderr and not wrong.stdout
 
 
