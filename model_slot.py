@@ -21,7 +21,7 @@ from utils import UserError, check_weights, load_checkpoint
 TARGET, OFF_TARGET = 0, 1
 ATTENTION_FLOOR = 1e-8
 MAP_TAU = 0.07
-BEST_SHARE = 0.1  # of a picture's tokens, that a sound is scored by: 5 of 49
+BEST_SHARE = 0.1  # of a picture's tokens: those that fit a sound best, 5 of 49
 
 
 class SlotState(NamedTuple):
@@ -257,7 +257,12 @@ def map_scores(audio_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Ten
     target, off_target = audio_query[:, TARGET], audio_query[:, OFF_TARGET:]
     direction = F.normalize(target - off_target.sum(1) / max(off_target.shape[1], 1), dim=1)  # (M, D)
     cosine = torch.einsum("md,nid->nmi", direction, F.normalize(image_keys, dim=2))  # (B, M, N)
-    return cosine.topk(max(1, round(BEST_SHARE * cosine.shape[2])), dim=2).values.mean(2)
+    return _mean_of_best(cosine)
+
+
+def _mean_of_best(values: torch.Tensor) -> torch.Tensor:
+    """(..., N) -> (...): mean over the tenth of the tokens where the value is largest."""
+    return values.topk(max(1, round(BEST_SHARE * values.shape[-1])), dim=-1).values.mean(-1)
 
 
 def map_contrast_loss(
@@ -335,9 +340,12 @@ def map_confidence(image: SlotState, audio: SlotState, infer_sharpening: float =
 
 
 def presence_confidence(image: SlotState, audio: SlotState) -> torch.Tensor:
-    """How surely the sound is in view, by what map contrast trains: (B,) in -1..1, each pair's own `map_scores`."""
-    pairs = zip(audio.query.split(1), image.keys.split(1), strict=True)
-    return torch.cat([map_scores(query, keys)[0] for query, keys in pairs])
+    """How surely the sound is in view, by what share contrast trains: (B,) in 0..1, near 0 where it is not.
+
+    The mean of the best tenth of the target slot's share of the image keys, unsharpened, as training contrasts it.
+    """
+    share = slot_share(audio.query, image.keys)[:, TARGET]  # (B, N)
+    return _mean_of_best(share)
 
 
 def fuse_maps(

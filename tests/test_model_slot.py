@@ -364,12 +364,16 @@ def test_the_papers_losses_are_the_same_with_and_without_those_of_the_map():
     assert torch.equal(plain["info_nce"], more["info_nce"])
 
 
-def test_presence_is_the_score_of_each_pair_alone():
-    model, (image, spectrogram) = small_batch()
-    with torch.no_grad():
-        states = model.attend_image(image)[0], model.attend_audio(spectrogram)
-        scores = model_slot.map_scores(states[1].query, states[0].keys)
-        assert torch.allclose(model_slot.presence_confidence(*states), scores.diagonal(), atol=1e-6)
+def test_presence_is_the_share_of_a_pairs_best_tokens_and_feels_a_missing_source():
+    torch.manual_seed(0)
+    keys, query = 3 * torch.randn(2, 20, 8), torch.randn(2, 2, 8)
+    keys[0, :2] = 9 * (query[0, 0] - query[0, 1])  # the first sound finds two tokens, the second none
+    keys[1] = -9 * (query[1, 0] - query[1, 1])
+    states = (model_slot.SlotState(torch.zeros(2, 2, 8), *both) for both in ((query, keys), (query, keys)))
+    present, absent = model_slot.presence_confidence(*states)
+    assert present > 0.99 and absent < 0.01
+    best = model_slot.slot_share(query, keys)[0, TARGET].sort(descending=True).values[:2]
+    assert torch.allclose(present, best.mean())
 
 
 # ---------------------------------------------------------------- decoder, false negatives
