@@ -20,6 +20,8 @@ from utils import UserError, check_weights, load_checkpoint
 
 TARGET, OFF_TARGET = 0, 1
 ATTENTION_FLOOR = 1e-8
+MAP_TAU = 0.07
+BEST_SHARE = 0.1  # of a picture's tokens: those that fit a sound best, 5 of 49
 
 
 class SlotState(NamedTuple):
@@ -61,6 +63,13 @@ class Contrasted(NamedTuple):
 
     image_target: torch.Tensor  # (B, D) target slots, unit length
     audio_target: torch.Tensor  # (B, D)
+    audio_query: torch.Tensor | None = None  # (B, K, D); this and the rest only where a loss of the map wants them
+    image_keys: torch.Tensor | None = None  # (B, N, D)
+    image_attention: torch.Tensor | None = None  # (B, N) intra attention of the target slot, without gradient
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those that are there, from which `Contrasted(*tensors)` is made again."""
+        return [x for x in self if x is not None]
 
 
 # ---------------------------------------------------------------- joint slot attention
@@ -208,7 +217,10 @@ def info_nce_loss(
     image_target: torch.Tensor, audio_target: torch.Tensor, tau: float, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Contrast unit target slots (B, D) both ways over the batch; pairs where `keep` (B, B) is False are left out."""
-    logits = image_target @ audio_target.T / tau  # (B, B)
+    return _contrast_both_ways(image_target @ audio_target.T / tau, keep)
+
+
+def _contrast_both_ways(logits: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
     if keep is not None:
         logits = logits.masked_fill(~keep, -torch.inf)
     labels = torch.arange(len(logits), device=logits.device)
@@ -235,6 +247,76 @@ def attention_matching_loss(image: SlotState, audio: SlotState) -> torch.Tensor:
     return losses[0] + losses[1]
 
 
+def map_scores(audio_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
+    """How well each picture's best tokens fit each sound: queries (M, K, D), keys (B, N, D) -> (B, M) in -1..1.
+
+    The map of sound m follows (q_target - q_off) . key. With d_m that difference at unit length (several off-target
+    queries count by their mean) and the keys at unit length, a score is the mean of d_m . key_ni over the tenth of the
+    tokens i where it is largest.
+    """
+    target, off_target = audio_query[:, TARGET], audio_query[:, OFF_TARGET:]
+    direction = F.normalize(target - off_target.sum(1) / max(off_target.shape[1], 1), dim=1)  # (M, D)
+    cosine = torch.einsum("md,nid->nmi", direction, F.normalize(image_keys, dim=2))  # (B, M, N)
+    return _mean_of_best(cosine)
+
+
+def _mean_of_best(values: torch.Tensor) -> torch.Tensor:
+    """(..., N) -> (...): mean over the tenth of the tokens where the value is largest."""
+    return values.topk(max(1, round(BEST_SHARE * values.shape[-1])), dim=-1).values.mean(-1)
+
+
+def map_contrast_loss(
+    audio_query: torch.Tensor, image_keys: torch.Tensor, tau: float = MAP_TAU, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Contrast `map_scores` of queries (B, K, D) and keys (B, N, D) both ways over the batch, like the target slots.
+
+    CE(S / tau, i) + CE(S^T / tau, i) with S (B, B) the scores; pairs where `keep` (B, B) is False are left out. It asks
+    each sound's map to rise on some part of its own picture, more than on any part of another picture.
+    """
+    return _contrast_both_ways(map_scores(audio_query, image_keys) / tau, keep)
+
+
+def shares_of_others(audio_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
+    """`slot_share` of the target slot of every sound in every picture: (M, K, D), (B, N, D) -> (M, B, N), plus 1e-8."""
+    logits = torch.einsum("mkd,nid->mkni", audio_query, image_keys) / image_keys.shape[2] ** 0.5  # (M, K, B, N)
+    return logits.softmax(dim=1)[:, TARGET] + ATTENTION_FLOOR
+
+
+def share_contrast_loss(
+    audio_query: torch.Tensor, image_keys: torch.Tensor, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Contrast the shares of pictures that sounds claim, both ways over the batch: queries (B, K, D), keys (B, N, D).
+
+    With S_nm the mean over tokens of the target slot's share (`slot_share` plus 1e-8) of sound m in picture n:
+    -mean log(S_nn / sum_m S_nm) - mean log(S_nn / sum_m S_mn); pairs where `keep` (B, B) is False are left out. A sound
+    gains by claiming every token of what sounds, and loses by any token that other pictures show as well: background,
+    and things that are silent here.
+    """
+    return _contrast_both_ways(shares_of_others(audio_query, image_keys).mean(2).log().T, keep)
+
+
+def foreign_token_loss(
+    audio_query: torch.Tensor,
+    image_keys: torch.Tensor,
+    image_attention: torch.Tensor,
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention matching in which the tokens of another picture compete: what a sound finds there, its own loses.
+
+    Queries (B, K, D), keys (B, N, D), intra attention of the target slot (B, N), detached here. For sound m and each
+    other picture n, with P the `slot_share` of the target slot in m's query over the keys of m and of n, plus 1e-8:
+    MSE(P / sum P over the 2N tokens, [image_attention_m, 0]), a mean over tokens and over all pairs m != n but those
+    where `keep` (B, B) is False.
+    """
+    share = shares_of_others(audio_query, image_keys)  # (B, B, N), sounds by pictures
+    own = share.diagonal().T[:, None]  # (B, 1, N)
+    total = own.sum(2, keepdim=True) + share.sum(2, keepdim=True)  # (B, B, 1)
+    at_home, abroad = own / total - image_attention.detach()[:, None], share / total
+    error = (at_home.square().mean(2) + abroad.square().mean(2)) / 2  # (B, B)
+    counted = ~torch.eye(len(error), dtype=torch.bool, device=error.device)
+    return error[counted if keep is None else counted & keep].mean()
+
+
 def reconstruction_loss(decoded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Decoded tokens against the encoder's, (B, N, D) both; no gradient reaches the encoder through the target."""
     return F.mse_loss(_at_least_fp32(decoded), _at_least_fp32(tokens.detach()))
@@ -255,6 +337,15 @@ def map_confidence(image: SlotState, audio: SlotState, infer_sharpening: float =
     """
     share = slot_share(audio.query, image.keys, infer_sharpening)[:, TARGET]  # (B, N)
     return share.topk(max(1, share.shape[1] // 4), dim=1).values.mean(1)
+
+
+def presence_confidence(image: SlotState, audio: SlotState) -> torch.Tensor:
+    """How surely the sound is in view, by what share contrast trains: (B,) in 0..1, near 0 where it is not.
+
+    The mean of the best tenth of the target slot's share of the image keys, unsharpened, as training contrasts it.
+    """
+    share = slot_share(audio.query, image.keys)[:, TARGET]  # (B, N)
+    return _mean_of_best(share)
 
 
 def fuse_maps(
@@ -376,13 +467,26 @@ class JointSlotModel(nn.Module):
         return Represented(self.slot_attn("img", seen), self.slot_attn("aud", heard), image_tokens, audio_tokens)
 
     @staticmethod
-    def contrasted(pairs: Represented) -> Contrasted:
-        return Contrasted(*(F.normalize(state.slots[:, TARGET], dim=1) for state in (pairs.image, pairs.audio)))
+    def contrasted(pairs: Represented, maps: bool = False) -> Contrasted:
+        """maps: whether the losses of the map, which are not the paper's, are wanted as well."""
+        image, audio = pairs.image, pairs.audio
+        targets = [F.normalize(state.slots[:, TARGET], dim=1) for state in (image, audio)]
+        if not maps:
+            return Contrasted(*targets)
+        attention = slot_attention(image.query, image.keys)[:, TARGET].detach()
+        return Contrasted(*targets, audio.query, image.keys, attention)
 
     def batch_losses(self, batch: Contrasted) -> dict[str, torch.Tensor]:
         """Losses that compare pairs with each other: those of a part of a batch say nothing about the whole."""
-        with torch.autocast(batch.image_target.device.type, enabled=False):
-            return {"info_nce": self._contrast(*batch)}
+        image_target, audio_target, query, keys, attention = batch
+        keep = self._keep_mask(image_target.detach(), audio_target.detach())
+        with torch.autocast(image_target.device.type, enabled=False):
+            losses = {"info_nce": info_nce_loss(image_target, audio_target, self.tau, keep)}
+            if keys is not None:
+                losses["map_contrast"] = map_contrast_loss(query, keys, keep=keep)
+                losses["share_contrast"] = share_contrast_loss(query, keys, keep)
+                losses["foreign_tokens"] = foreign_token_loss(query, keys, attention, keep)
+        return losses
 
     def pair_losses(self, pairs: Represented) -> dict[str, torch.Tensor]:
         """Losses of each pair by itself, means over pairs: a batch's is the mean of its parts', weighted by size."""
@@ -412,15 +516,15 @@ class JointSlotModel(nn.Module):
         maps = (slot_attention(m.query, image.keys, infer_sharpening)[:, TARGET] for m in (audio, image))
         return Maps(*(m.unflatten(1, grid) for m in maps))
 
-    def _contrast(self, image_target: torch.Tensor, audio_target: torch.Tensor) -> torch.Tensor:
+    def _keep_mask(self, image_target: torch.Tensor, audio_target: torch.Tensor) -> torch.Tensor | None:
         batch = len(image_target)
         k = default_reciprocal_k(batch) if self.reciprocal_k is None else self.reciprocal_k
         if k >= batch:
             raise ValueError(
                 f"reciprocal_k {k} leaves no negative in a batch of {batch}: lower it or enlarge the batch"
             )
-        keep = false_negative_keep_mask(image_target.detach(), audio_target.detach(), k) if k else None
-        return info_nce_loss(image_target, audio_target, self.tau, keep)
+        with torch.autocast(image_target.device.type, enabled=False):
+            return false_negative_keep_mask(image_target, audio_target, k) if k else None
 
     def _reconstruct(self, image_slots, image_tokens, audio_slots, audio_tokens) -> torch.Tensor:
         losses = []

@@ -40,15 +40,36 @@ class NotFinite(Exception):
 # ---------------------------------------------------------------- schedules
 
 
-def loss_weights(epoch: int, warmup: int, lam1: float, lam2: float, lam3: float) -> dict[str, float]:
-    """Weight of each loss; during the first `warmup` epochs only the contrastive one counts."""
+MAP_LOSSES = {"map_contrast", "share_contrast", "foreign_tokens"}  # ours, not the paper's
+
+
+def loss_weights(
+    epoch: int,
+    warmup: int,
+    lam1: float,
+    lam2: float,
+    lam3: float,
+    map_contrast: float = 0.0,
+    share_contrast: float = 0.0,
+    foreign_tokens: float = 0.0,
+) -> dict[str, float]:
+    """Weight of each loss; during the first `warmup` epochs only the contrastive one counts.
+
+    foreign_tokens: within attention matching, so times lam3. The losses of the map are named only where one is on.
+    """
     on = float(epoch >= warmup)
-    return {
+    weights = {
         "info_nce": 1.0,
         "reconstruction": lam1 * on,
         "slot_divergence": lam2 * on,
         "attention_matching": lam3 * on,
     }
+    of_the_map = {
+        "map_contrast": map_contrast * on,
+        "share_contrast": share_contrast * on,
+        "foreign_tokens": lam3 * foreign_tokens * on,
+    }
+    return weights | (of_the_map if map_contrast or share_contrast or foreign_tokens else {})
 
 
 def lr_factor(step: int, steps_per_epoch: int, epochs: int, schedule: str, warmup: float) -> float:
@@ -92,20 +113,26 @@ class Objective(nn.Module):
         cached: what the batch losses' gradient says of these rows; without it they are computed from all rows.
         """
         pairs = self.model.represent(*inputs)
-        own = self.model.contrasted(pairs)
+        own = self.model.contrasted(pairs, wants_maps(weights))
         share = len(inputs.image) * world_size() / total  # DistributedDataParallel divides by the processes
         losses = {name: share * loss for name, loss in self.model.pair_losses(pairs).items()}
         if cached is None:
-            losses = self.model.batch_losses(Contrasted(*(gather_rows(x, total) for x in own))) | losses
+            losses = self.model.batch_losses(Contrasted(*(gather_rows(x, total) for x in own.tensors()))) | losses
         objective = weighted(losses, weights)
         if cached is not None:
-            objective = objective + sum((x * gradient).sum() for x, gradient in zip(own, cached, strict=True))
+            sides = zip(own.tensors(), cached.tensors(), strict=True)
+            objective = objective + sum((x * gradient).sum() for x, gradient in sides)
         return {name: loss.detach() for name, loss in losses.items()} | {"objective": objective}
 
 
 def weighted(losses: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
     """Sum of the losses times their weights; those of weight 0 send no gradient."""
     return sum(weight * losses[name] for name, weight in weights.items() if weight and name in losses)
+
+
+def wants_maps(weights: Mapping[str, float]) -> bool:
+    """Whether a loss of the map is among the weights."""
+    return bool(MAP_LOSSES & weights.keys())
 
 
 class Optimisation:
@@ -193,11 +220,11 @@ class Optimisation:
         with torch.no_grad():
             for part in parts:
                 with self._autocast():
-                    rows.append(self.model.contrasted(self.model.represent(*part)))
+                    rows.append(self.model.contrasted(self.model.represent(*part), wants_maps(weights)).tensors())
             whole = [gather_rows(torch.cat(columns), total).requires_grad_() for columns in zip(*rows, strict=True)]
         rewind()
         losses = self.model.batch_losses(Contrasted(*whole))
-        gradients = torch.autograd.grad(weighted(losses, weights), whole)
+        gradients = torch.autograd.grad(weighted(losses, weights), whole, materialize_grads=True)
         own = (world_size() * gradient[own_rows(total)] for gradient in gradients)
         sizes = [len(part.image) for part in parts]
         return {name: loss.detach() for name, loss in losses.items()}, [

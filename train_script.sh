@@ -9,9 +9,10 @@
 #   NAME      folder below checkpoints/ (default: TRAINSET)
 #
 #   PROCESSES=4                                                             so many on this machine, one GPU each
+#   OBJECTIVE=paper|listen    listen: each sound gets a map of its own where several things are in view
 #   ABLATION=no_match|no_div|no_recon|no_false_negatives|no_mask|one_slot   leaves one part of the method out
 #   SEEDS="0 1 2"                                                           one training each
-# The last two end the folder's name, NAME_no_match_seed1; one table of all, differences to the first:
+# The last three end the folder's name, NAME_listen_no_div_seed1; one table of all, differences to the first:
 #   python test_model.py --compare checkpoints/NAME_seed*/results/SET/results.json checkpoints/NAME_{no,one}_*/results/SET/results.json
 #
 # Nobody edits this file to say where data lie: set these variables, in your shell or in front of the command.
@@ -26,7 +27,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 if [ $# -lt 3 ]; then
-    sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 trainset=$1 testset=$2 gpu=$3
@@ -50,9 +51,28 @@ case $trainset in
     *) recipe=(--epochs 100) ;;
 esac
 
+case ${OBJECTIVE:=paper} in
+    paper) ;;
+    listen)
+        recipe+=(--share_contrast 1 --lam3 0 --infer_sharpening 0.1)
+        if [ "$trainset" = synthetic ]; then recipe+=(--epochs 16 --infer_sharpening 0.07); fi
+        name=${name}_listen
+        ;;
+    *)
+        echo "OBJECTIVE=$OBJECTIVE: choose paper or listen" >&2
+        exit 2
+        ;;
+esac
+
 case ${ABLATION:=} in
     "") ;;
-    no_match) recipe+=(--lam3 0) ;;
+    no_match)
+        if [ "$OBJECTIVE" = listen ]; then
+            echo "OBJECTIVE=listen has no attention matching to leave out" >&2
+            exit 2
+        fi
+        recipe+=(--lam3 0)
+        ;;
     no_div) recipe+=(--lam2 0) ;;
     no_recon) recipe+=(--lam1 0) ;;
     no_false_negatives)

@@ -44,6 +44,15 @@ def add_method_flags(parser: ArgumentParser) -> None:
     group.add_argument("--lam1", type=number(float, low=0), default=0.1, help="weight of reconstruction")
     group.add_argument("--lam2", type=number(float, low=0), default=0.1, help="weight of slot divergence")
     group.add_argument("--lam3", type=number(float, low=0), default=100.0, help="weight of attention matching")
+    weight = number(float, low=0)
+    group.add_argument("--map_contrast", type=weight, default=0.0, help="weight of a contrast of best tokens; ours")
+    group.add_argument("--share_contrast", type=weight, default=0.0, help="weight of a contrast of token shares; ours")
+    group.add_argument(
+        "--foreign_tokens",
+        type=weight,
+        default=0.0,
+        help="weight within attention matching of other pictures' tokens; ours",
+    )
     group.add_argument(
         "--warmup", type=number(int, low=0), default=0, help="first epochs with the contrastive loss only"
     )

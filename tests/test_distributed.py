@@ -15,6 +15,7 @@ from optimisation import Inputs, Optimisation
 
 PAIRS = 10  # not a multiple of 3 processes, nor of parts of 4
 WEIGHTS = {"info_nce": 1.0, "reconstruction": 0.1, "slot_divergence": 0.1, "attention_matching": 100.0}
+WITH_MAPS = WEIGHTS | {"map_contrast": 1.0, "share_contrast": 1.0, "foreign_tokens": 200.0}
 CPU = torch.device("cpu")
 
 
@@ -73,20 +74,44 @@ def in_parts_on_one_process_only():
     return gradients(micro_batch=4, pairs=9)
 
 
+def with_maps():
+    return gradients(weights=WITH_MAPS)
+
+
+def with_maps_in_parts():
+    return gradients(micro_batch=2, weights=WITH_MAPS)
+
+
 def without_reconstruction():
     return gradients(weights=WEIGHTS | {"reconstruction": 0.0})
 
 
+@pytest.mark.parametrize("weights", [WEIGHTS, WITH_MAPS, WEIGHTS | {"map_contrast": 1.0}])
 @pytest.mark.parametrize("micro_batch", [1, 3, 5])
-def test_parts_of_a_batch_give_the_gradients_of_the_whole(micro_batch):
-    assert_same(gradients(micro_batch), gradients())
+def test_parts_of_a_batch_give_the_gradients_of_the_whole(micro_batch, weights):
+    assert_same(gradients(micro_batch, weights=weights), gradients(weights=weights))
 
 
-def test_the_reference_leaves_false_negatives_out_and_feels_the_whole_batch():
+@pytest.mark.parametrize(
+    "loss, difference", [("info_nce", 1e-3), ("map_contrast", 1e-3), ("share_contrast", 1e-3), ("foreign_tokens", 1e-8)]
+)
+def test_the_reference_leaves_false_negatives_out_and_feels_the_whole_batch(loss, difference):
     """Else the equalities here would hold for losses that never look beyond a part."""
-    losses, _ = gradients()
-    assert abs(losses["info_nce"] - gradients(reciprocal_k=0)[0]["info_nce"]) > 1e-3
-    assert abs(losses["info_nce"] - gradients(pairs=5)[0]["info_nce"]) > 1e-3
+    losses, _ = with_maps()
+    assert abs(losses[loss] - gradients(reciprocal_k=0, weights=WITH_MAPS)[0][loss]) > difference
+    assert abs(losses[loss] - gradients(pairs=5, weights=WITH_MAPS)[0][loss]) > difference
+
+
+def test_losses_of_the_map_without_weight_change_no_gradient():
+    plain, off = gradients(), gradients(weights=WEIGHTS | dict.fromkeys(WITH_MAPS.keys() - WEIGHTS.keys(), 0.0))
+    assert plain[0].items() <= off[0].items()
+    assert plain[1].keys() == off[1].keys() and all(torch.equal(off[1][name], plain[1][name]) for name in plain[1])
+
+
+def test_losses_of_the_map_have_a_part_in_the_gradient():
+    plain, more = gradients()[1], with_maps()[1]
+    for name in ("audnet.proj.0.weight", "imgnet.proj.weight", "slot_attn.aud_to_q.weight"):
+        assert (more[name] - plain[name]).abs().max() > 1e-3 * plain[name].abs().max(), name
 
 
 def test_parts_normalise_by_themselves_in_training_mode():
@@ -95,9 +120,15 @@ def test_parts_normalise_by_themselves_in_training_mode():
     assert abs(whole[0]["reconstruction"] - parts[0]["reconstruction"]) > 1e-6
 
 
-@pytest.mark.parametrize("world, make", [(2, gradients), (3, gradients), (2, in_parts_of_two)])
-def test_several_processes_give_the_gradients_of_one(world, make, tmp_path):
-    expected = gradients()
+@pytest.mark.parametrize(
+    "world, make, alone",
+    [
+        (2, gradients, gradients), (3, gradients, gradients), (2, in_parts_of_two, gradients),
+        (3, with_maps, with_maps), (2, with_maps_in_parts, with_maps),
+    ],
+)  # fmt: skip
+def test_several_processes_give_the_gradients_of_one(world, make, alone, tmp_path):
+    expected = alone()
     for found in on_processes(world, make, tmp_path):
         assert_same(found, expected)
 

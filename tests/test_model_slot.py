@@ -256,6 +256,138 @@ def test_attention_matching_pulls_the_cross_attention_only():
     assert torch.allclose(states[1].query.grad, only_cross, atol=1e-6)
 
 
+# ---------------------------------------------------------------- losses of the map, which are not the paper's
+
+
+def map_inputs(batch=4, slots=3, tokens=20, dim=8):
+    """Audio queries (B, K, D), image keys (B, N, D), image attention (B, N), and a mask that leaves out pair 0, 2."""
+    torch.manual_seed(0)
+    query, keys = (torch.randn(batch, count, dim, dtype=torch.float64) for count in (slots, tokens))
+    keep = torch.ones(batch, batch, dtype=torch.bool)
+    keep[0, 2] = keep[2, 0] = False
+    return query, keys, torch.rand(batch, tokens, dtype=torch.float64).softmax(1), keep
+
+
+def test_a_sound_scores_a_picture_by_its_best_tenth_of_tokens():
+    query, keys, _, _ = map_inputs()
+    scores = model_slot.map_scores(query, keys)
+    for n in range(4):
+        for m in range(4):
+            direction = query[m, 0] - (query[m, 1] + query[m, 2]) / 2
+            cosine = sorted(F.cosine_similarity(direction, key, dim=0).item() for key in keys[n])
+            assert scores[n, m].item() == pytest.approx(sum(cosine[-2:]) / 2)
+    assert model_slot.map_scores(query[:, :1], keys).isfinite().all()
+
+
+def test_map_contrast_is_both_directions_without_the_left_out_pairs():
+    query, keys, _, keep = map_inputs()
+    scores = (model_slot.map_scores(query, keys) / 0.2).masked_fill(~keep, -torch.inf)
+    expected = -sum(side.log_softmax(1).diagonal().mean() for side in (scores, scores.T))
+    assert torch.allclose(model_slot.map_contrast_loss(query, keys, 0.2, keep), expected)
+
+
+def test_share_contrast_is_both_directions_of_the_mean_share_without_the_left_out_pairs():
+    query, keys, _, keep = map_inputs()
+    mean = torch.zeros(4, 4, dtype=torch.float64)
+    for n in range(4):
+        for m in range(4):
+            mean[n, m] = model_slot.slot_share(query[m : m + 1], keys[n : n + 1])[0, TARGET].mean() + 1e-8
+    kept = mean * keep
+    expected = -sum((mean.diagonal() / kept.sum(dim)).log().mean() for dim in (0, 1))
+    assert torch.allclose(model_slot.share_contrast_loss(query, keys, keep), expected)
+
+
+def test_foreign_tokens_compete_with_a_pictures_own_for_the_attention_of_its_sound():
+    query, keys, attention, keep = map_inputs()
+    errors = []
+    for m in range(4):
+        for n in range(4):
+            if n != m and keep[m, n]:
+                both = torch.cat([keys[m], keys[n]])[None]
+                target = torch.cat([attention[m], torch.zeros(20)])
+                errors.append((model_slot.slot_attention(query[m : m + 1], both)[0, TARGET] - target).square().mean())
+    assert len(errors) == 10
+    assert torch.allclose(model_slot.foreign_token_loss(query, keys, attention, keep), torch.stack(errors).mean())
+
+
+def test_foreign_tokens_send_no_gradient_to_the_image_query():
+    query, keys, attention, _ = map_inputs()
+    attention.requires_grad_()
+    keys.requires_grad_()
+    model_slot.foreign_token_loss(query, keys, attention).backward()
+    assert attention.grad is None and keys.grad.abs().max() > 0
+
+
+def map_loss(name, query, keys, attention, keep=None):
+    if name == "map_contrast":
+        return model_slot.map_contrast_loss(query, keys, keep=keep)
+    if name == "share_contrast":
+        return model_slot.share_contrast_loss(query, keys, keep)
+    return model_slot.foreign_token_loss(query, keys, attention, keep)
+
+
+@pytest.mark.parametrize("name", ["map_contrast", "share_contrast", "foreign_tokens"])
+def test_the_order_of_a_batch_changes_no_loss_of_the_map(name):
+    *inputs, keep = map_inputs()
+    order = torch.tensor([2, 0, 3, 1])
+    permuted = map_loss(name, *(x[order] for x in inputs), keep[order][:, order])
+    assert torch.allclose(map_loss(name, *inputs, keep), permuted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name, share", [("map_contrast", 3 / 4), ("share_contrast", 3 / 4), ("foreign_tokens", 1)])
+def test_a_false_negative_partner_counts_in_no_loss_of_the_map(name, share):
+    """Pair 3, a false negative of all others, might as well not be there, but in the mean over pairs."""
+    *inputs, _ = map_inputs()
+    keep = torch.ones(4, 4, dtype=torch.bool)
+    keep[3, :3] = keep[:3, 3] = False
+    without = map_loss(name, *(x[:3] for x in inputs))
+    assert torch.allclose(map_loss(name, *inputs, keep), share * without, rtol=1e-12)
+    assert not torch.allclose(map_loss(name, *inputs), share * without, rtol=1e-3)
+
+
+def small_batch():
+    torch.manual_seed(0)
+    model = JointSlotModel(**SMALL, mask_ratio=0.0, reciprocal_k=1).eval()
+    return model, (torch.randn(4, 3, 64, 64), torch.randn(4, 1, 257, 81))
+
+
+@pytest.mark.parametrize("name", ["map_contrast", "share_contrast", "foreign_tokens"])
+def test_the_map_alone_teaches_the_audio_encoder(name):
+    model, inputs = small_batch()
+    losses = model.batch_losses(model.contrasted(model.represent(*inputs), maps=True))
+    losses[name].backward()
+    for weight in (model.audnet.proj[0].weight, model.imgnet.proj.weight, model.slot_attn.aud_to_q.weight):
+        assert weight.grad.abs().max() > 0
+
+
+def test_the_papers_losses_are_the_same_with_and_without_those_of_the_map():
+    model, inputs = small_batch()
+    pairs = model.represent(*inputs)
+    plain, more = (model.batch_losses(model.contrasted(pairs, maps)) for maps in (False, True))
+    assert plain.keys() == {"info_nce"} and more.keys() == {
+        "info_nce",
+        "map_contrast",
+        "share_contrast",
+        "foreign_tokens",
+    }
+    assert torch.equal(plain["info_nce"], more["info_nce"])
+
+
+def test_presence_is_the_share_of_a_pairs_best_tokens_and_feels_a_missing_source():
+    torch.manual_seed(0)
+    keys, query = 3 * torch.randn(2, 20, 8), torch.randn(2, 2, 8)
+    keys[0, :2] = 9 * (query[0, 0] - query[0, 1])  # the first sound finds two tokens, the second none
+    keys[1] = -9 * (query[1, 0] - query[1, 1])
+    states = (model_slot.SlotState(torch.zeros(2, 2, 8), *both) for both in ((query, keys), (query, keys)))
+    present, absent = model_slot.presence_confidence(*states)
+    assert present > 0.99 and absent < 0.01
+    best = model_slot.slot_share(query, keys)[0, TARGET].sort(descending=True).values[:2]
+    assert torch.allclose(present, best.mean())
+
+
+# ---------------------------------------------------------------- decoder, false negatives
+
+
 def test_the_decoder_adds_columns_then_rows_and_weights_slots_by_alpha():
     decoder, slots = MlpDecoder(2, 3, 4), torch.randn(1, 2, 4)
     expected = torch.zeros(6, 4)

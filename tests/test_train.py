@@ -217,6 +217,12 @@ def test_only_the_contrastive_loss_counts_during_the_warm_up():
     assert third == {"info_nce": 1, "reconstruction": 0.1, "slot_divergence": 0.1, "attention_matching": 100}
 
 
+def test_losses_of_the_map_are_weighed_only_where_one_is_on_and_foreign_tokens_within_matching():
+    first, third = (loss_weights(epoch, 2, 0.1, 0.1, 50, foreign_tokens=2) for epoch in (1, 2))
+    assert first["map_contrast"] == first["share_contrast"] == first["foreign_tokens"] == 0
+    assert third["map_contrast"] == third["share_contrast"] == 0 and third["foreign_tokens"] == 100
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_ids(synthetic_root, tmp_path, train):
     done = train(synthetic_root, tmp_path, "--lr", "1e30", "--amp", "none")
     assert done.returncode == 2
@@ -321,6 +327,27 @@ def test_an_ablation_changes_one_flag_and_no_other(ablation, name, value, monkey
 
     whole, less = flags(), flags(ABLATION=ablation)
     assert {key for key in whole if whole[key] != less[key]} == {name} and less[name] == value
+
+
+@pytest.mark.parametrize("trainset", ["synthetic", "vggss_144k", "flickr_10k", "custom"])
+def test_the_listening_objective_has_share_contrast_in_the_place_of_attention_matching(trainset, monkeypatch):
+    def flags(**environment):
+        words = shell(trainset, "vggss", "0", "run", **environment).stdout.split()
+        monkeypatch.setattr(sys, "argv", words)
+        return vars(train_slot.parse_args())
+
+    paper, listen = flags(), flags(OBJECTIVE="listen")
+    assert paper == flags(OBJECTIVE="paper") and paper["share_contrast"] == 0
+    changed = {key for key in paper if paper[key] != listen[key]}
+    assert changed - {"infer_sharpening", "epochs"} == {"share_contrast", "lam3", "experiment_name"}
+    assert ("epochs" in changed) == (trainset == "synthetic")
+    assert listen["share_contrast"] > 0 and listen["lam3"] == 0 and listen["experiment_name"] == "run_listen"
+
+
+@pytest.mark.parametrize("environment", [{"OBJECTIVE": "luck"}, {"OBJECTIVE": "listen", "ABLATION": "no_match"}])
+def test_an_objective_that_is_unknown_or_lacks_what_an_ablation_leaves_out_trains_nothing(environment):
+    wrong = shell("synthetic", "synthetic", "cpu", **environment)
+    assert wrong.returncode == 2 and "listen" in wrong.stderr and not wrong.stdout
 
 
 def test_the_run_ends_with_the_command_that_tests_it(finished):
