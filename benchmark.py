@@ -138,9 +138,12 @@ def slots_and_losses(batch: int) -> Callable[[], object]:
         tokens = [x.detach().requires_grad_() for x in model.encode(*random_inputs(model, batch)[:2])]
     masks = model.draw_masks(batch)
 
+    amp = choose_amp("auto", torch.device("cpu"))
+
     def run() -> None:
-        pairs = model.represent_tokens(*tokens, masks)
-        losses = model.batch_losses(model.contrasted(pairs)) | model.pair_losses(pairs)
+        with torch.autocast("cpu", amp, enabled=amp is not None):
+            pairs = model.represent_tokens(*tokens, masks)
+            losses = model.batch_losses(model.contrasted(pairs)) | model.pair_losses(pairs)
         sum(weight * losses[name] for name, weight in LOSS_WEIGHTS.items()).backward()
 
     return run

@@ -492,9 +492,10 @@ class JointSlotModel(nn.Module):
         """Losses of each pair by itself, means over pairs: a batch's is the mean of its parts', weighted by size."""
         image, audio = pairs.image, pairs.audio
         image_unit, audio_unit = F.normalize(image.slots, dim=2), F.normalize(audio.slots, dim=2)
+        reconstruction = self._reconstruct(image.slots, pairs.image_tokens, audio.slots, pairs.audio_tokens)
         with torch.autocast(image.slots.device.type, enabled=False):
             return {
-                "reconstruction": self._reconstruct(image.slots, pairs.image_tokens, audio.slots, pairs.audio_tokens),
+                "reconstruction": reconstruction,  # decoders may run in half precision, the error is taken in fp32
                 "slot_divergence": slot_divergence_loss(image_unit) + slot_divergence_loss(audio_unit),
                 "attention_matching": attention_matching_loss(image, audio),
             }

@@ -140,6 +140,9 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory that PyTorch held on a CUDA device, or that this process held at all on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count the parent's memory, too
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
