@@ -54,12 +54,26 @@ def process_group(device: torch.device):
     if not launched():
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group(backend, store=_store_of_this_attempt(**place), timeout=PATIENCE, **place)
     if not is_main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     yield
     wait_for_all()
     dist.destroy_process_group()
+
+
+def _store_of_this_attempt(rank: int, world_size: int) -> dist.Store:
+    """Where the processes find each other. Restarted ones may get the old store, with the addresses of the dead in it.
+
+    The count of restarts is each machine's own, so it tells attempts apart on a single one only.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serve = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(host, port, world_size, serve, timedelta(minutes=5))
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if os.environ["GROUP_WORLD_SIZE"] == "1" else ""
+    return dist.PrefixStore(f"attempt {attempt}", store)
 
 
 # ---------------------------------------------------------------- rows of a batch
@@ -120,7 +134,7 @@ def anyone(flag: bool, device: torch.device) -> bool:
 
 
 def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
-    """Fill the tensors with those of the first process: batch-norm statistics are each process's own."""
+    """Fill the tensors with those of the first process: a step moves batch-norm statistics by a process's own rows."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)

@@ -165,10 +165,7 @@ class Optimisation:
         if world_size() > 1:
             devices = [device.index] if device.type == "cuda" else None
             self.objective = DistributedDataParallel(
-                self.objective,
-                device_ids=devices,
-                find_unused_parameters=not all_weights,
-                broadcast_buffers=False,
+                self.objective, device_ids=devices, find_unused_parameters=not all_weights
             )
 
     def step(self, inputs: Inputs, total: int, weights: Mapping[str, float], lr_factor: float) -> dict[str, float]:

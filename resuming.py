@@ -1,5 +1,6 @@
 """What lets a run go on: that it is the same run, that it was started anew by torchrun, that it was told to stop."""
 
+import fcntl
 import hashlib
 import os
 import signal
@@ -67,6 +68,22 @@ def goes_on(folder: Path, args) -> bool:
     if there and not (own or args.resume or args.overwrite or args.dry_run):
         raise UserError(f"{folder} holds a trained model: --resume goes on with it, --overwrite replaces it")
     return own or args.resume
+
+
+def hold(folder: Path):
+    """Take the run's folder for this process, as long as the file that is returned stays open.
+
+    Raises UserError when another process holds it. Where the file system knows no locks, nobody is held back.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")  # noqa: SIM115  (the run closes it by ending)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader workers, which may outlive a kill
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(f"another process is training in {folder}: stop it, or take another name") from error
+    except OSError:
+        pass
+    return lock
 
 
 # ---------------------------------------------------------------- told to stop

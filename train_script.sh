@@ -102,12 +102,13 @@ name=$name${ABLATION:+_$ABLATION}
 # A training ends by printing the test_model.py command for what it made.
 command=("$python")
 if [ -n "${PROCESSES:-}" ]; then command+=(-m torch.distributed.run --standalone --nproc_per_node "$PROCESSES"); fi
-train() {
-    "${command[@]}" train_slot.py --trainset "$trainset" --testset "$testset" --gpu "$gpu" "${recipe[@]}" "$@"
-}
+command+=(train_slot.py --trainset "$trainset" --testset "$testset" --gpu "$gpu" "${recipe[@]}")
 if [ -z "${SEEDS:-}" ]; then
-    train --experiment_name "$name" "$@"
+    exec "${command[@]}" --experiment_name "$name" "$@" # a signal to this script is one to the training
 fi
-for seed in ${SEEDS:-}; do
-    train --experiment_name "${name}_seed$seed" "$@" --seed "$seed"
+trap 'kill -TERM "$child"; wait "$child"; exit 143' TERM INT
+for seed in $SEEDS; do
+    "${command[@]}" --experiment_name "${name}_seed$seed" "$@" --seed "$seed" &
+    child=$!
+    wait "$child"
 done

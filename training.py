@@ -22,7 +22,7 @@ from inspection import count_undecodable
 from model_slot import JointSlotModel, TokenMasks
 from optimisation import Inputs, NotFinite, Optimisation, choose_amp, loss_weights, lr_factor
 from report import Drawer, describe_checkpoint, pictures_of, publish, training_overlap
-from resuming import LAUNCH, StopSignal, differences, fingerprint, launch_name
+from resuming import LAUNCH, StopSignal, differences, fingerprint, hold, launch_name
 from retrieval import retrieval_recall, retrieval_score
 from run_log import RunLog
 from scores import RESAMPLES
@@ -134,7 +134,8 @@ class Run:
         different = differences(state, self.args, self.marks())
         listed = "; ".join(different)
         if different and not self.args.force:
-            raise UserError(f"{path} was trained with other settings: {listed} (--force goes on with these)")
+            mend = "give the old ones to go on as before, or --force to go on with these"
+            raise UserError(f"{path} was trained with other settings: {listed} ({mend})")
         with as_user_error(RuntimeError, ValueError, KeyError):
             self.optimisation.load_state_dict(state)
         restore_random_states(state["random"])
@@ -322,6 +323,7 @@ class Run:
         if resume:
             self.resume()
         if is_main():
+            self.lock = hold(self.folder)
             self.prepare_folder()
             self.log = RunLog(self.folder, args.wandb, args.experiment_name, vars(args), **self.resumed)
         with self.stop.listening():

@@ -260,6 +260,20 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["latest.pth"]
 
 
+def test_two_runs_do_not_write_into_one_folder(synthetic_root, tmp_path, train):
+    holding = (
+        f"import resuming; from pathlib import Path; lock = resuming.hold(Path({str(tmp_path / 'run')!r})); input(1)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holding], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        other.stdout.read(1)
+        done = train(synthetic_root, tmp_path, "--epochs", "1")
+        other.communicate("\n")
+    assert done.returncode == 2 and "another process is training" in done.stderr
+    assert train(synthetic_root, tmp_path, "--epochs", "1").returncode == 0
+
+
 def test_every_kth_epoch_is_kept(synthetic_root, tmp_path, train):
     assert train(synthetic_root, tmp_path, "--epochs", "4", "--keep_every", "2").returncode == 0
     kept = sorted(path.name for path in (tmp_path / "run").glob("*.pth"))
