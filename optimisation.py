@@ -180,7 +180,10 @@ class Optimisation:
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.backward(inputs, total, weights)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or math.inf)
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in trained])
+        if self.clip:
+            nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
         figures = losses | {"loss": weighted(losses, weights)}
         values = dict(zip(figures, average(torch.stack([*figures.values()])).tolist(), strict=True))
         norm = norm.item()
