@@ -227,6 +227,7 @@ def _plot_axis(axis, title: str, keys: Mapping[str, str], epochs: Floats, log_li
             label=label,
             color="0.75" if whole else colour,
             linewidth=5 if whole else 1.6,
+            zorder=1 if whole else 2,
             marker="o" if len(points) < 40 else None,
             markersize=3 if len(points) > 1 else 7,
         )

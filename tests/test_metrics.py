@@ -18,15 +18,6 @@ SEEDS = st.integers(0, 2**32 - 1)
 few = settings(max_examples=20, deadline=None)
 
 
-@pytest.fixture
-def one_thread():
-    """Many small operations: on a busy machine a second thread mostly waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def boxes_to_truth(boxes, weight=1.0):
     truth = torch.zeros(224, 224)
     for left, top, right, bottom in boxes:
@@ -134,7 +125,7 @@ def test_avsbench_matches_the_reference(golden):
     assert np.allclose(curves.amax(1), golden["avs_F_per_frame_max"], rtol=0, atol=1e-6)
 
 
-def test_vggss_ceiling_and_disc_are_the_known_bars(one_thread):
+def test_vggss_ceiling_and_disc_are_the_known_bars():
     entries = json.loads((shared_folder("metadata") / "vggss.json").read_text())
     ceiling, disc, frame = [], [], []
     for start in range(0, len(entries), 64):

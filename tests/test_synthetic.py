@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 import pytest
 import soundfile
-import torch
 from scipy import stats
 
 import dataset
@@ -22,15 +21,6 @@ from synthetic_kinds import KINDS
 
 COUNTS = {"train": 100, "val": 20, "test": 150, "distractor": 200, "interactive": 60, "offscreen": 60}
 TINY = {"train": 12, "val": 2, "test": 2, "distractor": 11, "interactive": 2, "offscreen": 6}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small tensors on a busy machine: waiting for a second thread would cost more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
