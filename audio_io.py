@@ -120,6 +120,22 @@ def log_spectrogram(waveform: np.ndarray | torch.Tensor) -> torch.Tensor:
     return compress(power_spectrogram(waveform))
 
 
+def sourceless_spectrogram(seconds: float) -> torch.Tensor:
+    """What nothing in view can cause, drawn by PyTorch's CPU generator -> (1, F, L) log power spectrogram.
+
+    Half of the draws are digital silence. The others are noise whose power falls with frequency f as f^-a, a in 0..2
+    (white, pink, brown), with a root mean square of -50 to -10 dB of full scale.
+    """
+    noisy, slope, level = torch.rand(3).tolist()
+    waveform = torch.zeros(num_samples(seconds))
+    if noisy < 0.5:
+        spectrum = torch.fft.rfft(torch.randn(len(waveform)))
+        shaped = spectrum * torch.arange(1, len(spectrum) + 1) ** -slope  # the root of the power
+        waveform = torch.fft.irfft(shaped, len(waveform))
+        waveform *= 10 ** ((40 * level - 50) / 20) / waveform.square().mean().sqrt()
+    return log_spectrogram(waveform)
+
+
 def load_spectrogram(path: str | Path, seconds: float, position: float = 0.5) -> torch.Tensor:
     """Sound file, or stored (1, F, L) power spectrogram (.npy, before the log) -> (1, F, L) log power spectrogram.
 

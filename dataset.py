@@ -26,7 +26,7 @@ from annotations import (
     read_ids,
     read_silent_pairs,
 )
-from audio_io import AUDIO_SUFFIXES, load_spectrogram
+from audio_io import AUDIO_SUFFIXES, load_spectrogram, sourceless_spectrogram
 from metrics import MAP_SIZE
 from transforms import eval_transform, load_image, mask_spectrogram, train_transform
 from utils import Absent, Undecodable, UserError, as_user_error
@@ -212,15 +212,23 @@ def find_pairs(
 class TrainingPairs(Dataset):
     """Augmented pairs. What is drawn depends on (seed, epoch, index) alone, not on workers or order.
 
-    augment: "hard", "plain" or "none" (held-out pairs: as in evaluation).
+    augment: "hard", "plain" or "none" (held-out pairs: as in evaluation). sourceless: spectrograms are (2, F, L), the
+    second of silence or noise.
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], image_size: int, audio_seconds: float, augment: str = "hard", seed: int = 0
+        self,
+        pairs: Sequence[Pair],
+        image_size: int,
+        audio_seconds: float,
+        augment: str = "hard",
+        seed: int = 0,
+        sourceless: bool = False,
     ) -> None:
         self.pairs, self.audio_seconds, self.augment, self.seed, self.epoch = pairs, audio_seconds, augment, seed, 0
         self.transform = eval_transform(image_size) if augment == "none" else train_transform(image_size, augment)
         self.short_side = None if augment == "none" else 2 * image_size
+        self.sourceless = sourceless
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -235,6 +243,8 @@ class TrainingPairs(Dataset):
             if self.augment == "hard":
                 spectrogram = mask_spectrogram(spectrogram)
             image = self.transform(load_image(pair.image, self.short_side))
+            if self.sourceless:  # last: what else is drawn stays what it was
+                spectrogram = torch.cat([spectrogram, sourceless_spectrogram(self.audio_seconds)])
             return Sample(image, spectrogram, torch.empty(0), pair.id, "")
 
 

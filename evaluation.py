@@ -18,7 +18,7 @@ from dataset import EvaluationPairs, Sample, in_order, make_loader
 from distributed import gather_in_order, hidden_bar, is_main, own_share
 from inspection import count_undecodable
 from metrics import RULES, THRESHOLD
-from model_slot import TARGET, JointSlotModel, map_confidence
+from model_slot import TARGET, JointSlotModel, map_confidence, presence_confidence
 from resnet import ObjectSaliency
 from retrieval import derangement, retrieval_recall
 from set_scores import WRONG, Result, ScoredBatch, SetScores, in_parts
@@ -106,6 +106,7 @@ def localize_batch(
     scalars = {
         "confidence": F.cosine_similarity(*targets),
         "confidence_map": map_confidence(image_state, audio_state, infer_sharpening),
+        "presence": presence_confidence(image_state, audio_state),
     }
     raw, scalars = ({name: values.cpu() for name, values in side.items()} for side in (raw, scalars))
     return Localized(raw, scalars, *(target.cpu() for target in targets))

@@ -56,6 +56,7 @@ class Represented(NamedTuple):
     audio: SlotState
     image_tokens: torch.Tensor  # (B, N, D) of the encoder, before masking
     audio_tokens: torch.Tensor  # (B, T, D) of the encoder, before masking
+    nothing: SlotState | None = None  # of silence or noise, where training wants it
 
 
 class Contrasted(NamedTuple):
@@ -317,6 +318,15 @@ def foreign_token_loss(
     return error[counted if keep is None else counted & keep].mean()
 
 
+def silence_loss(nothing_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
+    """Silence and noise claim nothing: queries (B, K, D) of such sounds, each over the keys (B, N, D) of one picture.
+
+    -mean log(1 - S), with S the mean over tokens of the target slot's `slot_share`.
+    """
+    free = 1 - slot_share(nothing_query, image_keys)[:, TARGET].mean(1)  # (B,)
+    return -(free + ATTENTION_FLOOR).log().mean()
+
+
 def reconstruction_loss(decoded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Decoded tokens against the encoder's, (B, N, D) both; no gradient reaches the encoder through the target."""
     return F.mse_loss(_at_least_fp32(decoded), _at_least_fp32(tokens.detach()))
@@ -452,8 +462,15 @@ class JointSlotModel(nn.Module):
         return self.batch_losses(self.contrasted(pairs)) | self.pair_losses(pairs)
 
     def represent(self, image: torch.Tensor, spectrogram: torch.Tensor, masks: TokenMasks | None = None) -> Represented:
-        """Pictures and spectrograms -> slots of both. Tokens are masked in training mode only; None draws the masks."""
-        return self.represent_tokens(*self.encode(image, spectrogram), masks)
+        """Pictures and spectrograms -> slots of both. Tokens are masked in training mode only; None draws the masks.
+
+        spectrogram (B, 1, F, L), or (B, 2, F, L), the second ones of silence or noise, which is not masked.
+        """
+        sounds = torch.cat(spectrogram.split(1, dim=1))  # (B or 2B, 1, F, L): batch norm sees all of them together
+        image_tokens, audio_tokens = self.encode(image, sounds)
+        own, *nothing = audio_tokens.split(len(image))
+        pairs = self.represent_tokens(image_tokens, own, masks)
+        return pairs._replace(nothing=self.slot_attn("aud", *nothing)) if nothing else pairs
 
     def represent_tokens(
         self, image_tokens: torch.Tensor, audio_tokens: torch.Tensor, masks: TokenMasks | None = None
@@ -494,10 +511,12 @@ class JointSlotModel(nn.Module):
         image_unit, audio_unit = F.normalize(image.slots, dim=2), F.normalize(audio.slots, dim=2)
         reconstruction = self._reconstruct(image.slots, pairs.image_tokens, audio.slots, pairs.audio_tokens)
         with torch.autocast(image.slots.device.type, enabled=False):
+            of_nothing = {} if pairs.nothing is None else {"silence": silence_loss(pairs.nothing.query, image.keys)}
             return {
                 "reconstruction": reconstruction,  # decoders may run in half precision, the error is taken in fp32
                 "slot_divergence": slot_divergence_loss(image_unit) + slot_divergence_loss(audio_unit),
                 "attention_matching": attention_matching_loss(image, audio),
+                **of_nothing,
             }
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ class Inputs(NamedTuple):
     """This process's rows of a batch."""
 
     image: torch.Tensor  # (B, 3, H, W)
-    spectrogram: torch.Tensor  # (B, 1, F, L)
+    spectrogram: torch.Tensor  # (B, 1, F, L), or (B, 2, F, L) with sounds of nothing
     masks: TokenMasks
 
     def parts(self, size: int) -> Iterator["Inputs"]:
@@ -52,10 +52,12 @@ def loss_weights(
     map_contrast: float = 0.0,
     share_contrast: float = 0.0,
     foreign_tokens: float = 0.0,
+    silence: float = 0.0,
 ) -> dict[str, float]:
     """Weight of each loss; during the first `warmup` epochs only the contrastive one counts.
 
-    foreign_tokens: within attention matching, so times lam3. The losses of the map are named only where one is on.
+    foreign_tokens: within attention matching, so times lam3. Losses that are not the paper's are named where they are
+    on; those of the map all where one is.
     """
     on = float(epoch >= warmup)
     weights = {
@@ -69,7 +71,9 @@ def loss_weights(
         "share_contrast": share_contrast * on,
         "foreign_tokens": lam3 * foreign_tokens * on,
     }
-    return weights | (of_the_map if map_contrast or share_contrast or foreign_tokens else {})
+    if map_contrast or share_contrast or foreign_tokens:
+        weights |= of_the_map
+    return weights | ({"silence": silence * on} if silence else {})
 
 
 def lr_factor(step: int, steps_per_epoch: int, epochs: int, schedule: str, warmup: float) -> float:

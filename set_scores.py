@@ -26,6 +26,7 @@ from scores import (
     size_names,
     summarise,
 )
+from stored_maps import SCALARS
 
 PART = 8  # samples whose enlarged maps are scored at once: more would leave the processor's cache
 WRONG = "_wrong"  # ends the name of a map that was asked with a wrong sound
@@ -133,9 +134,10 @@ class SetScores:
             has_source = np.array([i not in truth.silent for i in ids])
             # the confidence is the right sound's
             right = {name: columns for name, columns in maps.items() if not name.endswith(WRONG)}
-            for score, end in (("confidence", ""), ("confidence_map", "@confidence_map")):
+            for score in SCALARS:
                 if score not in scalars:
                     continue
+                end = "" if score == SCALARS[0] else f"@{score}"
                 found = detect(right, scalars[score], has_source, units, resamples, seed)
                 for kind, by_map in zip(("maps", "intervals"), found, strict=True):
                     for name, figures in by_map.items():

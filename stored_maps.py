@@ -22,7 +22,7 @@ import torch
 
 from utils import UserError, as_user_error, atomic_path
 
-SCALARS = ("confidence", "confidence_map")  # per sample
+SCALARS = ("confidence", "confidence_map", "presence")  # per sample; detection by the first one needs no name
 SETTINGS = ("interpolation", "alpha")  # of the whole file
 FUSED = ("IQR", "OGL", "IQR_OGL")  # formed from the others, by alpha
 HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

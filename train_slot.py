@@ -53,6 +53,7 @@ def add_method_flags(parser: ArgumentParser) -> None:
         default=0.0,
         help="weight within attention matching of other pictures' tokens; ours",
     )
+    group.add_argument("--silence", type=weight, default=0.0, help="weight of silence and noise as negatives; ours")
     group.add_argument(
         "--warmup", type=number(int, low=0), default=0, help="first epochs with the contrastive loss only"
     )
@@ -211,8 +212,8 @@ def build_training_data(args) -> TrainingData:
         "train": len(train),
         "held_out": len(held_out),
     }
-    sets = TrainingPairs(train, *sizes, args.augment, args.seed), TrainingPairs(held_out, *sizes, "none")
-    return TrainingData(*sets, counts, left_out)
+    training_pairs = TrainingPairs(train, *sizes, args.augment, args.seed, sourceless=bool(args.silence))
+    return TrainingData(training_pairs, TrainingPairs(held_out, *sizes, "none"), counts, left_out)
 
 
 def print_start(args, run: Run) -> None:

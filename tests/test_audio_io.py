@@ -149,3 +149,17 @@ def test_a_wav_that_is_cut_short_or_broken_is_refused_when_only_a_part_is_wanted
     path.write_bytes(whole[:20])
     with pytest.raises(ValueError, match=r"cut\.wav"):
         audio_io.load_audio(path, 1000, 0.0)
+
+
+def test_half_of_what_has_no_source_is_silence_and_the_rest_noise_of_every_colour_and_level():
+    torch.manual_seed(0)
+    drawn = [audio_io.sourceless_spectrogram(0.5) for _ in range(200)]
+    floor = np.log(audio_io.LOG_FLOOR) / audio_io.LOG_SCALE
+    noisy = [x for x in drawn if x.max() > floor + 1e-6]
+    assert all(x.shape == (1, 257, 51) and torch.isfinite(x).all() for x in drawn)
+    assert 0.4 < len(noisy) / len(drawn) < 0.6
+    power = [(audio_io.LOG_SCALE * x[0]).exp().mean(1) for x in noisy]
+    level = [10 * np.log10(p.sum().item()) for p in power]
+    assert 30 < max(level) - min(level) < 41  # 40 dB of levels
+    low = [(p[1:17].sum() / p[1:].sum()).item() for p in power]  # white noise has 1/16 of its power there
+    assert min(low) < 0.1 and max(low) > 0.9

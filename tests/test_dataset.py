@@ -188,6 +188,16 @@ def test_what_is_drawn_depends_on_seed_epoch_and_index_alone(root):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_sounds_of_nothing_come_second_and_change_nothing_else(root):
+    pairs, _ = dataset.find_pairs(root, "vggsound", None)
+    plain, more = (dataset.TrainingPairs(pairs, 32, 0.5, "hard", 0, sourceless) for sourceless in (False, True))
+    for i in range(len(pairs)):
+        assert torch.equal(plain[i].image, more[i].image)
+        assert torch.equal(plain[i].spectrogram, more[i].spectrogram[:1])
+        assert torch.equal(more[i].spectrogram, more[i].spectrogram) and more[i].spectrogram.shape[0] == 2
+    assert len({more[i].spectrogram[1].sum().item() for i in range(len(pairs))}) > 1
+
+
 def test_held_out_pairs_are_not_trained_on(root):
     selection = dataset.select_training_pairs("custom", str(root), "", str(root / "ids.txt"))
     train, held_out = dataset.hold_out("custom", selection.pairs, str(root), None, 0.4, seed=1)

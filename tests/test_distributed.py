@@ -15,7 +15,7 @@ from optimisation import Inputs, Optimisation
 
 PAIRS = 10  # not a multiple of 3 processes, nor of parts of 4
 WEIGHTS = {"info_nce": 1.0, "reconstruction": 0.1, "slot_divergence": 0.1, "attention_matching": 100.0}
-WITH_MAPS = WEIGHTS | {"map_contrast": 1.0, "share_contrast": 1.0, "foreign_tokens": 200.0}
+WITH_MAPS = WEIGHTS | {"map_contrast": 1.0, "share_contrast": 1.0, "foreign_tokens": 200.0, "silence": 1.0}
 CPU = torch.device("cpu")
 
 
@@ -30,6 +30,8 @@ def gradients(micro_batch=None, pairs=PAIRS, reciprocal_k=3, frozen=True, weight
     rng = np.random.default_rng(0)
     image = torch.from_numpy(rng.standard_normal((pairs, 3, 64, 64)))
     spectrogram = torch.from_numpy(rng.standard_normal((pairs, 1, 257, 81)))
+    if weights.get("silence"):
+        spectrogram = torch.cat([spectrogram, torch.from_numpy(rng.standard_normal((pairs, 1, 257, 81)))], dim=1)
     masks, rows = model.draw_masks(pairs), own_rows(pairs)
     inputs = Inputs(image[rows], spectrogram[rows], TokenMasks(*(mask[rows] for mask in masks)))
     all_weights = all(weights.values())

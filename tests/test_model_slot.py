@@ -373,6 +373,24 @@ def test_the_papers_losses_are_the_same_with_and_without_those_of_the_map():
     assert torch.equal(plain["info_nce"], more["info_nce"])
 
 
+def test_silence_costs_what_it_claims_and_nothing_else():
+    query, keys = torch.zeros(2, 2, 4), torch.randn(2, 6, 4)
+    assert torch.allclose(model_slot.silence_loss(query, keys), torch.tensor(2.0).log())  # half of every token
+    query[:, 1] = 50 * (keys := keys.abs()).mean(1)
+    assert model_slot.silence_loss(query, keys) < 1e-3
+    assert model_slot.silence_loss(query.flip(1), keys) > 5
+
+
+def test_sounds_of_nothing_add_one_loss_that_teaches_the_audio_encoder():
+    model, (image, spectrogram) = small_batch()
+    both = torch.cat([spectrogram, torch.randn(4, 1, 257, 81)], dim=1)
+    plain, more = (model.pair_losses(model.represent(image, x)) for x in (spectrogram, both))
+    assert more.keys() - plain.keys() == {"silence"}
+    assert all(torch.allclose(plain[name], more[name], rtol=1e-5) for name in plain)  # no batch statistics in between
+    more["silence"].backward()
+    assert model.audnet.proj[0].weight.grad.abs().max() > 0
+
+
 def test_presence_is_the_share_of_a_pairs_best_tokens_and_feels_a_missing_source():
     torch.manual_seed(0)
     keys, query = 3 * torch.randn(2, 20, 8), torch.randn(2, 2, 8)

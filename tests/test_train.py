@@ -223,6 +223,19 @@ def test_losses_of_the_map_are_weighed_only_where_one_is_on_and_foreign_tokens_w
     assert third["map_contrast"] == third["share_contrast"] == 0 and third["foreign_tokens"] == 100
 
 
+def test_silence_is_named_and_weighed_only_where_it_is_on():
+    assert "silence" not in loss_weights(0, 0, 0.1, 0.1, 100, share_contrast=1)
+    first, third = (loss_weights(epoch, 2, 0.1, 0.1, 100, silence=2) for epoch in (1, 2))
+    assert (first["silence"], third["silence"]) == (0, 2) and "share_contrast" not in third
+
+
+def test_a_training_with_silence_logs_its_loss(synthetic_root, tmp_path, train):
+    done = train(synthetic_root, tmp_path, "--silence", "2", "--share_contrast", "1", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    line = log_of(tmp_path / "run")[-1]
+    assert line["silence"] > 0 and line["share_contrast"] > 0
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_ids(synthetic_root, tmp_path, train):
     done = train(synthetic_root, tmp_path, "--lr", "1e30", "--amp", "none")
     assert done.returncode == 2
