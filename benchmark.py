@@ -10,7 +10,7 @@ Where nothing of the released code compares, the baseline is what the name says,
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +35,7 @@ from distributed import own_rows
 from evaluation import evaluate_stored
 from metrics import area_under_curve, consensus_iou, region_fixed, success_rate
 from model_slot import JointSlotModel, TokenMasks
-from optimisation import Inputs, Optimisation, choose_amp, loss_weights
+from optimisation import Inputs, Optimisation, choose_amp, loss_weights, wants_maps, weighted
 from scores import RESAMPLES
 from set_scores import enlarge, in_parts
 from stored_maps import StoredMaps
@@ -48,6 +48,7 @@ BATCH = 64
 IMAGE_SIZE, AUDIO_SECONDS = 224, 5.0
 INPUT_FILES = 32  # different pictures and sounds
 LOSS_WEIGHTS = loss_weights(0, 0, 0.1, 0.1, 100.0)
+WITH_MAPS = loss_weights(0, 0, 0.1, 0.1, 100.0, map_contrast=1.0, share_contrast=1.0, foreign_tokens=2.0)
 TRAIN_BATCH, TRAIN_WORKERS = 32, 2
 
 
@@ -131,7 +132,7 @@ def released_step(batch: int) -> Callable[[], object]:
     return step
 
 
-def slots_and_losses(batch: int) -> Callable[[], object]:
+def slots_and_losses(batch: int, weights: Mapping[str, float] = LOSS_WEIGHTS) -> Callable[[], object]:
     """What a step does beside the encoders, forward and backward."""
     model = full_model()
     with torch.no_grad():
@@ -143,8 +144,8 @@ def slots_and_losses(batch: int) -> Callable[[], object]:
     def run() -> None:
         with torch.autocast("cpu", amp, enabled=amp is not None):
             pairs = model.represent_tokens(*tokens, masks)
-            losses = model.batch_losses(model.contrasted(pairs)) | model.pair_losses(pairs)
-        sum(weight * losses[name] for name, weight in LOSS_WEIGHTS.items()).backward()
+            losses = model.batch_losses(model.contrasted(pairs, wants_maps(weights))) | model.pair_losses(pairs)
+        weighted(losses, weights).backward()
 
     return run
 
@@ -173,6 +174,8 @@ def bench_step(rounds: int, batch: int) -> Iterator[Timing]:
     yield Timing(f"step: share of this machine's {limit / 1e9:.0f} GFLOP/s", 100 * share, None, "%")
     beside, _ = alternate(rest, lambda: None, rounds)
     yield Timing("step: slots and losses, share of the step", 100 * beside / spent, None, "%")
+    with_maps, beside = alternate(slots_and_losses(batch, WITH_MAPS), rest, rounds)
+    yield Timing("step: the three losses of the map, share of the step", 100 * (with_maps - beside) / spent, None, "%")
     del ours, baseline, rest
     memory = [apart(memory_of, make, batch) for make in (our_step, released_step)]
     yield Timing("step: peak memory", *memory, "GiB")
