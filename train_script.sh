@@ -55,7 +55,6 @@ case ${OBJECTIVE:=paper} in
     paper) ;;
     listen)
         recipe+=(--share_contrast 1 --lam3 0 --infer_sharpening 0.1)
-        if [ "$trainset" = synthetic ]; then recipe+=(--epochs 16 --infer_sharpening 0.07); fi
         name=${name}_listen
         ;;
     *)
