@@ -239,7 +239,8 @@ def draw(runs: Mapping[str, Run], path: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description="Train the objectives on the built-in data, tabulate and draw them.")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows of the table (default: all)")
+    about = f"of {', '.join(ROWS)} (default: all)"
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=about)
     whole = number(int, low=0, high=2**32 - 1)
     parser.add_argument("--seeds", type=whole, nargs="+", default=[0], help="one training of each row for each")
     parser.add_argument("--epochs", type=number(int, low=1), default=10, help="of every training")
