@@ -6,14 +6,15 @@ VENV := .venv
 export OMP_WAIT_POLICY ?= PASSIVE
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo demo-table test test-slow clean
+.PHONY: help setup demo demo-table objectives test test-slow clean
 
 help:
-	@echo "make demo        set up, make the built-in data, train (3 minutes on 2 cores), evaluate, draw"
+	@echo "make demo        set up, make the built-in data, train two objectives (3 minutes each on 2 cores), score, draw"
 	@echo "make test        set up, run ruff and all but the heavy checks"
 	@echo "make test-slow   the heavy proofs"
 	@echo "make demo-table  the demo with seeds 0, 1 and 2: the table of the README and checkpoints/demo.pth"
-	@echo "make clean       remove what the demo made"
+	@echo "make objectives  train every objective on the built-in data, seeds 0, 1 and 2 (hours): one table, one picture"
+	@echo "make clean       remove what demo, demo-table and objectives made, but for what the README shows"
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 with its venv module is needed, and none was found"; exit 1; }
@@ -29,6 +30,9 @@ demo: setup
 demo-table: setup
 	$(RUN) demo.py --seeds 0 1 2 --export checkpoints/demo.pth
 
+objectives: setup
+	$(RUN) compare_objectives.py --seeds 0 1 2
+
 test: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -38,4 +42,5 @@ test-slow: setup
 	$(RUN) -m pytest -m slow
 
 clean:
-	rm -rf data/synthetic checkpoints/demo_seed_*
+	rm -rf data/synthetic data/synthetic_3 checkpoints/demo_seed_* checkpoints/demo_listen_seed_* \
+		checkpoints/demo_objectives.png checkpoints/demo_results checkpoints/objectives

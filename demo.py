@@ -1,5 +1,8 @@
 """The built-in demonstration: make the synthetic data, train by train_script.sh, score, draw, and say where to look.
 
+Trained are the published objective, on pictures of one object, and the listening one, whose map follows the sound, on
+pictures of one to three; both are scored on the same test pictures.
+
 python demo.py --seeds 0                                    # make demo
 python demo.py --seeds 0 1 2 --export checkpoints/demo.pth  # make demo-table
 """
@@ -15,38 +18,46 @@ from typing import Any
 import numpy as np
 
 from annotations import read_ids
-from dataset import TEST_SETS
+from dataset import TEST_SETS, build_test_set
 from metrics import interactive_groups
+from report import side_by_side
 from synthetic_probe import oracle_scores
 from transforms import load_image
 from utils import ArgumentParser, UserError, load_checkpoint, number, run_cli, save_checkpoint
 from visualize import contact_sheet
 
 DATA = Path("data/synthetic")
+SEVERAL = Path("data/synthetic_3")  # the same test splits, one to three objects in a training picture
 SPLITS = ("synthetic", "synthetic_distractor", "synthetic_interactive")
 BARS = {
     ("synthetic", "AUD cIoU"): 0.60,
     ("synthetic", "AUD pointing"): 0.95,
     ("synthetic", "class R@1, worse way"): 0.90,
 }
+LISTENING = ("--train_data_path", str(SEVERAL), "--test_data_path", str(DATA), "--epochs", "10")  # as long as the other
+SIDE_BY_SIDE = Path("checkpoints/demo_objectives.png")
+Figures = dict[tuple[str, str], float]  # {(split, measure): fraction}
 NOT_IN_EXPORT = ("optimizer", "scaler", "random", "sums", "lines")
 
 
-def call(*command: str) -> None:
+def call(*command: str, **variables: str) -> None:
     """Run a command that prints for the user; its own message is enough when it fails."""
-    print(f"$ {' '.join(command)}", flush=True)
-    if subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}).returncode:
-        raise UserError(f"the command above failed: {' '.join(command)}")
+    shown = " ".join([*(f"{name}={value}" for name, value in variables.items()), *command])
+    print(f"$ {shown}", flush=True)
+    if subprocess.run(command, env=os.environ | {"PYTHON": sys.executable} | variables).returncode:
+        raise UserError(f"the command above failed: {shown}")
 
 
-def train(seed: int) -> Path:
-    name = f"demo_seed_{seed}"
-    call("bash", "train_script.sh", "synthetic", ",".join(SPLITS), "cpu", name, "--seed", str(seed), "--overwrite")
+def train(seed: int, name: str, *flags: str, **variables: str) -> Path:
+    """One training through train_script.sh -> its folder, NAME_seed_SEED."""
+    name = f"{name}_seed_{seed}"
+    own = ["--experiment_name", name, "--seed", str(seed), "--overwrite", *flags]
+    call("bash", "train_script.sh", "synthetic", ",".join(SPLITS), "cpu", *own, **variables)
     return Path("checkpoints") / name
 
 
-def figures(folder: Path) -> dict[tuple[str, str], float]:
-    """What the demonstration reports of one run: {(split, measure): fraction}."""
+def figures(folder: Path) -> Figures:
+    """What the demonstration reports of one run."""
     table = {}
     for split in SPLITS:
         results: dict[str, Any] = json.loads((folder / "results" / split / "results.json").read_text())
@@ -63,7 +74,7 @@ def figures(folder: Path) -> dict[tuple[str, str], float]:
     return table
 
 
-def deaf_oracle() -> dict[tuple[str, str], float]:
+def deaf_oracle() -> Figures:
     """What an oracle scores that sees every object and hears nothing, where several are in view."""
     objects = json.loads((DATA / "objects.json").read_text())
     table = {}
@@ -75,14 +86,19 @@ def deaf_oracle() -> dict[tuple[str, str], float]:
     return table
 
 
-def print_table(runs: list[dict[tuple[str, str], float]]) -> None:
-    """A Markdown table: mean and worst over the runs, the bar and the deaf oracle where there is one."""
+def print_table(published: list[Figures], listening: list[Figures]) -> None:
+    """A Markdown table: mean and worst over the runs of either objective, its bar, the deaf oracle where there is one.
+
+    The bars are the published objective's.
+    """
     oracle = deaf_oracle()
-    print("| split | measure | mean | worst | bar | deaf oracle |\n|---|---|---|---|---|---|")
-    for key in runs[0]:
-        values = [100 * run[key] for run in runs]
+    print("| split | measure | published: mean | worst | bar | listening: mean | worst | deaf oracle |")
+    print("|---|---|---|---|---|---|---|---|")
+    for key in published[0]:
+        blocks = [[100 * run[key] for run in runs] for runs in (published, listening)]
+        first, second = (f"{sum(values) / len(values):.1f} | {min(values):.1f}" for values in blocks)
         bar, blind = (f"{100 * table[key]:.0f}" if key in table else "" for table in (BARS, oracle))
-        print(f"| {key[0]} | {key[1]} | {sum(values) / len(values):.1f} | {min(values):.1f} | {bar} | {blind} |")
+        print(f"| {key[0]} | {key[1]} | {first} | {bar} | {second} | {blind} |")
 
 
 def export(source: Path, target: Path) -> None:
@@ -113,25 +129,39 @@ def draw(checkpoint: Path, target: Path, each: int = 2) -> None:
     print(f"{target}: {len(samples)} samples")
 
 
+def draw_both(published: Path, listening: Path, pictures: int = 3) -> None:
+    """The first interactive pictures with both their sounds, as the models of two runs hear them."""
+    checkpoints = {"published": published / "best.pth", "listening": listening / "best.pth"}
+    flags = load_checkpoint(checkpoints["published"])["args"]
+    size = flags["image_size"], flags["audio_seconds"]
+    dataset = build_test_set("synthetic_interactive", str(DATA), None, "metadata", *size)
+    side_by_side(checkpoints, dataset, [pair.id for pair in dataset.pairs[: 2 * pictures]], SIDE_BY_SIDE)
+
+
 def main() -> None:
     parser = ArgumentParser(description="Make the synthetic data, train, score, draw.")
     parser.add_argument(
-        "--seeds", type=number(int, low=0, high=2**32 - 1), nargs="+", default=[0], help="one training each"
+        "--seeds", type=number(int, low=0, high=2**32 - 1), nargs="+", default=[0], help="two trainings each"
     )
-    parser.add_argument("--export", help="write the first seed's best model here, and demo.png")
+    parser.add_argument("--export", help="write the first seed's best published model here, and demo.png")
     args = parser.parse_args()
     call(sys.executable, "synthetic.py", "--out", str(DATA))
-    folders = [train(seed) for seed in args.seeds]
+    call(sys.executable, "synthetic.py", "--out", str(SEVERAL), "--train_objects", "3")
+    folders = [train(seed, "demo", OBJECTIVE="paper") for seed in args.seeds]
+    listening = [train(seed, "demo_listen", *LISTENING, OBJECTIVE="listen") for seed in args.seeds]
     print(f"in %, seeds {', '.join(map(str, args.seeds))}; without any learning: synthetic.py --probe\n")
-    print_table([figures(folder) for folder in folders])
+    print_table(*([figures(folder) for folder in objective] for objective in (folders, listening)))
+    draw_both(folders[0], listening[0])
     if args.export:
         export(folders[0] / "best.pth", Path(args.export))
         draw(Path(args.export), Path("demo.png"))
     print("\nlook at the tables and pictures:")
-    for split in SPLITS:
-        results = folders[0] / "results" / split
-        print(f"  {results / 'results.json'}   {results / 'contact_sheet.png'}")
-    print(f"  {folders[0] / 'curves.png'}")
+    for folder in (folders[0], listening[0]):
+        for split in SPLITS:
+            results = folder / "results" / split
+            print(f"  {results / 'results.json'}   {results / 'contact_sheet.png'}")
+        print(f"  {folder / 'curves.png'}")
+    print(f"  {SIDE_BY_SIDE}: one picture, the sound of each of its objects: which map moves with it?")
 
 
 if __name__ == "__main__":

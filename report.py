@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from annotations import GroundTruth, read_ids
-from dataset import Pair
-from evaluation import Evaluation
+from annotations import GroundTruth, first_ids, read_ids
+from dataset import EvaluationPairs, Pair
+from evaluation import Evaluation, evaluate
 from metrics import MAP_SIZE
+from model_slot import JointSlotModel
 from set_scores import ScoredBatch
 from transforms import load_image
-from utils import as_user_error, provenance, write_json, write_text
+from utils import UserError, as_user_error, load_checkpoint, provenance, write_json, write_text
 from visualize import contact_sheet, sample_panel
 
 Picture = Callable[[str], np.ndarray]
@@ -220,6 +222,11 @@ def trained_with(state: Mapping[str, Any]) -> dict[str, Any]:
     return args if isinstance(args, dict) else {}
 
 
+def own_sharpening(state: Mapping[str, Any]) -> float:
+    """The inference sharpening that a model was trained to be asked with, else the paper's."""
+    return trained_with(state).get("infer_sharpening") or 0.1
+
+
 def training_overlap(path: Path, ids: Sequence[str]) -> int | None:
     """How many test ids the model was trained on; None where the list of training ids is not beside the checkpoint."""
     beside = path.with_name("train_ids.txt")
@@ -276,3 +283,37 @@ def pictures_of(pairs: Sequence[Pair]) -> Picture:
             return np.asarray(load_image(files[name]).resize((MAP_SIZE, MAP_SIZE)))
 
     return picture
+
+
+def side_by_side(checkpoints: Mapping[str, Path], dataset: EvaluationPairs, ids: Sequence[str], path: Path) -> None:
+    """Several models on the same samples: a row for each id with picture, ground truth and every model's AUD map.
+
+    checkpoints: {name under its maps: file}, each asked with the inference sharpening that it was trained with;
+    dataset: with pictures and sounds of the models' size; ids: two or more of its ids, in the order of the rows.
+    Writes a PNG, whole or not at all. UserError for ids that the set does not hold or are fewer than two, a checkpoint
+    that cannot be read, and a model that takes pictures or sounds of another size.
+    """
+    known = {pair.id for pair in dataset.pairs}
+    if unknown := [name for name in ids if name not in known]:
+        raise UserError(f"{len(unknown)} ids are not of {dataset.ground_truth.name}: {first_ids(unknown)}")
+    if len({*ids}) < 2:
+        raise UserError(f"{len({*ids})} id of {dataset.ground_truth.name} to be drawn: name two or more")
+    drawn = dataset.without(dict.fromkeys(known.difference(ids), "not drawn"))
+    maps: dict[str, dict[str, np.ndarray]] = {name: {} for name in ids}
+    for label, file in checkpoints.items():
+        model = JointSlotModel.from_checkpoint(file).to(memory_format=torch.channels_last)  # rounds as in training
+        size = {key: model.shape[key] for key in ("image_size", "audio_seconds")}
+        if different := [key for key, value in size.items() if value != getattr(dataset, key)]:
+            listed = ", ".join(f"{key} {size[key]} and not {getattr(dataset, key)}" for key in different)
+            raise UserError(f"{file} cannot stand beside the others: its model takes {listed}")
+
+        def keep(batch: ScoredBatch, label: str = label) -> None:
+            for i, name in enumerate(batch.ids):
+                maps[name][label] = batch.maps["AUD"][i].numpy()
+
+        sharpening = own_sharpening(load_checkpoint(file))
+        evaluate(model, drawn, torch.device("cpu"), infer_sharpening=sharpening, on_batch=[keep])
+    truth, picture_of = dataset.ground_truth, pictures_of(drawn.pairs)
+    titles = {name: f"{name}   heard: {truth.class_of.get(name) or 'unknown'}" for name in ids}
+    panels = [sample_panel(picture_of(name), truth.truth_of(name).numpy(), maps[name], titles[name]) for name in ids]
+    contact_sheet(panels, path, "where each model hears the sound; outline = ground truth")

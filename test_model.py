@@ -23,7 +23,15 @@ from evaluation import Evaluation, OnBatch, evaluate, evaluate_stored, match_ids
 from html_report import Gallery
 from metrics import MAP_SIZE
 from model_slot import JointSlotModel
-from report import Drawer, describe_checkpoint, pictures_of, publish, trained_with, training_overlap
+from report import (
+    Drawer,
+    describe_checkpoint,
+    own_sharpening,
+    pictures_of,
+    publish,
+    trained_with,
+    training_overlap,
+)
 from resnet import ObjectSaliency
 from scores import RESAMPLES
 from set_scores import ScoredBatch
@@ -142,7 +150,7 @@ def score_on(device: torch.device, args) -> None:
     saliency = load_saliency(args.imagenet_weights, device)
     if anyone(saliency is None, device):  # a download that failed for one process leaves the prior out for all
         saliency = None
-    infer_sharpening = args.infer_sharpening or trained_with(state).get("infer_sharpening") or 0.1
+    infer_sharpening = args.infer_sharpening or own_sharpening(state)
     out_dir = make_out_dir(args, path.parent / ("results" if args.experiment_name else f"{path.stem}_results"))
     for name, dataset in test_sets.items():
         folder = out_dir / name

@@ -9,12 +9,13 @@ import subprocess
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import demo
 from model_slot import JointSlotModel
 from synthetic import generate
 from synthetic_probe import probe
-from utils import load_checkpoint, save_checkpoint
+from utils import UserError, load_checkpoint, save_checkpoint
 
 CHECKPOINT = ROOT / "checkpoints" / "demo.pth"
 
@@ -28,10 +29,54 @@ def test_the_committed_model_is_small_loads_and_is_the_one_that_the_readme_names
 def test_the_table_shows_mean_worst_bar_and_deaf_oracle(synthetic_root, monkeypatch, capsys):
     monkeypatch.setattr(demo, "DATA", synthetic_root)
     runs = [{("synthetic", "AUD cIoU"): x, ("synthetic_interactive", "AUD both_pointing"): 0.1} for x in (0.7, 0.8)]
-    demo.print_table(runs)
+    listening = [{key: value / 2 for key, value in run.items()} for run in runs]
+    demo.print_table(runs, listening)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == "| synthetic | AUD cIoU | 75.0 | 70.0 | 60 |  |"
-    assert lines[3] == "| synthetic_interactive | AUD both_pointing | 10.0 | 10.0 |  | 25 |"
+    assert lines[2] == "| synthetic | AUD cIoU | 75.0 | 70.0 | 60 | 37.5 | 35.0 |  |"
+    assert lines[3] == "| synthetic_interactive | AUD both_pointing | 10.0 | 10.0 |  | 5.0 | 5.0 | 25 |"
+
+
+def test_both_objectives_are_trained_scored_on_the_same_samples_and_drawn(monkeypatch, cli):
+    calls, drawn = [], []
+    monkeypatch.setattr(demo, "call", lambda *command, **variables: calls.append((" ".join(command), variables)))
+    monkeypatch.setattr(demo, "figures", lambda folder: {("synthetic", folder.name): 0.5})
+    monkeypatch.setattr(demo, "print_table", lambda *blocks: drawn.append(blocks))
+    monkeypatch.setattr(demo, "draw_both", lambda *folders: drawn.append([folder.name for folder in folders]))
+    done = cli("demo", "--seeds", 0, 1)
+    assert done.returncode == 0, done.stderr
+    trained = [(variables["OBJECTIVE"], command) for command, variables in calls if "train_script.sh" in command]
+    assert [objective for objective, _ in trained] == ["paper"] * 2 + ["listen"] * 2
+    for (_, command), name in zip(trained, ("seed_0", "seed_1", "listen_seed_0", "listen_seed_1")):
+        assert f"--experiment_name demo_{name} --seed {name[-1]}" in command
+        assert ("--train_data_path data/synthetic_3 --test_data_path data/synthetic" in command) == ("listen" in name)
+    made = [command for command, _ in calls if "synthetic.py" in command]
+    assert "--train_objects" not in made[0] and made[1].endswith("data/synthetic_3 --train_objects 3")
+    (published, listening), names = drawn
+    assert [[name for ((_, name),) in block] for block in (published, listening)] == [
+        ["demo_seed_0", "demo_seed_1"], ["demo_listen_seed_0", "demo_listen_seed_1"],
+    ]  # fmt: skip
+    assert names == ["demo_seed_0", "demo_listen_seed_0"]
+    assert "checkpoints/demo_objectives.png" in done.stdout.splitlines()[-1]
+
+
+def test_the_models_of_both_objectives_are_drawn_side_by_side(synthetic_root, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "DATA", synthetic_root)
+    monkeypatch.setattr(demo, "SIDE_BY_SIDE", tmp_path / "sheet.png")
+    model = JointSlotModel("small", 16, image_size=64, audio_seconds=0.8)
+    args = {"image_size": 64, "audio_seconds": 0.8, "infer_sharpening": 0.1}
+    folders = tmp_path / "published", tmp_path / "listening"
+    for folder in folders:
+        state = {"model": model.state_dict(), "model_config": model.config, "args": args}
+        save_checkpoint(folder / "best.pth", state)
+    demo.draw_both(*folders)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (4 * 232 + 8, 44 + 6 * 282 + 8)
+
+
+def test_a_command_that_fails_is_named_with_what_stood_in_front(capsys):
+    with pytest.raises(UserError, match="OBJECTIVE=listen false"):
+        demo.call("false", OBJECTIVE="listen")
+    assert capsys.readouterr().out == "$ OBJECTIVE=listen false\n"
 
 
 def test_an_exported_model_keeps_what_testing_needs_and_nothing_of_resuming(tmp_path):

@@ -7,6 +7,10 @@ import torch
 
 import report
 import visualize
+from dataset import build_test_set
+from metrics import normalize_maps, upsample_maps
+from model_slot import JointSlotModel
+from utils import UserError, save_checkpoint
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -175,3 +179,58 @@ def test_the_table_tolerates_missing_parts():
         partial = {key: value for key, value in results().items() if key != missing}
         assert "85.2" in report.results_table(partial)
     assert "tie at the cut" in report.results_table({"testset": "x", "maps": {"AUD": {"tied_half": 3}}})
+
+
+# ---------------------------------------------------------------- several models side by side
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Two untrained models with a sharpening each."""
+    files = {}
+    for seed, sharpening in enumerate((0.1, 3.0)):
+        torch.manual_seed(seed)
+        model = JointSlotModel("small", 16, image_size=64, audio_seconds=0.8)
+        files[f"model {seed}"] = tmp_path / f"{seed}.pth"
+        state = {"model": model.state_dict(), "model_config": model.config, "args": {"infer_sharpening": sharpening}}
+        save_checkpoint(files[f"model {seed}"], state)
+    return files
+
+
+@pytest.fixture
+def pairs(synthetic_root):
+    return build_test_set("synthetic_interactive", str(synthetic_root), None, "metadata", 64, 0.8)
+
+
+def test_models_stand_side_by_side_with_the_map_that_each_draws_of_each_sound(checkpoints, pairs, tmp_path):
+    places = [3, 2, 9]  # both sounds of one picture, the second first, and one of another
+    ids = [pairs.pairs[i].id for i in places]
+    report.side_by_side(checkpoints, pairs, ids, tmp_path / "sheet.png")
+    sheet = read(tmp_path / "sheet.png")
+    assert sheet.shape == (44 + 3 * (224 + 58) + 8, 4 * 232 + 8, 3)
+    shown = set()
+    for row, place in enumerate(places):
+        sample, top = pairs[place], 44 + 282 * row + 26
+        picture = report.pictures_of(pairs.pairs)(sample.id)
+        assert (sheet[top : top + 224, 8:232] == picture).all()
+        for column, (file, sharpening) in enumerate(zip(checkpoints.values(), (0.1, 3.0)), start=2):
+            model = JointSlotModel.from_checkpoint(file)
+            raw = model.localize(sample.image[None], sample.spectrogram[None], sharpening).audio_map
+            heat = normalize_maps(upsample_maps(raw))[0]
+            drawn = visualize.draw_truth(visualize.overlay(picture, heat), sample.truth)
+            tile = sheet[top : top + 224, 8 + 232 * column :][:, :224]
+            assert np.abs(tile.astype(int) - drawn).max() <= 3  # a batch rounds otherwise
+            shown.add(tile.tobytes())
+    assert len(shown) == 6, "two of the maps are one"
+
+
+def test_what_cannot_stand_side_by_side_is_named(checkpoints, pairs, synthetic_root, tmp_path):
+    ids, sheet = [pair.id for pair in pairs.pairs[:2]], tmp_path / "sheet.png"
+    with pytest.raises(UserError, match="1 ids are not of synthetic_interactive: nobody"):
+        report.side_by_side(checkpoints, pairs, [*ids, "nobody"], sheet)
+    with pytest.raises(UserError, match="two or more"):
+        report.side_by_side(checkpoints, pairs, ids[:1], sheet)
+    larger = build_test_set("synthetic_interactive", str(synthetic_root), None, "metadata", 112, 0.8)
+    with pytest.raises(UserError, match=r"0\.pth cannot stand .* image_size 64 and not 112"):
+        report.side_by_side(checkpoints, larger, ids, sheet)
+    assert not sheet.exists()

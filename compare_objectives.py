@@ -1,0 +1,271 @@
+"""The table of training objectives on the built-in data: trains what is missing, prints the table, draws a picture.
+
+    python compare_objectives.py --seeds 0 1 2                                  # make objectives: every row
+    python compare_objectives.py --seeds 0 1 2 --rows published listen --epochs 10 --jobs 2
+
+Every training goes through train_script.sh, one thread each, into a folder for each row and seed; a run that is there
+is not trained again. All figures come from the runs' results.json, a row's mean over seeds (and its worst seed).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from comparison import NO_EFFECT
+from dataset import build_test_set
+from report import side_by_side
+from utils import ArgumentParser, UserError, number, run_cli
+
+
+class Row(NamedTuple):
+    label: str
+    objective: str = "paper"  # OBJECTIVE of train_script.sh
+    flags: str = "--infer_sharpening 0.1"  # the paper's; the published row keeps the recipe's, chosen for it
+    objects: int = 3  # at most so many in a training picture, of which one sounds
+
+
+ROWS = {
+    "published": Row("published", flags=""),
+    "maxpool": Row("max-pool contrast", flags="--objective maxpool_contrastive --infer_sharpening 0.1"),
+    "map": Row("map contrast", flags="--map_contrast 1 --infer_sharpening 0.1"),
+    "foreign": Row("foreign tokens", flags="--foreign_tokens 2 --infer_sharpening 0.1"),
+    "map_foreign": Row(
+        "map contrast + foreign tokens", flags="--map_contrast 1 --foreign_tokens 2 --infer_sharpening 0.1"
+    ),
+    "listen": Row("share contrast", "listen"),
+    "listen_silence": Row("share contrast + silence", "listen", "--silence 1 --infer_sharpening 0.1"),
+    "published_one": Row("published", flags="", objects=1),
+    "listen_one": Row("share contrast", "listen", objects=1),
+}
+PICTURED = ("published", "maxpool", "listen")
+PICTURES = 3
+DATA = {1: Path("data/synthetic"), 3: Path("data/synthetic_3")}  # by `objects`; their test splits are the same
+TEST_DATA = 1
+TEST, DISTRACTOR, INTERACTIVE, OFFSCREEN = SPLITS = (
+    "synthetic", "synthetic_distractor", "synthetic_interactive", "synthetic_offscreen",
+)  # fmt: skip
+CLASS_RECALL = "class R@1, worse way"
+TABLES = {  # title: (head of a column, split, metric of AUD)
+    "Fixed rule, in %": (
+        ("test cIoU", TEST, "cIoU"),
+        ("distractor pointing", DISTRACTOR, "pointing"),
+        ("distractor cIoU", DISTRACTOR, "cIoU"),
+        ("distractor listening", DISTRACTOR, "listening"),
+        ("interactive both_pointing", INTERACTIVE, "both_pointing"),
+        ("interactive IIoU", INTERACTIVE, "IIoU"),
+    ),
+    "Half rule, retrieval and presence, in %": (
+        ("test cIoU_half", TEST, "cIoU_half"),
+        ("distractor cIoU_half", DISTRACTOR, "cIoU_half"),
+        ("interactive IIoU_half", INTERACTIVE, "IIoU_half"),
+        ("test class R@1, worse way", TEST, CLASS_RECALL),
+        ("offscreen presence_AP", OFFSCREEN, "presence_AP"),
+    ),
+}
+PYTHON = sys.executable
+LAST_LINES = 5  # of a training that failed
+POLL_SECONDS = 0.2
+
+
+# ---------------------------------------------------------------- the runs
+
+
+class Run(NamedTuple):
+    row: Row
+    seed: int
+    epochs: int
+    folder: Path
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "train.txt"
+
+    def results(self, split: str) -> Path:
+        return self.folder / "results" / split / "results.json"
+
+    def command(self) -> list[str]:
+        data = ["--train_data_path", str(DATA[self.row.objects]), "--test_data_path", str(DATA[TEST_DATA])]
+        flags = [*self.row.flags.split(), *data, "--epochs", str(self.epochs), "--seed", str(self.seed)]
+        return ["bash", "train_script.sh", "synthetic", ",".join(SPLITS), "cpu", *flags]
+
+    def environment(self, python: str) -> dict[str, str]:
+        """For train_script.sh; what a user's shell has set for other runs is switched off."""
+        own = {"OBJECTIVE": self.row.objective, "ABLATION": "", "SEEDS": "", "PROCESSES": "", "PYTHON": python}
+        return os.environ | own | {"OMP_NUM_THREADS": "1"}
+
+    def wanted(self) -> dict[str, str]:
+        """The flags that train_script.sh hands to train_slot.py, the last of each, but for those without effect."""
+        asked = subprocess.run(self.command(), env=self.environment("echo"), capture_output=True, text=True)
+        if asked.returncode:
+            raise UserError(f"train_script.sh refuses {self.folder.name}: {asked.stderr.strip()}")
+        words = asked.stdout.split()
+        flags = {word.removeprefix("--"): value for word, value in pairwise(words) if word.startswith("--")}
+        return {name: value for name, value in flags.items() if name not in NO_EFFECT - {"seed"}}
+
+    def is_finished(self) -> bool:
+        return all(self.results(split).is_file() for split in SPLITS)
+
+    def is_there(self) -> bool:
+        """Whether this very run is finished. UserError for a finished one with other flags."""
+        if not self.is_finished():
+            return False
+        flags = json.loads((self.folder / "configs.json").read_text())
+        different = [
+            f"--{name} {flags.get(name)} and not {value}"
+            for name, value in self.wanted().items()
+            if not _same(flags.get(name), value)
+        ]
+        if different:
+            mend = "remove that folder to train it anew, or name another --model_dir"
+            raise UserError(f"{self.folder} was trained with {', '.join(different)}: {mend}")
+        return True
+
+    def start(self) -> subprocess.Popen:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        into = ["--model_dir", str(self.folder.parent), "--experiment_name", self.folder.name]
+        command = [*self.command(), "--num_workers", "0", *into, "--overwrite"]
+        with open(self.output, "w") as output:
+            return subprocess.Popen(command, stdout=output, stderr=output, env=self.environment(PYTHON))
+
+    def seconds(self) -> float:
+        """Of all training steps, as the log has it."""
+        batch_size = json.loads((self.folder / "configs.json").read_text())["batch_size"]
+        lines = map(json.loads, (self.folder / "log.jsonl").read_text().splitlines())
+        return sum(line["steps"] * batch_size / line["pairs_per_second"] for line in lines)
+
+
+def _same(value: Any, text: str) -> bool:
+    try:
+        return float(value) == float(text)
+    except (TypeError, ValueError):
+        return str(value) == text
+
+
+def make_data(objects: int) -> None:
+    """The built-in data with pictures of so many objects to train on, unless this very set is there already."""
+    command = [PYTHON, "synthetic.py", "--out", str(DATA[objects]), "--train_objects", str(objects)]
+    if subprocess.run(command).returncode:
+        raise UserError(f"the data could not be made: {' '.join(command)}")
+
+
+def train_all(runs: Sequence[Run], jobs: int) -> None:
+    """Train so many at once. One that fails stops no other; UserError at the end, after its file and last lines."""
+    waiting, running, failed = list(runs), {}, []
+    try:
+        with tqdm(total=len(runs), unit="training", disable=None) as bar:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    run = waiting.pop(0)
+                    running[run] = run.start()
+                bar.set_postfix_str(", ".join(run.folder.name for run in running))
+                time.sleep(POLL_SECONDS)
+                for run in [run for run, process in running.items() if process.poll() is not None]:
+                    running.pop(run)
+                    failed += [] if run.is_finished() else [run]
+                    tqdm.write(f"{run.folder}: {'failed' if run in failed else 'trained and scored'}")
+                    bar.update()
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    for run in failed:
+        last = run.output.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        print("\n  ".join([f"{run.output} ends in:", *last]), file=sys.stderr)
+    if failed:
+        names = ", ".join(str(run.output) for run in failed)
+        raise UserError(f"{len(failed)} of {len(runs)} trainings failed ({names}); what is finished is not done again")
+
+
+# ---------------------------------------------------------------- table and picture
+
+
+def figure(results: Mapping[str, Any], metric: str) -> float | None:
+    """One figure of AUD; None where a result does not define it."""
+    if metric != CLASS_RECALL:
+        return results["maps"]["AUD"].get(metric)
+    recalls = [way["R@1"] for way in ((results.get("retrieval") or {}).get("by_class") or {}).values()]
+    return min(recalls) if recalls and None not in recalls else None
+
+
+def cell(values: Sequence[float | None]) -> str:
+    """Mean over seeds and, of several, the worst in brackets, in %."""
+    if None in values:
+        return "-"
+    worst = f" ({100 * min(values):.1f})" if len(values) > 1 else ""
+    return f"{100 * fmean(values):.1f}{worst}"
+
+
+def table(rows: Mapping[str, Sequence[Run]]) -> str:
+    """Markdown of finished runs, {row: a run for each seed}, from their results.json; below it what was done."""
+    read = {run: {s: json.loads(run.results(s).read_text()) for s in SPLITS} for runs in rows.values() for run in runs}
+    lines = []
+    for title, columns in TABLES.items():
+        lines += [title, "", f"| trained with | objects | sharpening | {' | '.join(head for head, _, _ in columns)} |"]
+        lines.append("|---|---|---|" + "---|" * len(columns))
+        for runs in rows.values():
+            row, sharpening = runs[0].row, read[runs[0]][TEST]["settings"]["infer_sharpening"]
+            cells = [cell([figure(read[run][split], metric) for run in runs]) for _, split, metric in columns]
+            objects = "1" if row.objects == 1 else f"1 to {row.objects}"
+            lines.append(f"| {' | '.join([row.label, objects, f'{sharpening:g}', *cells])} |")
+        lines.append("")
+    seeds = ", ".join(str(run.seed) for run in next(iter(rows.values())))
+    revisions = {results[TEST].get("provenance", {}).get("revision", "unknown") for results in read.values()}
+    return "\n".join(lines) + (
+        f"seeds {seeds}" + ": mean (worst)" * ("," in seeds) + f"; {next(iter(read)).epochs} epochs; "
+        f"{median(run.seconds() for run in read):.0f} s of training per run (median, one thread); "
+        f"revision {', '.join(sorted(revisions))}; built-in data, not VGG-Sound; no box is used in training or in "
+        "choosing checkpoints"
+    )
+
+
+def draw(runs: Mapping[str, Run], path: Path) -> None:
+    """The first pictures of the interactive split with both their sounds, as the models of some rows hear them."""
+    flags = json.loads((next(iter(runs.values())).folder / "configs.json").read_text())
+    size = flags["image_size"], flags["audio_seconds"]
+    dataset = build_test_set(INTERACTIVE, str(DATA[TEST_DATA]), None, "metadata", *size)
+    ids = [pair.id for pair in dataset.pairs[: 2 * PICTURES]]
+    side_by_side({run.row.label: run.folder / "best.pth" for run in runs.values()}, dataset, ids, path)
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Train the objectives on the built-in data, tabulate and draw them.")
+    about = f"of {', '.join(ROWS)} (default: all)"
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=about)
+    whole = number(int, low=0, high=2**32 - 1)
+    parser.add_argument("--seeds", type=whole, nargs="+", default=[0], help="one training of each row for each")
+    parser.add_argument("--epochs", type=number(int, low=1), default=10, help="of every training")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--jobs", type=number(int, low=1), default=cores, help="trainings at once (default: cores)")
+    parser.add_argument("--model_dir", type=Path, default=Path("checkpoints/objectives"), help="folder of the runs")
+    parser.add_argument("--picture", type=Path, help="default: objectives.png in --model_dir")
+    args = parser.parse_args()
+    seeds = list(dict.fromkeys(args.seeds))
+    rows = {
+        key: [Run(ROWS[key], seed, args.epochs, args.model_dir / f"{key}_seed_{seed}") for seed in seeds]
+        for key in ROWS
+        if key in args.rows
+    }
+    first_seeds_first = [run for of_seed in zip(*rows.values()) for run in of_seed]
+    missing = [run for run in first_seeds_first if not run.is_there()]
+    for objects in sorted({TEST_DATA, *(run.row.objects for run in missing)}):
+        make_data(objects)
+    train_all(missing, args.jobs)
+    print(table(rows))
+    if pictured := {key: rows[key][0] for key in PICTURED if key in rows}:
+        picture = args.picture or args.model_dir / "objectives.png"
+        draw(pictured, picture)
+        print(f"\n{picture}: {', '.join(run.row.label for run in pictured.values())}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
