@@ -1,7 +1,7 @@
 """The models by the name of what they are trained for, and the one way to load any of them.
 
-A further one is a row here, a class whose constructor's arguments are flags of `train_slot.py`, and what both offer: to
-training `draw_masks`, `represent`, `contrasted`, `batch_losses`, `pair_losses`, `config`, `shape`; to evaluation
+A further one is a row here, a class whose constructor's arguments `train_slot.build_model` knows, and what both offer:
+to training `draw_masks`, `represent`, `contrasted`, `batch_losses`, `pair_losses`, `config`, `shape`; to evaluation
 `attend_image`, `attend_audio`, `maps`, `confidences`, `embedding`, `answer`.
 """
 
