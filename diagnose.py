@@ -69,8 +69,10 @@ def diagnose(
     dataset, training_batch: items are `Sample`. training_batch is one whole batch as training takes it, but for its
     augmentation; without it up to 256 samples of `dataset`, drawn by `seed`, stand in. reciprocal_k: what training used
     (None: the model's own; 0: the rule was off, and what the default k would leave out is shown). The model's mode and
-    the random state are put back. Raises UserError for fewer than 5 samples, or a k as large as the batch.
+    the random state are put back. Raises UserError for a model without slots, fewer than 5 samples, or a k as large as
+    the batch.
     """
+    check_slots(model)
     if len(dataset) < MIN_SAMPLES:
         raise UserError(f"--diagnose: a set of {len(dataset)} samples is too small to draw, give {MIN_SAMPLES} or more")
     stand_in = training_batch is None
@@ -89,6 +91,13 @@ def diagnose(
     finally:
         model.train(was_training)
         restore_random_states(states)
+
+
+def check_slots(model: torch.nn.Module) -> None:
+    """Raise UserError for a model that has no slots to look at."""
+    if not isinstance(model, JointSlotModel):
+        objective = model.config["objective"]
+        raise UserError(f"--diagnose looks at slots, and a model of --objective {objective} has none: leave it out")
 
 
 def draw_samples(dataset: Dataset, most: int, seed: int) -> Dataset:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -18,7 +17,7 @@ from dataset import EvaluationPairs, Sample, in_order, make_loader
 from distributed import gather_in_order, hidden_bar, is_main, own_share
 from inspection import count_undecodable
 from metrics import RULES, THRESHOLD
-from model_slot import TARGET, JointSlotModel, map_confidence, presence_confidence
+from models import Model
 from resnet import ObjectSaliency
 from retrieval import derangement, retrieval_recall
 from set_scores import WRONG, Result, ScoredBatch, SetScores, in_parts
@@ -68,8 +67,8 @@ class Localized(NamedTuple):
 
     raw: dict[str, torch.Tensor]  # (B, h, w) each
     scalars: dict[str, torch.Tensor]  # (B,) each
-    image_target: torch.Tensor  # (B, D) target slots
-    audio_target: torch.Tensor  # (B, D)
+    image: torch.Tensor  # (B, D), or (B, n, D) of which the best counts: what retrieval compares
+    audio: torch.Tensor  # (B, D)
 
 
 def on_device(work: Callable[..., Result], device: torch.device, *inputs: torch.Tensor) -> Iterator[Result]:
@@ -87,7 +86,7 @@ def on_device(work: Callable[..., Result], device: torch.device, *inputs: torch.
 
 
 def localize_batch(
-    model: JointSlotModel,
+    model: Model,
     image: torch.Tensor,
     spectrogram: torch.Tensor,
     wrong: torch.Tensor,
@@ -99,17 +98,14 @@ def localize_batch(
     audio_state = model.attend_audio(spectrogram)
     own = model.maps(image_state, audio_state, grid, infer_sharpening)
     other = model.maps(image_state, model.attend_audio(wrong), grid, infer_sharpening)
-    raw = {"AUD": own.audio_map, "AUD" + WRONG: other.audio_map, "IMG_QUERY": own.image_map}
+    raw = {"AUD": own.audio_map, "AUD" + WRONG: other.audio_map}
+    if own.image_map is not None:
+        raw["IMG_QUERY"] = own.image_map
     if saliency is not None:
         raw["OBJ_PRIOR"] = saliency(image)
-    targets = [state.slots[:, TARGET] for state in (image_state, audio_state)]
-    scalars = {
-        "confidence": F.cosine_similarity(*targets),
-        "confidence_map": map_confidence(image_state, audio_state, infer_sharpening),
-        "presence": presence_confidence(image_state, audio_state),
-    }
+    scalars = model.confidences(image_state, audio_state, infer_sharpening)
     raw, scalars = ({name: values.cpu() for name, values in side.items()} for side in (raw, scalars))
-    return Localized(raw, scalars, *(target.cpu() for target in targets))
+    return Localized(raw, scalars, *(model.embedding(state).cpu() for state in (image_state, audio_state)))
 
 
 def _joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -118,7 +114,7 @@ def _joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tens
 
 @torch.no_grad()
 def evaluate(
-    model: JointSlotModel,
+    model: Model,
     dataset: EvaluationPairs,
     device: torch.device,
     batch_size: int = 64,
@@ -140,7 +136,7 @@ def evaluate(
     paired = WithWrongSound(dataset, seed)
     batches = in_order(len(paired), batch_size)[:max_batches]
     loader = counted_batches(make_loader(paired, batch_size, workers, own_share(batches)), dataset, workers)
-    scores, image_target, audio_target = SetScores(dataset.ground_truth), [], []
+    scores, embeddings = SetScores(dataset.ground_truth), []
     was_training = model.training
     model.eval()
     try:
@@ -151,8 +147,7 @@ def evaluate(
         )
         everyones = gather_in_order(own, len(batches))
         for ids, truth, found in tqdm(everyones, "evaluating", len(batches), **BAR, disable=hidden_bar()):
-            image_target += [part.image_target for part in found]
-            audio_target += [part.audio_target for part in found]
+            embeddings += [(part.image, part.audio) for part in found]
             raw, scalars = (_joined([part[side] for part in found]) for side in (0, 1))
             with as_user_error(ValueError):  # maps that are not finite
                 for part in scores.add(ids, truth, raw, scalars, "bicubic", alpha):
@@ -164,7 +159,7 @@ def evaluate(
         return None
     with as_user_error(ValueError):  # embeddings that are not finite
         results = scores.summary(dataset.missing, resamples, seed)
-        results["retrieval"] = _retrieval(dataset, scores.ids, torch.cat(image_target), torch.cat(audio_target))
+        results["retrieval"] = _retrieval(dataset, scores.ids, *map(torch.cat, zip(*embeddings, strict=True)))
     settings = {"alpha": alpha, "infer_sharpening": infer_sharpening, "interpolation": "bicubic"}
     results |= {
         "settings": settings | _protocol(seed, resamples),
@@ -211,22 +206,24 @@ def _retrieval(dataset: EvaluationPairs, ids: Sequence[str], image: torch.Tensor
 
 @torch.no_grad()
 def embed_set(
-    model: JointSlotModel, dataset: Dataset, device: torch.device, batch_size: int = 64, workers: int = 0
+    model: Model, dataset: Dataset, device: torch.device, batch_size: int = 64, workers: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Target slots (N, D) of a set's pictures and of its sounds, in evaluation mode; the mode is put back.
+    """What retrieval compares of a set's pictures, (N, D) or (N, n, D), and of its sounds, (N, D); see `partner_ranks`.
 
-    Several processes share the batches; the first one returns the slots, the others None.
+    In evaluation mode; the mode is put back. Several processes share the batches; the first one returns both, the
+    others None.
     """
 
-    def targets(image: torch.Tensor, spectrogram: torch.Tensor) -> list[torch.Tensor]:
-        return [slots[:, TARGET].cpu() for slots in model.embed(image, spectrogram)]
+    def embed(image: torch.Tensor, spectrogram: torch.Tensor) -> list[torch.Tensor]:
+        states = model.attend_image(image)[0], model.attend_audio(spectrogram)
+        return [model.embedding(state).cpu() for state in states]
 
     batches = in_order(len(dataset), batch_size)
     loader = make_loader(dataset, batch_size, workers, own_share(batches))
     was_training = model.training
     model.eval()
     try:
-        own = (list(on_device(targets, device, batch.image, batch.spectrogram)) for batch in loader)
+        own = (list(on_device(embed, device, batch.image, batch.spectrogram)) for batch in loader)
         found = [part for parts in gather_in_order(own, len(batches)) for part in parts]
     finally:
         model.train(was_training)

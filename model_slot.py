@@ -7,7 +7,7 @@ Slot TARGET holds what is seen and heard, slot OFF_TARGET the rest. Weight names
 import inspect
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from metrics import MAP_SIZE, normalize_maps, upsample_maps
 from resnet import AudioEncoder, ImageEncoder, get_recipe, tokens_along
 from utils import UserError, check_weights, load_checkpoint
 
+ModelClass = TypeVar("ModelClass", bound=nn.Module)
 TARGET, OFF_TARGET = 0, 1
 ATTENTION_FLOOR = 1e-8
 MAP_TAU = 0.07
@@ -34,7 +35,7 @@ class SlotState(NamedTuple):
 
 class Maps(NamedTuple):
     audio_map: torch.Tensor  # (B, h, w) AUD: audio query over image keys
-    image_map: torch.Tensor  # (B, h, w) IMG_QUERY: image query over image keys
+    image_map: torch.Tensor | None  # (B, h, w) IMG_QUERY: image query over image keys; None where a model has none
 
 
 class Embeddings(NamedTuple):
@@ -68,10 +69,6 @@ class Contrasted(NamedTuple):
     image_keys: torch.Tensor | None = None  # (B, N, D)
     image_attention: torch.Tensor | None = None  # (B, N) intra attention of the target slot, without gradient
 
-    def tensors(self) -> list[torch.Tensor]:
-        """Those that are there, from which `Contrasted(*tensors)` is made again."""
-        return [x for x in self if x is not None]
-
 
 # ---------------------------------------------------------------- joint slot attention
 
@@ -88,12 +85,13 @@ def slot_share(query: torch.Tensor, keys: torch.Tensor, sharpening: float = 1.0)
     sharpening multiplies the logits (below 1 it flattens). In fp32 whatever the inputs: 1e-8 is 0 in fp16.
     """
     with torch.autocast(query.device.type, enabled=False):
-        query, keys = _at_least_fp32(query), _at_least_fp32(keys)
+        query, keys = at_least_fp32(query), at_least_fp32(keys)
         logits = query @ keys.transpose(1, 2) / query.shape[-1] ** 0.5  # (B, K, N)
         return (logits * sharpening).softmax(dim=1)
 
 
-def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """The tensor in fp32, or as it is where it is in float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -138,7 +136,7 @@ class JointSlotAttention(nn.Module):
             for name in ("norm_input", "norm_slots", "norm_pre_ff", "to_q", "to_k", "to_v", "gru", "mlp")
         )
         with torch.autocast(tokens.device.type, enabled=False):
-            x = norm_input(_at_least_fp32(tokens))
+            x = norm_input(at_least_fp32(tokens))
             keys, values = to_k(x), to_v(x)  # (B, N, D)
             slots = self.slots.expand(len(x), -1, -1)  # (B, K, D)
             for _ in range(self.iterations):
@@ -218,10 +216,14 @@ def info_nce_loss(
     image_target: torch.Tensor, audio_target: torch.Tensor, tau: float, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Contrast unit target slots (B, D) both ways over the batch; pairs where `keep` (B, B) is False are left out."""
-    return _contrast_both_ways(image_target @ audio_target.T / tau, keep)
+    return contrast_both_ways(image_target @ audio_target.T / tau, keep)
 
 
-def _contrast_both_ways(logits: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+def contrast_both_ways(logits: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Scores of pictures by sounds (B, B) -> cross entropy of the own sound plus that of the own picture, a scalar.
+
+    Pairs where `keep` (B, B) is False are left out.
+    """
     if keep is not None:
         logits = logits.masked_fill(~keep, -torch.inf)
     labels = torch.arange(len(logits), device=logits.device)
@@ -274,7 +276,7 @@ def map_contrast_loss(
     CE(S / tau, i) + CE(S^T / tau, i) with S (B, B) the scores; pairs where `keep` (B, B) is False are left out. It asks
     each sound's map to rise on some part of its own picture, more than on any part of another picture.
     """
-    return _contrast_both_ways(map_scores(audio_query, image_keys) / tau, keep)
+    return contrast_both_ways(map_scores(audio_query, image_keys) / tau, keep)
 
 
 def shares_of_others(audio_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
@@ -293,7 +295,7 @@ def share_contrast_loss(
     gains by claiming every token of what sounds, and loses by any token that other pictures show as well: background,
     and things that are silent here.
     """
-    return _contrast_both_ways(shares_of_others(audio_query, image_keys).mean(2).log().T, keep)
+    return contrast_both_ways(shares_of_others(audio_query, image_keys).mean(2).log().T, keep)
 
 
 def foreign_token_loss(
@@ -331,7 +333,7 @@ def silence_loss(nothing_query: torch.Tensor, audio_query: torch.Tensor, image_k
 
 def reconstruction_loss(decoded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Decoded tokens against the encoder's, (B, N, D) both; no gradient reaches the encoder through the target."""
-    return F.mse_loss(_at_least_fp32(decoded), _at_least_fp32(tokens.detach()))
+    return F.mse_loss(at_least_fp32(decoded), at_least_fp32(tokens.detach()))
 
 
 def default_reciprocal_k(batch_size: int) -> int:
@@ -395,6 +397,8 @@ class JointSlotModel(nn.Module):
     set the decoders' grids; mask_ratio and reciprocal_k act on training only. reciprocal_k: None scales 20 per 256
     with the batch, 0 turns the false-negative rule off.
     """
+
+    answer = "IQR"  # the map that the model is judged by
 
     def __init__(
         self,
@@ -539,6 +543,20 @@ class JointSlotModel(nn.Module):
         maps = (slot_attention(m.query, image.keys, infer_sharpening)[:, TARGET] for m in (audio, image))
         return Maps(*(m.unflatten(1, grid) for m in maps))
 
+    @staticmethod
+    def confidences(image: SlotState, audio: SlotState, infer_sharpening: float = 0.1) -> dict[str, torch.Tensor]:
+        """How surely the sound is in view, by name, (B,) each: cosine of the target slots, and by the map."""
+        return {
+            "confidence": F.cosine_similarity(image.slots[:, TARGET], audio.slots[:, TARGET]),
+            "confidence_map": map_confidence(image, audio, infer_sharpening),
+            "presence": presence_confidence(image, audio),
+        }
+
+    @staticmethod
+    def embedding(state: SlotState) -> torch.Tensor:
+        """What retrieval compares of a modality: the target slots (B, D), not normalised."""
+        return state.slots[:, TARGET]
+
     def _keep_mask(self, image_target: torch.Tensor, audio_target: torch.Tensor) -> torch.Tensor | None:
         batch = len(image_target)
         k = default_reciprocal_k(batch) if self.reciprocal_k is None else self.reciprocal_k
@@ -573,15 +591,25 @@ class JointSlotModel(nn.Module):
         Raises UserError, listing the keys, when weights are missing, unexpected or of another shape.
         """
         state = load_checkpoint(path)
-        weights = {key.removeprefix("module."): value for key, value in state["model"].items()}
-        config = state.get("model_config") or _released_config(Path(path))
-        try:
-            model = cls(**config)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"the settings of the checkpoint {path} build no model: {error}") from error
-        check_weights(weights, model.state_dict(), path)
-        model.load_state_dict(weights)
-        return model.to(device).eval()
+        return restored(cls, state.get("model_config") or _released_config(Path(path)), state["model"], path, device)
+
+
+def restored(
+    kind: type[ModelClass],
+    config: dict[str, Any],
+    weights: dict[str, torch.Tensor],
+    path: str | Path,
+    device: str | torch.device,
+) -> ModelClass:
+    """A model of this class, settings and weights, in evaluation mode. UserError, naming path, where they misfit."""
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    try:
+        model = kind(**config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the settings of the checkpoint {path} build no model: {error}") from error
+    check_weights(weights, model.state_dict(), path)
+    model.load_state_dict(weights)
+    return model.to(device).eval()
 
 
 def _released_config(path: Path) -> dict[str, Any]:

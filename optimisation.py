@@ -5,7 +5,7 @@ however they are divided: into processes (`distributed.gather_rows`) or into par
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed import average, gather_rows, own_rows, shares, world_size
-from model_slot import Contrasted, JointSlotModel, TokenMasks
+from model_slot import TokenMasks
+from models import Model
 from utils import UserError, bf16_is_fast
 
 LR_DECAY = 0.9  # of schedule `step`, per epoch (paper)
@@ -105,12 +106,12 @@ def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:
 class Objective(nn.Module):
     """The model and the loss that training minimises as one module: what DistributedDataParallel has to wrap."""
 
-    def __init__(self, model: JointSlotModel) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
     def forward(
-        self, inputs: Inputs, weights: Mapping[str, float], total: int, cached: Contrasted | None = None
+        self, inputs: Inputs, weights: Mapping[str, float], total: int, cached: Iterable[torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
         """Losses of some rows of a batch of `total`, each loss's part of the batch's; only "objective" has a gradient.
 
@@ -121,12 +122,17 @@ class Objective(nn.Module):
         share = len(inputs.image) * world_size() / total  # DistributedDataParallel divides by the processes
         losses = {name: share * loss for name, loss in self.model.pair_losses(pairs).items()}
         if cached is None:
-            losses = self.model.batch_losses(Contrasted(*(gather_rows(x, total) for x in own.tensors()))) | losses
+            everyones = type(own)(*(gather_rows(x, total) for x in present(own)))
+            losses = self.model.batch_losses(everyones) | losses
         objective = weighted(losses, weights)
         if cached is not None:
-            sides = zip(own.tensors(), cached.tensors(), strict=True)
-            objective = objective + sum((x * gradient).sum() for x, gradient in sides)
+            objective = objective + sum((x * gradient).sum() for x, gradient in zip(present(own), cached, strict=True))
         return {name: loss.detach() for name, loss in losses.items()} | {"objective": objective}
+
+
+def present(contrasted: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
+    """What is there of the tuple that a model's batch losses take; they are its first ones."""
+    return [x for x in contrasted if x is not None]
 
 
 def weighted(losses: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
@@ -151,7 +157,7 @@ class Optimisation:
 
     def __init__(
         self,
-        model: JointSlotModel,
+        model: Model,
         device: torch.device,
         lr: float,
         weight_decay: float = 0.01,
@@ -218,22 +224,22 @@ class Optimisation:
 
     def _cache(
         self, parts: list[Inputs], total: int, weights: Mapping[str, float]
-    ) -> tuple[dict[str, torch.Tensor], list[Contrasted]]:
+    ) -> tuple[dict[str, torch.Tensor], list[tuple[torch.Tensor, ...]]]:
         """The batch losses over all parts of all processes, and their gradient at the rows of each part of ours."""
         rewind, rows = self._what_a_forward_changes(), []
         with torch.no_grad():
             for part in parts:
                 with self._autocast():
-                    rows.append(self.model.contrasted(self.model.represent(*part), wants_maps(weights)).tensors())
+                    contrasted = self.model.contrasted(self.model.represent(*part), wants_maps(weights))
+                rows.append(present(contrasted))
             whole = [gather_rows(torch.cat(columns), total).requires_grad_() for columns in zip(*rows, strict=True)]
         rewind()
-        losses = self.model.batch_losses(Contrasted(*whole))
+        losses = self.model.batch_losses(type(contrasted)(*whole))
         gradients = torch.autograd.grad(weighted(losses, weights), whole, materialize_grads=True)
         own = (world_size() * gradient[own_rows(total)] for gradient in gradients)
         sizes = [len(part.image) for part in parts]
-        return {name: loss.detach() for name, loss in losses.items()}, [
-            Contrasted(*columns) for columns in zip(*(gradient.split(sizes) for gradient in own), strict=True)
-        ]
+        caches = list(zip(*(gradient.split(sizes) for gradient in own), strict=True))
+        return {name: loss.detach() for name, loss in losses.items()}, caches
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
@@ -266,7 +272,7 @@ class Optimisation:
             group["weight_decay"] = weight_decay
 
 
-def with_sync_bn(model: JointSlotModel, device: torch.device) -> JointSlotModel:
+def with_sync_bn(model: Model, device: torch.device) -> Model:
     """The model with batch norm over the rows of all processes. UserError on CPUs, where PyTorch has none."""
     if device.type != "cuda":
         raise UserError("--sync_bn: PyTorch synchronises batch norm on CUDA devices only")

@@ -16,7 +16,7 @@ from annotations import GroundTruth, first_ids, read_ids
 from dataset import EvaluationPairs, Pair
 from evaluation import Evaluation, evaluate
 from metrics import MAP_SIZE
-from model_slot import JointSlotModel
+from models import load_model
 from set_scores import ScoredBatch
 from transforms import load_image
 from utils import UserError, as_user_error, load_checkpoint, provenance, write_json, write_text
@@ -301,7 +301,7 @@ def side_by_side(checkpoints: Mapping[str, Path], dataset: EvaluationPairs, ids:
     drawn = dataset.without(dict.fromkeys(known.difference(ids), "not drawn"))
     maps: dict[str, dict[str, np.ndarray]] = {name: {} for name in ids}
     for label, file in checkpoints.items():
-        model = JointSlotModel.from_checkpoint(file).to(memory_format=torch.channels_last)  # rounds as in training
+        model = load_model(file).to(memory_format=torch.channels_last)  # rounds as in training
         size = {key: model.shape[key] for key in ("image_size", "audio_seconds")}
         if different := [key for key, value in size.items() if value != getattr(dataset, key)]:
             listed = ", ".join(f"{key} {size[key]} and not {getattr(dataset, key)}" for key in different)

@@ -1,6 +1,6 @@
 """Cross-modal retrieval by embeddings, and the pairing of pictures with wrong sounds; knows no model.
 
-N samples, D channels. Scores are fractions of 1.
+N samples, n vectors of a sample, D channels. Scores are fractions of 1.
 """
 
 import math
@@ -20,25 +20,31 @@ TIED_COSINE = 1e-6  # cosine similarities that differ by less are rounding, and 
 def partner_ranks(queries: Tensor, keys: Tensor, targets: Sequence | None = None, chunk: int = 1024) -> Tensor:
     """Rank of the best right key of every query by cosine similarity: (N, D) twice -> (N,) int64, 1 is best.
 
-    Right is the key of the same index or, with `targets` (N labels), any key with the query's label. The rank is 1 +
-    the number of wrong keys at least as similar (to 1e-6, in float64): ties rank last, so collapsed embeddings find
-    nothing. Memory is chunk x N. ValueError where the shapes differ or an embedding is not finite (a NaN would compare
-    as the best).
+    Either side may be (N, n, D), a sample's n vectors, of which the most similar one counts. Right is the key of the
+    same index or, with `targets` (N labels), any key with the query's label. The rank is 1 + the number of wrong keys
+    at least as similar (to 1e-6, in float64): ties rank last, so collapsed embeddings find nothing. Memory is chunk x N
+    similarities, whatever n, and both sides in float64: 1 GB for 5,158 pictures of 49 tokens and 512 channels.
+    ValueError where the shapes differ or an embedding is not finite (a NaN would compare as the best).
     """
-    count = len(queries)
-    if queries.shape != keys.shape or queries.dim() != 2:
-        raise ValueError(f"embeddings {tuple(queries.shape)} and {tuple(keys.shape)} must both be (N, D)")
+    count, shapes = len(queries), (tuple(queries.shape), tuple(keys.shape))
+    ends = {(shape[0], shape[-1]) for shape in shapes if len(shape) in (2, 3)}
+    if len(ends) != 1 or any(len(shape) not in (2, 3) or 0 in shape[1:] for shape in shapes):
+        raise ValueError(f"embeddings {shapes[0]} and {shapes[1]} must both be (N, D), or (N, n, D)")
     if not (torch.isfinite(queries).all() and torch.isfinite(keys).all()):
         raise ValueError("an embedding holds a value that is not finite")
     labels = np.arange(count) if targets is None else np.unique(np.asarray(targets), return_inverse=True)[1]
     if len(labels) != count:
         raise ValueError(f"{len(labels)} targets for {count} embeddings")
     labels = torch.as_tensor(labels, device=queries.device)
-    queries, keys = F.normalize(queries.double(), dim=1), F.normalize(keys.double(), dim=1)
-    ranks = []
-    for start in range(0, count, chunk):
-        similarity = queries[start : start + chunk] @ keys.T
-        right = labels[start : start + chunk, None] == labels[None, :]
+    queries, keys = (F.normalize(x.double(), dim=-1) for x in (queries, keys))
+    queries, keys = (x if x.dim() == 3 else x[:, None] for x in (queries, keys))  # (N, n, D)
+    many, n = queries.shape[1], keys.shape[1]
+    rows, ranks = max(1, chunk // (many * n)), []
+    for start in range(0, count, rows):
+        part = queries[start : start + rows]
+        products = part.flatten(0, 1) @ keys.flatten(0, 1).T  # (rows * many, N * n)
+        similarity = products.view(len(part), many, count, n).amax((1, 3))  # (rows, N)
+        right = labels[start : start + rows, None] == labels[None, :]
         best = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)
         ranks.append(1 + (~right & (similarity >= best - TIED_COSINE)).sum(1))
     return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
@@ -49,8 +55,8 @@ def retrieval_recall(
 ) -> dict[str, dict[str, float]]:
     """Recall at k in both directions: {"image_to_audio" | "audio_to_image": {"R@1": fraction, ...}}.
 
-    image_embeddings, audio_embeddings (N, D); by pair, or by class with `targets`, N labels. Ties rank last:
-    `partner_ranks`.
+    image_embeddings, audio_embeddings (N, D), or (N, n, D) of which the best counts; by pair, or by class with
+    `targets`, N labels. Ties rank last: `partner_ranks`.
     """
     ranks = {
         "image_to_audio": partner_ranks(image_embeddings, audio_embeddings, targets),
@@ -62,7 +68,8 @@ def retrieval_recall(
 def retrieval_score(image_embeddings: Tensor, audio_embeddings: Tensor) -> float:
     """Mean percentile rank of the right partner over both directions: 1 best, about 0.5 chance, 0 collapsed.
 
-    (N, D) twice. It needs no boxes, and so chooses a checkpoint without looking at a test set.
+    (N, D) twice, or (N, n, D) of which the best counts. It needs no boxes, and so chooses a checkpoint without looking
+    at a test set.
     """
     ranks = torch.cat(
         [partner_ranks(image_embeddings, audio_embeddings), partner_ranks(audio_embeddings, image_embeddings)]

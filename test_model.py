@@ -17,12 +17,12 @@ import torch
 from annotations import first_ids, read_ids
 from comparison import compare
 from dataset import TRAIN_SETS, EvaluationPairs, TrainingPairs, select_training_pairs
-from diagnose import diagnose
+from diagnose import check_slots, diagnose
 from distributed import anyone, is_main, launched, own_device, process_group
 from evaluation import Evaluation, OnBatch, evaluate, evaluate_stored, match_ids
 from html_report import Gallery
 from metrics import MAP_SIZE
-from model_slot import JointSlotModel
+from models import Model, load_model
 from report import (
     Drawer,
     describe_checkpoint,
@@ -144,7 +144,9 @@ def score_model(args) -> None:
 def score_on(device: torch.device, args) -> None:
     """Several processes share the samples of each set; the first one writes."""
     path = checkpoint_path(args)
-    model = JointSlotModel.from_checkpoint(path, device).to(memory_format=torch.channels_last)  # rounds as in training
+    model = load_model(path, device).to(memory_format=torch.channels_last)  # rounds as in training
+    if args.diagnose:
+        check_slots(model)
     state = load_checkpoint(path)
     test_sets = build_test_sets(args, model.shape["image_size"], model.shape["audio_seconds"])
     saliency = load_saliency(args.imagenet_weights, device)
@@ -183,7 +185,7 @@ def score_on(device: torch.device, args) -> None:
                 print(f"diagnosis: {picture}")
 
 
-def training_batch(path: Path, flags: dict[str, Any], model: JointSlotModel, seed: int) -> TrainingPairs | None:
+def training_batch(path: Path, flags: dict[str, Any], model: Model, seed: int) -> TrainingPairs | None:
     """As many training pairs as a batch held, drawn by seed; None, and a line that says why, where there are none."""
     listed = path.with_name("train_ids.txt")
     try:

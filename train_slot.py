@@ -6,6 +6,7 @@
 Every epoch sees every full batch; best.pth is chosen by retrieval on held-out training pairs, without boxes.
 """
 
+import inspect
 import os
 import shlex
 import sys
@@ -16,8 +17,8 @@ import torch
 from dataset import TRAIN_SETS, TrainingPairs, hold_out, select_training_pairs
 from distributed import own_device, process_group, world_size
 from inspection import overlap_with_tests, undecodable
-from model_slot import JointSlotModel
-from optimisation import LR_DECAY, with_sync_bn
+from models import OBJECTIVES, Model
+from optimisation import LR_DECAY, MAP_LOSSES, with_sync_bn
 from resnet import RECIPES, load_imagenet_weights
 from resuming import goes_on
 from test_sets import ALL_SETS, add_test_set_flags, build_test_sets, parse_testsets
@@ -30,6 +31,13 @@ from utils import ArgumentParser, UserError, as_user_error, number, provenance, 
 def add_method_flags(parser: ArgumentParser) -> None:
     """What the paper defines: the model's shape and its losses; the defaults are the paper's."""
     group = parser.add_argument_group("model")
+    group.add_argument(
+        "--objective",
+        choices=[*OBJECTIVES],
+        default="joint_slot",
+        help="joint_slot: the paper's; maxpool_contrastive: EZ-VSL's on the same encoders, where the flags of slots, "
+        "masks and losses have no effect but --tau",
+    )
     group.add_argument("--arch", choices=sorted(RECIPES), default="resnet18", help="encoder recipe")
     group.add_argument("--dim", type=number(int, low=2), help="embedding channels (default: the recipe's)")
     group.add_argument("--num_slots", type=number(int, low=1), default=2, help="slot 0 is the target")
@@ -137,6 +145,9 @@ def check_args(args) -> None:
         raise UserError("--select test needs --testset and --eval_every 1 or more")
     if args.select == "test" and args.eval_every > args.epochs:
         raise UserError(f"--select test with --eval_every {args.eval_every} never tests within {args.epochs} epochs")
+    of_slots = sorted(f"--{name}" for name in (*MAP_LOSSES, "silence", "reciprocal_k") if getattr(args, name))
+    if args.objective != "joint_slot" and of_slots:
+        raise UserError(f"{', '.join(of_slots)}: --objective {args.objective} would ignore it, leave it out")
     if args.testset:
         parse_testsets(args.testset)
     if args.resume and args.overwrite:
@@ -147,19 +158,21 @@ def check_args(args) -> None:
         raise UserError(f"--experiment_name {args.experiment_name!r} must be a plain name: it becomes a folder")
 
 
-def build_model(args, device: torch.device) -> JointSlotModel:
+def build_model(args, device: torch.device) -> Model:
+    kind = OBJECTIVES[args.objective]
+    settings = {
+        "arch": args.arch,
+        "dim": args.dim,
+        "num_slots": args.num_slots,
+        "iterations": args.iterations,
+        "image_size": args.image_size,
+        "audio_seconds": args.audio_seconds,
+        "tau": args.tau,
+        "mask_ratio": args.mask_ratio,
+        "reciprocal_k": args.reciprocal_k,
+    }
     with as_user_error(ValueError):
-        model = JointSlotModel(
-            arch=args.arch,
-            dim=args.dim,
-            num_slots=args.num_slots,
-            iterations=args.iterations,
-            image_size=args.image_size,
-            audio_seconds=args.audio_seconds,
-            tau=args.tau,
-            mask_ratio=args.mask_ratio,
-            reciprocal_k=args.reciprocal_k,
-        )
+        model = kind(**{name: settings[name] for name in inspect.signature(kind).parameters})
         if args.imagenet_weights != "none":
             if args.arch != "resnet18":
                 raise UserError(f"there are no ImageNet weights for --arch {args.arch}: pass --imagenet_weights none")

@@ -19,7 +19,8 @@ from dataset import EvaluationPairs, TrainingPairs, make_loader, training_batche
 from distributed import all_objects, anyone, copy_from_main, hidden_bar, is_main, own_rows, wait_for_all, world_size
 from evaluation import embed_set, evaluate
 from inspection import count_undecodable
-from model_slot import JointSlotModel, TokenMasks
+from model_slot import TokenMasks
+from models import Model
 from optimisation import Inputs, NotFinite, Optimisation, choose_amp, loss_weights, lr_factor
 from report import Drawer, describe_checkpoint, pictures_of, publish, training_overlap
 from resuming import LAUNCH, StopSignal, differences, fingerprint, hold, launch_name
@@ -41,7 +42,7 @@ from utils import (
 
 SELECTED_BY = {
     "retrieval": "retrieval on held-out training pairs (no boxes)",
-    "test": "cIoU of IQR on test set {first}",
+    "test": "cIoU of {answer} on test set {first}",
     "last": "last epoch (no pairs were held out)",
 }
 UNAVERAGED = ("seconds", "waiting", "skipped_steps")  # among the sums of an epoch
@@ -68,7 +69,7 @@ class Run:
         self,
         args,
         device: torch.device,
-        model: JointSlotModel,
+        model: Model,
         data: TrainingData,
         test_sets: Mapping[str, EvaluationPairs],
     ) -> None:
@@ -92,7 +93,7 @@ class Run:
         self.stop = StopSignal()
         self.log: RunLog | None = None  # of the first process, and of no dry run
         self.resumed: dict[str, Any] = {}  # what the log goes on from
-        self.selected_by = SELECTED_BY[self.select].format(first=self.first_set)
+        self.selected_by = SELECTED_BY[self.select].format(first=self.first_set, answer=model.answer)
 
     # ------------------------------------------------------------ what is kept
 
@@ -190,7 +191,8 @@ class Run:
                 self.count(figures, loaded - clock, time.monotonic() - clock)
                 clock = time.monotonic()
                 bar.update()
-                shown = {name: f"{self.sums[name] / self.step:.3g}" for name in ("loss", *weights)}
+                names = [name for name in ("loss", *weights) if name in self.sums]  # not every model has every loss
+                shown = {name: f"{self.sums[name] / self.step:.3g}" for name in names}
                 bar.set_postfix(shown | {"pairs/s": f"{self.speed()['pairs_per_second']:.0f}"}, refresh=False)
                 self.save_between_steps(len(batches))
         copy_from_main(self.model.buffers())
@@ -346,7 +348,8 @@ class Run:
             line |= self.validate()
             if args.eval_every and number % args.eval_every == 0:
                 line |= self.score()
-        measures = {"retrieval": "val/retrieval_score", "test": f"{self.first_set}/IQR/cIoU", "last": "epoch"}
+        on_test = f"{self.first_set}/{self.model.answer}/cIoU"
+        measures = {"retrieval": "val/retrieval_score", "test": on_test, "last": "epoch"}
         score = line.get(measures[self.select], -math.inf)
         is_best = score >= self.best and score > -math.inf
         self.best = max(self.best, score)

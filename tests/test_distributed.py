@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 
 import distributed
 from distributed import average, gather_in_order, own_rows, own_share, shares
+from model_maxpool import MaxPoolModel
 from model_slot import JointSlotModel, TokenMasks
 from optimisation import Inputs, Optimisation
 
@@ -19,10 +20,18 @@ WITH_MAPS = WEIGHTS | {"map_contrast": 1.0, "share_contrast": 1.0, "foreign_toke
 CPU = torch.device("cpu")
 
 
-def gradients(micro_batch=None, pairs=PAIRS, reciprocal_k=3, frozen=True, weights=WEIGHTS):
+def joint_slot(reciprocal_k):
+    return JointSlotModel("small", 16, 2, 3, 64, 0.8, mask_ratio=0.3, reciprocal_k=reciprocal_k)
+
+
+def max_pool(_):
+    return MaxPoolModel("small", 16, 64, 0.8)
+
+
+def gradients(micro_batch=None, pairs=PAIRS, reciprocal_k=3, frozen=True, weights=WEIGHTS, make=joint_slot):
     """Losses and gradients in float64 of this process's rows of a batch that NumPy determines; masks are on."""
     torch.manual_seed(0)
-    model = JointSlotModel("small", 16, 2, 3, 64, 0.8, mask_ratio=0.3, reciprocal_k=reciprocal_k).double().train()
+    model = make(reciprocal_k).double().train()
     if frozen:
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -84,6 +93,14 @@ def with_maps_in_parts():
     return gradients(micro_batch=2, weights=WITH_MAPS)
 
 
+def max_pooled():
+    return gradients(make=max_pool)
+
+
+def max_pooled_in_parts():
+    return gradients(micro_batch=2, make=max_pool)
+
+
 def without_reconstruction():
     return gradients(weights=WEIGHTS | {"reconstruction": 0.0})
 
@@ -126,7 +143,7 @@ def test_parts_normalise_by_themselves_in_training_mode():
     "world, make, alone",
     [
         (2, gradients, gradients), (3, gradients, gradients), (2, in_parts_of_two, gradients),
-        (3, with_maps, with_maps), (2, with_maps_in_parts, with_maps),
+        (3, with_maps, with_maps), (2, with_maps_in_parts, with_maps), (2, max_pooled_in_parts, max_pooled),
     ],
 )  # fmt: skip
 def test_several_processes_give_the_gradients_of_one(world, make, alone, tmp_path):

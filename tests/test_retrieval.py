@@ -53,6 +53,28 @@ def test_retrieval_is_the_sorted_list(seed):
     assert torch.equal(retrieval.partner_ranks(image, audio, labels, chunk=7), whole)
 
 
+@pytest.mark.parametrize("labels", [None, [i % 3 for i in range(11)]])
+@pytest.mark.parametrize("chunk", [1, 12, 1024])
+def test_of_several_vectors_of_a_sample_the_best_counts(chunk, labels):
+    generator = torch.Generator().manual_seed(3)
+    tokens, sounds = torch.randn(11, 5, 4, generator=generator), torch.randn(11, 4, generator=generator)
+    unit = torch.nn.functional.normalize
+    scores = [[max(float(unit(t, dim=0) @ unit(s, dim=0)) for t in picture) for s in sounds] for picture in tokens]
+    right = labels or range(11)
+    for image_first, rows in ((True, scores), (False, list(zip(*scores, strict=True)))):
+        expected = []
+        for i, row in enumerate(rows):
+            best = max(value for j, value in enumerate(row) if right[j] == right[i])
+            expected.append(1 + sum(value >= best for j, value in enumerate(row) if right[j] != right[i]))
+        sides = (tokens, sounds) if image_first else (sounds, tokens)
+        assert retrieval.partner_ranks(*sides, labels, chunk).tolist() == expected
+    assert max(expected) > 2
+    recall = retrieval.retrieval_recall(tokens, sounds, labels, ks=(1,))
+    assert recall["audio_to_image"]["R@1"] == pytest.approx(np.mean([rank == 1 for rank in expected]))
+    one, other = (retrieval.partner_ranks(x, sounds + 1, labels) for x in (sounds[:, None], sounds))
+    assert torch.equal(one, other)
+
+
 def test_the_retrieval_score_runs_from_chance_to_one():
     generator = torch.Generator().manual_seed(0)
     image, audio = torch.randn(2, 400, 16, generator=generator)
@@ -70,6 +92,8 @@ def test_retrieval_refuses_what_would_score_by_accident():
         retrieval.retrieval_recall(good, good, ["a"])
     with pytest.raises(ValueError, match="embeddings"):
         retrieval.retrieval_recall(good, good[:3])
+    with pytest.raises(ValueError, match="embeddings"):
+        retrieval.retrieval_recall(torch.rand(4, 5, 2), good)
 
 
 # ---------------------------------------------------------------- wrong sounds

@@ -1,0 +1,155 @@
+"""The simple reference: max-pooled contrastive learning on the encoders of `model_slot`, without slots and decoders.
+
+The objective of EZ-VSL (Mo and Morgado, "Localizing Visual Sounds the Easy Way", ECCV 2022): a sound fits a picture as
+well as it fits the picture's best token. It offers what `JointSlotModel` offers to training and evaluation.
+B batch, D channels, h x w image grid, N = h * w image tokens, T audio tokens, F bins, L frames.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from audio_io import num_frames
+from model_slot import Maps, TokenMasks, at_least_fp32, contrast_both_ways, restored
+from resnet import AudioEncoder, ImageEncoder, get_recipe, tokens_along
+from utils import UserError, load_checkpoint
+
+OBJECTIVE = "maxpool_contrastive"
+
+
+class MaxPooled(NamedTuple):
+    """What the model makes of pairs, which is also all that the loss over a whole batch needs of them."""
+
+    image_tokens: torch.Tensor  # (B, N, D) unit length
+    audio_vectors: torch.Tensor  # (B, D) unit length
+
+
+def max_pool_scores(image_tokens: torch.Tensor, audio_vectors: torch.Tensor) -> torch.Tensor:
+    """Unit image tokens (B, N, D) and sounds (M, D) -> (B, M) in -1..1: max over tokens i of v_ni . a_m."""
+    return torch.einsum("nid,md->nmi", image_tokens, audio_vectors).amax(2)
+
+
+def max_pool_contrast_loss(
+    image_tokens: torch.Tensor, audio_vectors: torch.Tensor, tau: float, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Contrast sounds and the best tokens of pictures both ways over the batch: unit (B, N, D), (B, D) -> scalar.
+
+    With S_nm = max over tokens i of v_ni . a_m: CE(S / tau, i) + CE(S^T / tau, i), where own pairs i are right and
+    pairs where `keep` (B, B) is False are left out. Source: EZ-VSL's multiple-instance contrastive loss.
+    """
+    return contrast_both_ways(max_pool_scores(image_tokens, audio_vectors) / tau, keep)
+
+
+class MaxPoolModel(nn.Module):
+    """Both encoders and nothing else: 22.87 M parameters at full size.
+
+    A sound is the maximum over its T tokens, which completes the encoder's maximum over frequency. (EZ-VSL pools
+    before its projection, here it is after it: the encoder is the joint-slot model's.) There is no image query and so
+    no IMG_QUERY and no IQR: the map is AUD, v_i . a. Nothing is masked, and false negatives stay in, as in EZ-VSL.
+    arch, dim, image_size, audio_seconds, tau: as in `JointSlotModel`; ValueError where they leave no token.
+    """
+
+    answer = "AUD"  # the map that the model is judged by
+
+    def __init__(
+        self,
+        arch: str = "resnet18",
+        dim: int | None = None,
+        image_size: int = 224,
+        audio_seconds: float = 5.0,
+        tau: float = 0.03,
+    ) -> None:
+        super().__init__()
+        dim, self.tau = dim or get_recipe(arch).dim, tau
+        if min(tokens_along(image_size, arch), tokens_along(num_frames(audio_seconds), arch)) < 1:
+            raise ValueError(f"{image_size} px and {audio_seconds} s leave arch {arch} no token: enlarge them")
+        self.shape = {"arch": arch, "dim": dim, "image_size": image_size, "audio_seconds": audio_seconds}
+        self.imgnet = ImageEncoder(arch, dim)
+        self.audnet = AudioEncoder(arch, dim)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every constructor argument and the objective, as a checkpoint stores them."""
+        return {"objective": OBJECTIVE} | self.shape | {"tau": self.tau}
+
+    # ------------------------------------------------------------ training
+
+    def draw_masks(self, batch: int) -> TokenMasks:
+        """Empty, (B, 0) each: nothing is hidden, and nothing is drawn."""
+        return TokenMasks(*torch.zeros(2, batch, 0, dtype=torch.bool))
+
+    def forward(
+        self, image: torch.Tensor, spectrogram: torch.Tensor, masks: TokenMasks | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The loss by name, {"info_nce": scalar}. masks have no effect."""
+        return self.batch_losses(self.represent(image, spectrogram, masks))
+
+    def represent(self, image: torch.Tensor, spectrogram: torch.Tensor, masks: TokenMasks | None = None) -> MaxPooled:
+        """Pictures (B, 3, H, W), spectrograms (B, 1, F, L) -> their unit vectors, in fp32. masks have no effect."""
+        return MaxPooled(self.attend_image(image)[0], self.attend_audio(spectrogram))
+
+    @staticmethod
+    def contrasted(pairs: MaxPooled, maps: bool = False) -> MaxPooled:
+        """All of it; `maps`, the wish for the losses of the slots' map, has no effect."""
+        return pairs
+
+    def batch_losses(self, batch: MaxPooled) -> dict[str, torch.Tensor]:
+        """`max_pool_contrast_loss`, under the name that the contrastive loss has in every objective."""
+        with torch.autocast(batch.image_tokens.device.type, enabled=False):
+            return {"info_nce": max_pool_contrast_loss(*batch, self.tau)}
+
+    @staticmethod
+    def pair_losses(pairs: MaxPooled) -> dict[str, torch.Tensor]:
+        """No loss is of a pair by itself."""
+        return {}
+
+    # ------------------------------------------------------------ inference
+
+    def attend_image(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Pictures (B, 3, H, W) -> unit tokens (B, N, D), and their grid (h, w)."""
+        features = self.imgnet(image)
+        tokens = at_least_fp32(features.flatten(2).transpose(1, 2))  # (B, N, D)
+        return F.normalize(tokens, dim=2), tuple(features.shape[2:])
+
+    def attend_audio(self, spectrogram: torch.Tensor) -> torch.Tensor:
+        """Spectrograms (B, 1, F, L) -> unit vectors (B, D)."""
+        return F.normalize(at_least_fp32(self.audnet(spectrogram).amax(2)), dim=1)
+
+    @torch.no_grad()
+    def localize(self, image: torch.Tensor, spectrogram: torch.Tensor, infer_sharpening: float = 0.1) -> Maps:
+        """AUD (B, h, w) in -1..1, and no image map."""
+        tokens, grid = self.attend_image(image)
+        return self.maps(tokens, self.attend_audio(spectrogram), grid)
+
+    @torch.no_grad()
+    def embed(self, image: torch.Tensor, spectrogram: torch.Tensor) -> MaxPooled:
+        """Unit tokens of pictures (B, N, D), of which retrieval takes the best, and unit vectors of sounds (B, D)."""
+        return self.represent(image, spectrogram)
+
+    @staticmethod
+    def maps(image: torch.Tensor, audio: torch.Tensor, grid: tuple[int, int], infer_sharpening: float = 0.1) -> Maps:
+        """AUD from tokens (B, N, D) and sounds (B, D). infer_sharpening would scale a map that is scored after min-max:
+        it has no effect."""
+        return Maps(torch.einsum("bid,bd->bi", image, audio).unflatten(1, grid), None)
+
+    @staticmethod
+    def confidences(image: torch.Tensor, audio: torch.Tensor, infer_sharpening: float = 0.1) -> dict[str, torch.Tensor]:
+        """How surely the sound is in view, (B,) in -1..1: the score of the pair that training contrasts."""
+        return {"confidence": torch.einsum("bid,bd->bi", image, audio).amax(1)}
+
+    @staticmethod
+    def embedding(state: torch.Tensor) -> torch.Tensor:
+        """What retrieval compares of a modality: the state itself, so that it ranks by the score of training."""
+        return state
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "MaxPoolModel":
+        """Read one of our checkpoints; returns the model in evaluation mode. UserError where it is of another kind."""
+        state = load_checkpoint(path)
+        config = dict(state.get("model_config") or {})
+        if config.pop("objective", None) != OBJECTIVE:
+            raise UserError(f"{path} is no checkpoint of objective {OBJECTIVE}: `models.load_model` reads every kind")
+        return restored(cls, config, state["model"], path, device)

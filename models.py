@@ -1,0 +1,29 @@
+"""The models by the name of what they are trained for, and the one way to load any of them.
+
+A further one is a row here, a class whose constructor's arguments `train_slot.build_model` knows, and what both offer:
+to training `draw_masks`, `represent`, `contrasted`, `batch_losses`, `pair_losses`, `config`, `shape`; to evaluation
+`attend_image`, `attend_audio`, `maps`, `confidences`, `embedding`, `answer`.
+"""
+
+from pathlib import Path
+
+import torch
+
+from model_maxpool import OBJECTIVE, MaxPoolModel
+from model_slot import JointSlotModel
+from utils import UserError, load_checkpoint
+
+Model = JointSlotModel | MaxPoolModel
+OBJECTIVES: dict[str, type[Model]] = {"joint_slot": JointSlotModel, OBJECTIVE: MaxPoolModel}
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
+    """Read a checkpoint of any objective, ours or the paper's; returns the model in evaluation mode.
+
+    UserError as of the class's `from_checkpoint`, and where the objective is not known.
+    """
+    config = load_checkpoint(path).get("model_config")
+    name = config.get("objective", "joint_slot") if isinstance(config, dict) else "joint_slot"
+    if name not in OBJECTIVES:
+        raise UserError(f"{path} is of objective {name!r}, and known are {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name].from_checkpoint(path, device)
