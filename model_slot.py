@@ -320,15 +320,13 @@ def foreign_token_loss(
     return error[counted if keep is None else counted & keep].mean()
 
 
-def silence_loss(nothing_query: torch.Tensor, audio_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
-    """Contrast each sound with silence or noise in its own picture: queries (B, K, D) twice, keys (B, N, D).
+def silence_loss(nothing_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
+    """Silence and noise claim nothing: queries (B, K, D) of such sounds, each over the keys (B, N, D) of one picture.
 
-    -mean log(S_own / (S_own + S_nothing)), with S as in `share_contrast_loss`: one more negative for each picture.
+    -mean log(1 - S), with S the mean over tokens of the target slot's `slot_share`.
     """
-    own, nothing = (
-        (slot_share(query, image_keys)[:, TARGET] + ATTENTION_FLOOR).mean(1) for query in (audio_query, nothing_query)
-    )  # (B,) each
-    return F.softplus(nothing.log() - own.log()).mean()
+    free = 1 - slot_share(nothing_query, image_keys)[:, TARGET].mean(1)  # (B,)
+    return -(free + ATTENTION_FLOOR).log().mean()
 
 
 def reconstruction_loss(decoded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -517,14 +515,13 @@ class JointSlotModel(nn.Module):
         image_unit, audio_unit = F.normalize(image.slots, dim=2), F.normalize(audio.slots, dim=2)
         reconstruction = self._reconstruct(image.slots, pairs.image_tokens, audio.slots, pairs.audio_tokens)
         with torch.autocast(image.slots.device.type, enabled=False):
-            losses = {
+            of_nothing = {} if pairs.nothing is None else {"silence": silence_loss(pairs.nothing.query, image.keys)}
+            return {
                 "reconstruction": reconstruction,  # decoders may run in half precision, the error is taken in fp32
                 "slot_divergence": slot_divergence_loss(image_unit) + slot_divergence_loss(audio_unit),
                 "attention_matching": attention_matching_loss(image, audio),
+                **of_nothing,
             }
-            if pairs.nothing is not None:
-                losses["silence"] = silence_loss(pairs.nothing.query, audio.query, image.keys)
-            return losses
 
     @torch.no_grad()
     def localize(self, image: torch.Tensor, spectrogram: torch.Tensor, infer_sharpening: float = 0.1) -> Maps:
