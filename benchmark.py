@@ -175,7 +175,7 @@ def bench_step(rounds: int, batch: int) -> Iterator[Timing]:
     beside, _ = alternate(rest, lambda: None, rounds)
     yield Timing("step: slots and losses, share of the step", 100 * beside / spent, None, "%")
     with_maps, beside = alternate(slots_and_losses(batch, WITH_MAPS), rest, rounds)
-    yield Timing("step: the three losses of the map, share of the step", 100 * (with_maps - beside) / spent, None, "%")
+    yield Timing("step: all losses of the map, share of the step", 100 * (with_maps - beside) / spent, None, "%")
     del ours, baseline, rest
     memory = [apart(memory_of, make, batch) for make in (our_step, released_step)]
     yield Timing("step: peak memory", *memory, "GiB")

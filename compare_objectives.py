@@ -41,10 +41,11 @@ ROWS = {
     "map_foreign": Row(
         "map contrast + foreign tokens", flags="--map_contrast 1 --foreign_tokens 2 --infer_sharpening 0.1"
     ),
-    "listen": Row("share contrast", "listen"),
-    "listen_silence": Row("share contrast + silence", "listen", "--silence 1 --infer_sharpening 0.1"),
+    "share": Row("share contrast", flags="--share_contrast 1 --lam3 0 --infer_sharpening 0.1"),
+    "listen": Row("share contrast + foreign claims", "listen"),
+    "listen_silence": Row("share contrast + foreign claims + silence", "listen", "--silence 1 --infer_sharpening 0.1"),
     "published_one": Row("published", flags="", objects=1),
-    "listen_one": Row("share contrast", "listen", objects=1),
+    "listen_one": Row("share contrast + foreign claims", "listen", objects=1),
 }
 PICTURED = ("published", "maxpool", "listen")
 PICTURES = 3

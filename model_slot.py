@@ -293,9 +293,27 @@ def share_contrast_loss(
     With S_nm the mean over tokens of the target slot's share (`slot_share` plus 1e-8) of sound m in picture n:
     -mean log(S_nn / sum_m S_nm) - mean log(S_nn / sum_m S_mn); pairs where `keep` (B, B) is False are left out. A sound
     gains by claiming every token of what sounds, and loses by any token that other pictures show as well: background,
-    and things that are silent here.
+    and things that are silent here. A sound that claims all but what it cannot be gains as well, if less, and
+    training may be caught there: `foreign_claim_loss` forbids it.
     """
     return contrast_both_ways(shares_of_others(audio_query, image_keys).mean(2).log().T, keep)
+
+
+def foreign_claim_loss(
+    audio_query: torch.Tensor, image_keys: torch.Tensor, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sounds claim nothing of other pictures: queries (B, K, D), keys (B, N, D), S_nm as in `share_contrast_loss`.
+
+    -log(1 - S_nm), a mean over all pairs m != n but those where `keep` (B, B) is False.
+    """
+    claimed = shares_of_others(audio_query, image_keys).mean(2)  # (B, B)
+    return _mean_of_foreign(-(1 - claimed + ATTENTION_FLOOR).log(), keep)
+
+
+def _mean_of_foreign(values: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """(B, B) of sounds and pictures -> mean over those of different pairs that `keep` does not leave out."""
+    counted = ~torch.eye(len(values), dtype=torch.bool, device=values.device)
+    return values[counted if keep is None else counted & keep].mean()
 
 
 def foreign_token_loss(
@@ -315,9 +333,7 @@ def foreign_token_loss(
     own = share.diagonal().T[:, None]  # (B, 1, N)
     total = own.sum(2, keepdim=True) + share.sum(2, keepdim=True)  # (B, B, 1)
     at_home, abroad = own / total - image_attention.detach()[:, None], share / total
-    error = (at_home.square().mean(2) + abroad.square().mean(2)) / 2  # (B, B)
-    counted = ~torch.eye(len(error), dtype=torch.bool, device=error.device)
-    return error[counted if keep is None else counted & keep].mean()
+    return _mean_of_foreign((at_home.square().mean(2) + abroad.square().mean(2)) / 2, keep)
 
 
 def silence_loss(nothing_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
@@ -506,6 +522,7 @@ class JointSlotModel(nn.Module):
             if keys is not None:
                 losses["map_contrast"] = map_contrast_loss(query, keys, keep=keep)
                 losses["share_contrast"] = share_contrast_loss(query, keys, keep)
+                losses["foreign_claims"] = foreign_claim_loss(query, keys, keep)
                 losses["foreign_tokens"] = foreign_token_loss(query, keys, attention, keep)
         return losses
 

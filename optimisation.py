@@ -41,7 +41,7 @@ class NotFinite(Exception):
 # ---------------------------------------------------------------- schedules
 
 
-MAP_LOSSES = {"map_contrast", "share_contrast", "foreign_tokens"}  # ours, not the paper's
+MAP_LOSSES = {"map_contrast", "share_contrast", "foreign_claims", "foreign_tokens"}  # ours, not the paper's
 
 
 def loss_weights(
@@ -52,6 +52,7 @@ def loss_weights(
     lam3: float,
     map_contrast: float = 0.0,
     share_contrast: float = 0.0,
+    foreign_claims: float = 0.0,
     foreign_tokens: float = 0.0,
     silence: float = 0.0,
 ) -> dict[str, float]:
@@ -70,9 +71,10 @@ def loss_weights(
     of_the_map = {
         "map_contrast": map_contrast * on,
         "share_contrast": share_contrast * on,
+        "foreign_claims": foreign_claims * on,
         "foreign_tokens": lam3 * foreign_tokens * on,
     }
-    if map_contrast or share_contrast or foreign_tokens:
+    if map_contrast or share_contrast or foreign_claims or foreign_tokens:
         weights |= of_the_map
     return weights | ({"silence": silence * on} if silence else {})
 

@@ -56,6 +56,9 @@ def add_method_flags(parser: ArgumentParser) -> None:
     group.add_argument("--map_contrast", type=weight, default=0.0, help="weight of a contrast of best tokens; ours")
     group.add_argument("--share_contrast", type=weight, default=0.0, help="weight of a contrast of token shares; ours")
     group.add_argument(
+        "--foreign_claims", type=weight, default=0.0, help="weight of what sounds claim of other pictures; ours"
+    )
+    group.add_argument(
         "--foreign_tokens",
         type=weight,
         default=0.0,

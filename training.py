@@ -175,8 +175,18 @@ class Run:
         batches = training_batches(len(train), args.batch_size, args.seed, self.epoch)[:max_steps]
         own = [batch[own_rows(args.batch_size)] for batch in batches[self.step :]]
         loader = make_loader(train, args.batch_size, args.num_workers, own)
-        own_terms = args.map_contrast, args.share_contrast, args.foreign_tokens, args.silence
-        weights = loss_weights(self.epoch, args.warmup, args.lam1, args.lam2, args.lam3, *own_terms)
+        weights = loss_weights(
+            self.epoch,
+            args.warmup,
+            args.lam1,
+            args.lam2,
+            args.lam3,
+            map_contrast=args.map_contrast,
+            share_contrast=args.share_contrast,
+            foreign_claims=args.foreign_claims,
+            foreign_tokens=args.foreign_tokens,
+            silence=args.silence,
+        )
         self.model.train()
         title = f"epoch {self.epoch + 1}/{args.epochs}"
         look = {"leave": False, "unit": "batch", "disable": hidden_bar()}

@@ -182,7 +182,8 @@ def test_the_flags_of_every_row_are_flags_of_the_training(key, monkeypatch, tmp_
     train_slot.check_args(args)
     assert args.epochs == 10 and args.train_data_path == ("data/synthetic" if "_one" in key else "data/synthetic_3")
     assert args.infer_sharpening == (0.02 if key.startswith("published") else 0.1)
-    assert bool(args.share_contrast) == key.startswith("listen") == (args.lam3 == 0)
+    assert bool(args.foreign_claims) == key.startswith("listen")
+    assert bool(args.share_contrast) == (args.lam3 == 0)
 
 
 @pytest.mark.slow

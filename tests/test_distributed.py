@@ -16,7 +16,8 @@ from optimisation import Inputs, Optimisation
 
 PAIRS = 10  # not a multiple of 3 processes, nor of parts of 4
 WEIGHTS = {"info_nce": 1.0, "reconstruction": 0.1, "slot_divergence": 0.1, "attention_matching": 100.0}
-WITH_MAPS = WEIGHTS | {"map_contrast": 1.0, "share_contrast": 1.0, "foreign_tokens": 200.0, "silence": 1.0}
+WITH_MAPS = WEIGHTS | {"map_contrast": 1.0, "share_contrast": 1.0, "foreign_claims": 4.0}
+WITH_MAPS |= {"foreign_tokens": 200.0, "silence": 1.0}
 CPU = torch.device("cpu")
 
 
@@ -112,7 +113,14 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole(micro_batch, weights):
 
 
 @pytest.mark.parametrize(
-    "loss, difference", [("info_nce", 1e-3), ("map_contrast", 1e-3), ("share_contrast", 1e-3), ("foreign_tokens", 1e-8)]
+    "loss, difference",
+    [
+        ("info_nce", 1e-3),
+        ("map_contrast", 1e-3),
+        ("share_contrast", 1e-3),
+        ("foreign_claims", 1e-4),
+        ("foreign_tokens", 1e-8),
+    ],
 )
 def test_the_reference_leaves_false_negatives_out_and_feels_the_whole_batch(loss, difference):
     """Else the equalities here would hold for losses that never look beyond a part."""

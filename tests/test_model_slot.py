@@ -286,15 +286,26 @@ def test_map_contrast_is_both_directions_without_the_left_out_pairs():
     assert torch.allclose(model_slot.map_contrast_loss(query, keys, 0.2, keep), expected)
 
 
+def mean_shares(query, keys):
+    """(4, 4), pictures by sounds."""
+    pairs = [(query[m : m + 1], keys[n : n + 1]) for n in range(4) for m in range(4)]
+    return torch.stack([model_slot.slot_share(*pair)[0, TARGET].mean() for pair in pairs]).view(4, 4) + 1e-8
+
+
 def test_share_contrast_is_both_directions_of_the_mean_share_without_the_left_out_pairs():
     query, keys, _, keep = map_inputs()
-    mean = torch.zeros(4, 4, dtype=torch.float64)
-    for n in range(4):
-        for m in range(4):
-            mean[n, m] = model_slot.slot_share(query[m : m + 1], keys[n : n + 1])[0, TARGET].mean() + 1e-8
+    mean = mean_shares(query, keys)
     kept = mean * keep
     expected = -sum((mean.diagonal() / kept.sum(dim)).log().mean() for dim in (0, 1))
     assert torch.allclose(model_slot.share_contrast_loss(query, keys, keep), expected)
+
+
+def test_foreign_claims_are_what_sounds_take_of_other_pictures():
+    query, keys, _, keep = map_inputs()
+    mean = mean_shares(query, keys)
+    others = [(n, m) for n in range(4) for m in range(4) if n != m and keep[n, m]]
+    expected = -torch.stack([(1 - mean[pair]).log() for pair in others]).mean()
+    assert torch.allclose(model_slot.foreign_claim_loss(query, keys, keep), expected)
 
 
 def test_foreign_tokens_compete_with_a_pictures_own_for_the_attention_of_its_sound():
@@ -323,10 +334,12 @@ def map_loss(name, query, keys, attention, keep=None):
         return model_slot.map_contrast_loss(query, keys, keep=keep)
     if name == "share_contrast":
         return model_slot.share_contrast_loss(query, keys, keep)
+    if name == "foreign_claims":
+        return model_slot.foreign_claim_loss(query, keys, keep)
     return model_slot.foreign_token_loss(query, keys, attention, keep)
 
 
-@pytest.mark.parametrize("name", ["map_contrast", "share_contrast", "foreign_tokens"])
+@pytest.mark.parametrize("name", ["map_contrast", "share_contrast", "foreign_claims", "foreign_tokens"])
 def test_the_order_of_a_batch_changes_no_loss_of_the_map(name):
     *inputs, keep = map_inputs()
     order = torch.tensor([2, 0, 3, 1])
@@ -334,7 +347,9 @@ def test_the_order_of_a_batch_changes_no_loss_of_the_map(name):
     assert torch.allclose(map_loss(name, *inputs, keep), permuted, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name, share", [("map_contrast", 3 / 4), ("share_contrast", 3 / 4), ("foreign_tokens", 1)])
+@pytest.mark.parametrize(
+    "name, share", [("map_contrast", 3 / 4), ("share_contrast", 3 / 4), ("foreign_claims", 1), ("foreign_tokens", 1)]
+)
 def test_a_false_negative_partner_counts_in_no_loss_of_the_map(name, share):
     """Pair 3, a false negative of all others, might as well not be there, but in the mean over pairs."""
     *inputs, _ = map_inputs()
@@ -351,7 +366,7 @@ def small_batch():
     return model, (torch.randn(4, 3, 64, 64), torch.randn(4, 1, 257, 81))
 
 
-@pytest.mark.parametrize("name", ["map_contrast", "share_contrast", "foreign_tokens"])
+@pytest.mark.parametrize("name", ["map_contrast", "share_contrast", "foreign_claims", "foreign_tokens"])
 def test_the_map_alone_teaches_the_audio_encoder(name):
     model, inputs = small_batch()
     losses = model.batch_losses(model.contrasted(model.represent(*inputs), maps=True))
@@ -368,6 +383,7 @@ def test_the_papers_losses_are_the_same_with_and_without_those_of_the_map():
         "info_nce",
         "map_contrast",
         "share_contrast",
+        "foreign_claims",
         "foreign_tokens",
     }
     assert torch.equal(plain["info_nce"], more["info_nce"])
