@@ -9,11 +9,11 @@ RUN := $(VENV)/bin/python
 .PHONY: help setup demo demo-table objectives test test-slow clean
 
 help:
-	@echo "make demo        set up, make the built-in data, train two objectives (3 minutes each on 2 cores), score, draw"
+	@echo "make demo        set up, make the built-in data, train two objectives, score, draw (minutes on 2 cores)"
 	@echo "make test        set up, run ruff and all but the heavy checks"
 	@echo "make test-slow   the heavy proofs"
 	@echo "make demo-table  the demo with seeds 0, 1 and 2: the table of the README and checkpoints/demo.pth"
-	@echo "make objectives  train every objective on the built-in data, seeds 0, 1 and 2 (hours): one table, one picture"
+	@echo "make objectives  train every objective on the built-in data, seeds 0, 1 and 2 (an hour): one table, one picture"
 	@echo "make clean       remove what demo, demo-table and objectives made, but for what the README shows"
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt

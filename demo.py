@@ -1,7 +1,6 @@
 """The built-in demonstration: make the synthetic data, train by train_script.sh, score, draw, and say where to look.
 
-Trained are the published objective, on pictures of one object, and the listening one, whose map follows the sound, on
-pictures of one to three; both are scored on the same test pictures.
+Trained are the published objective and the listening one, whose map follows the sound, on the same pairs, equally long.
 
 python demo.py --seeds 0                                    # make demo
 python demo.py --seeds 0 1 2 --export checkpoints/demo.pth  # make demo-table
@@ -27,14 +26,12 @@ from utils import ArgumentParser, UserError, load_checkpoint, number, run_cli, s
 from visualize import contact_sheet
 
 DATA = Path("data/synthetic")
-SEVERAL = Path("data/synthetic_3")  # the same test splits, one to three objects in a training picture
 SPLITS = ("synthetic", "synthetic_distractor", "synthetic_interactive")
 BARS = {
     ("synthetic", "AUD cIoU"): 0.60,
     ("synthetic", "AUD pointing"): 0.95,
     ("synthetic", "class R@1, worse way"): 0.90,
 }
-LISTENING = ("--train_data_path", str(SEVERAL), "--test_data_path", str(DATA), "--epochs", "10")  # as long as the other
 SIDE_BY_SIDE = Path("checkpoints/demo_objectives.png")
 Figures = dict[tuple[str, str], float]  # {(split, measure): fraction}
 NOT_IN_EXPORT = ("optimizer", "scaler", "random", "sums", "lines")
@@ -48,10 +45,10 @@ def call(*command: str, **variables: str) -> None:
         raise UserError(f"the command above failed: {shown}")
 
 
-def train(seed: int, name: str, *flags: str, **variables: str) -> Path:
+def train(seed: int, name: str, **variables: str) -> Path:
     """One training through train_script.sh -> its folder, NAME_seed_SEED."""
     name = f"{name}_seed_{seed}"
-    own = ["--experiment_name", name, "--seed", str(seed), "--overwrite", *flags]
+    own = ["--experiment_name", name, "--seed", str(seed), "--overwrite"]
     call("bash", "train_script.sh", "synthetic", ",".join(SPLITS), "cpu", *own, **variables)
     return Path("checkpoints") / name
 
@@ -146,9 +143,8 @@ def main() -> None:
     parser.add_argument("--export", help="write the first seed's best published model here, and demo.png")
     args = parser.parse_args()
     call(sys.executable, "synthetic.py", "--out", str(DATA))
-    call(sys.executable, "synthetic.py", "--out", str(SEVERAL), "--train_objects", "3")
     folders = [train(seed, "demo", OBJECTIVE="paper") for seed in args.seeds]
-    listening = [train(seed, "demo_listen", *LISTENING, OBJECTIVE="listen") for seed in args.seeds]
+    listening = [train(seed, "demo_listen", OBJECTIVE="listen") for seed in args.seeds]
     print(f"in %, seeds {', '.join(map(str, args.seeds))}; without any learning: synthetic.py --probe\n")
     print_table(*([figures(folder) for folder in objective] for objective in (folders, listening)))
     draw_both(folders[0], listening[0])
