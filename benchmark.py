@@ -35,7 +35,7 @@ from distributed import own_rows
 from evaluation import evaluate_stored
 from metrics import area_under_curve, consensus_iou, region_fixed, success_rate
 from model_slot import JointSlotModel, TokenMasks
-from optimisation import Inputs, Optimisation, choose_amp, loss_weights, wants_maps, weighted
+from optimisation import MAP_LOSSES, Inputs, Optimisation, choose_amp, loss_weights, wants_maps, weighted
 from scores import RESAMPLES
 from set_scores import enlarge, in_parts
 from stored_maps import StoredMaps
@@ -48,7 +48,7 @@ BATCH = 64
 IMAGE_SIZE, AUDIO_SECONDS = 224, 5.0
 INPUT_FILES = 32  # different pictures and sounds
 LOSS_WEIGHTS = loss_weights(0, 0, 0.1, 0.1, 100.0)
-WITH_MAPS = loss_weights(0, 0, 0.1, 0.1, 100.0, map_contrast=1.0, share_contrast=1.0, foreign_tokens=2.0)
+WITH_MAPS = loss_weights(0, 0, 0.1, 0.1, 100.0, **dict.fromkeys(MAP_LOSSES, 1.0))
 TRAIN_BATCH, TRAIN_WORKERS = 32, 2
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from annotations import read_ids
-from dataset import TEST_SETS, build_test_set
+from dataset import TEST_SETS
 from metrics import interactive_groups
-from report import side_by_side
+from report import side_by_side_on_synthetic
 from synthetic_probe import oracle_scores
 from transforms import load_image
 from utils import ArgumentParser, UserError, load_checkpoint, number, run_cli, save_checkpoint
@@ -33,6 +33,12 @@ BARS = {
     ("synthetic", "class R@1, worse way"): 0.90,
 }
 SIDE_BY_SIDE = Path("checkpoints/demo_objectives.png")
+OWN = {
+    "PYTHON": sys.executable,
+    "ABLATION": "",
+    "SEEDS": "",
+    "PROCESSES": "",
+}  # a shell's are meant for other trainings
 Figures = dict[tuple[str, str], float]  # {(split, measure): fraction}
 NOT_IN_EXPORT = ("optimizer", "scaler", "random", "sums", "lines")
 
@@ -41,7 +47,7 @@ def call(*command: str, **variables: str) -> None:
     """Run a command that prints for the user; its own message is enough when it fails."""
     shown = " ".join([*(f"{name}={value}" for name, value in variables.items()), *command])
     print(f"$ {shown}", flush=True)
-    if subprocess.run(command, env=os.environ | {"PYTHON": sys.executable} | variables).returncode:
+    if subprocess.run(command, env=os.environ | OWN | variables).returncode:
         raise UserError(f"the command above failed: {shown}")
 
 
@@ -126,15 +132,6 @@ def draw(checkpoint: Path, target: Path, each: int = 2) -> None:
     print(f"{target}: {len(samples)} samples")
 
 
-def draw_both(published: Path, listening: Path, pictures: int = 3) -> None:
-    """The first interactive pictures with both their sounds, as the models of two runs hear them."""
-    checkpoints = {"published": published / "best.pth", "listening": listening / "best.pth"}
-    flags = load_checkpoint(checkpoints["published"])["args"]
-    size = flags["image_size"], flags["audio_seconds"]
-    dataset = build_test_set("synthetic_interactive", str(DATA), None, "metadata", *size)
-    side_by_side(checkpoints, dataset, [pair.id for pair in dataset.pairs[: 2 * pictures]], SIDE_BY_SIDE)
-
-
 def main() -> None:
     parser = ArgumentParser(description="Make the synthetic data, train, score, draw.")
     parser.add_argument(
@@ -147,7 +144,8 @@ def main() -> None:
     listening = [train(seed, "demo_listen", OBJECTIVE="listen") for seed in args.seeds]
     print(f"in %, seeds {', '.join(map(str, args.seeds))}; without any learning: synthetic.py --probe\n")
     print_table(*([figures(folder) for folder in objective] for objective in (folders, listening)))
-    draw_both(folders[0], listening[0])
+    checkpoints = {"published": folders[0] / "best.pth", "listening": listening[0] / "best.pth"}
+    side_by_side_on_synthetic(checkpoints, DATA, SIDE_BY_SIDE)
     if args.export:
         export(folders[0] / "best.pth", Path(args.export))
         draw(Path(args.export), Path("demo.png"))

@@ -67,8 +67,8 @@ class Localized(NamedTuple):
 
     raw: dict[str, torch.Tensor]  # (B, h, w) each
     scalars: dict[str, torch.Tensor]  # (B,) each
-    image: torch.Tensor  # (B, D), or (B, n, D) of which the best counts: what retrieval compares
-    audio: torch.Tensor  # (B, D)
+    image_embedding: torch.Tensor  # (B, D), or (B, n, D) of which the best counts: what retrieval compares
+    audio_embedding: torch.Tensor  # (B, D)
 
 
 def on_device(work: Callable[..., Result], device: torch.device, *inputs: torch.Tensor) -> Iterator[Result]:
@@ -147,7 +147,7 @@ def evaluate(
         )
         everyones = gather_in_order(own, len(batches))
         for ids, truth, found in tqdm(everyones, "evaluating", len(batches), **BAR, disable=hidden_bar()):
-            embeddings += [(part.image, part.audio) for part in found]
+            embeddings += [(part.image_embedding, part.audio_embedding) for part in found]
             raw, scalars = (_joined([part[side] for part in found]) for side in (0, 1))
             with as_user_error(ValueError):  # maps that are not finite
                 for part in scores.add(ids, truth, raw, scalars, "bicubic", alpha):

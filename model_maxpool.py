@@ -32,15 +32,13 @@ def max_pool_scores(image_tokens: torch.Tensor, audio_vectors: torch.Tensor) -> 
     return torch.einsum("nid,md->nmi", image_tokens, audio_vectors).amax(2)
 
 
-def max_pool_contrast_loss(
-    image_tokens: torch.Tensor, audio_vectors: torch.Tensor, tau: float, keep: torch.Tensor | None = None
-) -> torch.Tensor:
+def max_pool_contrast_loss(image_tokens: torch.Tensor, audio_vectors: torch.Tensor, tau: float) -> torch.Tensor:
     """Contrast sounds and the best tokens of pictures both ways over the batch: unit (B, N, D), (B, D) -> scalar.
 
-    With S_nm = max over tokens i of v_ni . a_m: CE(S / tau, i) + CE(S^T / tau, i), where own pairs i are right and
-    pairs where `keep` (B, B) is False are left out. Source: EZ-VSL's multiple-instance contrastive loss.
+    With S_nm = max over tokens i of v_ni . a_m: CE(S / tau, i) + CE(S^T / tau, i), where own pairs i are right. Source:
+    EZ-VSL's multiple-instance contrastive loss.
     """
-    return contrast_both_ways(max_pool_scores(image_tokens, audio_vectors) / tau, keep)
+    return contrast_both_ways(max_pool_scores(image_tokens, audio_vectors) / tau)
 
 
 class MaxPoolModel(nn.Module):
@@ -53,6 +51,7 @@ class MaxPoolModel(nn.Module):
     """
 
     answer = "AUD"  # the map that the model is judged by
+    losses = ("info_nce",)
 
     def __init__(
         self,

@@ -57,7 +57,7 @@ class Represented(NamedTuple):
     audio: SlotState
     image_tokens: torch.Tensor  # (B, N, D) of the encoder, before masking
     audio_tokens: torch.Tensor  # (B, T, D) of the encoder, before masking
-    nothing: SlotState | None = None  # of silence or noise, where training wants it
+    sourceless: SlotState | None = None  # of silence or noise, where training wants it
 
 
 class Contrasted(NamedTuple):
@@ -280,69 +280,68 @@ def map_contrast_loss(
 
 
 def shares_of_others(audio_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
-    """`slot_share` of the target slot of every sound in every picture: (M, K, D), (B, N, D) -> (M, B, N), plus 1e-8."""
-    logits = torch.einsum("mkd,nid->mkni", audio_query, image_keys) / image_keys.shape[2] ** 0.5  # (M, K, B, N)
-    return logits.softmax(dim=1)[:, TARGET] + ATTENTION_FLOOR
+    """`slot_share` of every slot of every sound in every picture: (M, K, D), (B, N, D) -> (M, K, B, N)."""
+    logits = torch.einsum("mkd,nid->mkni", audio_query, image_keys) / image_keys.shape[2] ** 0.5
+    return logits.softmax(dim=1)
 
 
-def share_contrast_loss(
-    audio_query: torch.Tensor, image_keys: torch.Tensor, keep: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Contrast the shares of pictures that sounds claim, both ways over the batch: queries (B, K, D), keys (B, N, D).
+def share_contrast_loss(shares: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Contrast the shares of pictures that sounds claim, both ways over the batch: `shares_of_others`, (B, K, B, N).
 
-    With S_nm the mean over tokens of the target slot's share (`slot_share` plus 1e-8) of sound m in picture n:
+    With S_nm the mean over tokens of the target slot's share, plus 1e-8, of sound m in picture n:
     -mean log(S_nn / sum_m S_nm) - mean log(S_nn / sum_m S_mn); pairs where `keep` (B, B) is False are left out. A sound
     gains by claiming every token of what sounds, and loses by any token that other pictures show as well: background,
     and things that are silent here. A sound that claims all but what it cannot be gains as well, if less, and
-    training may be caught there: `foreign_claim_loss` forbids it.
+    training may be caught there: `foreign_claim_loss` punishes it.
     """
-    return contrast_both_ways(shares_of_others(audio_query, image_keys).mean(2).log().T, keep)
+    claimed = shares[:, TARGET].mean(2) + ATTENTION_FLOOR  # (B, B), sounds by pictures
+    return contrast_both_ways(claimed.log().T, keep)
 
 
-def foreign_claim_loss(
-    audio_query: torch.Tensor, image_keys: torch.Tensor, keep: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Sounds claim nothing of other pictures: queries (B, K, D), keys (B, N, D), S_nm as in `share_contrast_loss`.
+def foreign_claim_loss(shares: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Sounds claim nothing of other pictures: `shares_of_others`, (B, K, B, N).
 
-    -log(1 - S_nm), a mean over all pairs m != n but those where `keep` (B, B) is False.
+    -log F_nm with F_nm the mean over tokens of what sound m leaves of picture n to its other slots: a mean over all
+    pairs m != n but those where `keep` (B, B), symmetric, is False.
     """
-    claimed = shares_of_others(audio_query, image_keys).mean(2)  # (B, B)
-    return _mean_of_foreign(-(1 - claimed + ATTENTION_FLOOR).log(), keep)
+    return _mean_of_foreign(-_free(shares).log(), keep)
+
+
+def _free(shares: torch.Tensor) -> torch.Tensor:
+    """(M, K, ..., N) -> (M, ...): mean over tokens of what the target slot leaves; 1 - share would round to 0."""
+    return shares[:, OFF_TARGET:].sum(1).mean(-1).clamp(min=torch.finfo(shares.dtype).tiny)
 
 
 def _mean_of_foreign(values: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    """(B, B) of sounds and pictures -> mean over those of different pairs that `keep` does not leave out."""
+    """(B, B) of sounds and pictures -> mean over different pairs that `keep` does not leave out; 0 for none."""
     counted = ~torch.eye(len(values), dtype=torch.bool, device=values.device)
-    return values[counted if keep is None else counted & keep].mean()
+    counted = counted if keep is None else counted & keep
+    return values[counted].sum() / counted.sum().clamp(min=1)
 
 
 def foreign_token_loss(
-    audio_query: torch.Tensor,
-    image_keys: torch.Tensor,
-    image_attention: torch.Tensor,
-    keep: torch.Tensor | None = None,
+    shares: torch.Tensor, image_attention: torch.Tensor, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Attention matching in which the tokens of another picture compete: what a sound finds there, its own loses.
 
-    Queries (B, K, D), keys (B, N, D), intra attention of the target slot (B, N), detached here. For sound m and each
-    other picture n, with P the `slot_share` of the target slot in m's query over the keys of m and of n, plus 1e-8:
-    MSE(P / sum P over the 2N tokens, [image_attention_m, 0]), a mean over tokens and over all pairs m != n but those
-    where `keep` (B, B) is False.
+    `shares_of_others` (B, K, B, N), intra attention of the target slot (B, N), detached here. For sound m and each
+    other picture n, with P the target slot's share of the tokens of m and of n, plus 1e-8: MSE(P / sum P over the 2N
+    tokens, [image_attention_m, 0]), a mean over tokens and over all pairs m != n but those where `keep` (B, B),
+    symmetric, is False.
     """
-    share = shares_of_others(audio_query, image_keys)  # (B, B, N), sounds by pictures
+    share = shares[:, TARGET] + ATTENTION_FLOOR  # (B, B, N), sounds by pictures
     own = share.diagonal().T[:, None]  # (B, 1, N)
     total = own.sum(2, keepdim=True) + share.sum(2, keepdim=True)  # (B, B, 1)
     at_home, abroad = own / total - image_attention.detach()[:, None], share / total
     return _mean_of_foreign((at_home.square().mean(2) + abroad.square().mean(2)) / 2, keep)
 
 
-def silence_loss(nothing_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
+def silence_loss(sourceless_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
     """Silence and noise claim nothing: queries (B, K, D) of such sounds, each over the keys (B, N, D) of one picture.
 
-    -mean log(1 - S), with S the mean over tokens of the target slot's `slot_share`.
+    -mean log F, with F as in `foreign_claim_loss`.
     """
-    free = 1 - slot_share(nothing_query, image_keys)[:, TARGET].mean(1)  # (B,)
-    return -(free + ATTENTION_FLOOR).log().mean()
+    return -_free(slot_share(sourceless_query, image_keys)).log().mean()
 
 
 def reconstruction_loss(decoded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -368,9 +367,9 @@ def map_confidence(image: SlotState, audio: SlotState, infer_sharpening: float =
 
 
 def presence_confidence(image: SlotState, audio: SlotState) -> torch.Tensor:
-    """How surely the sound is in view, by what share contrast trains: (B,) in 0..1, near 0 where it is not.
+    """How surely the sound is in view: (B,) in 0..1, the mean of the best tenth of the target slot's share.
 
-    The mean of the best tenth of the target slot's share of the image keys, unsharpened, as training contrasts it.
+    The share is that of the audio query over the image keys, unsharpened; of the best tenth, as a source may be small.
     """
     share = slot_share(audio.query, image.keys)[:, TARGET]  # (B, N)
     return _mean_of_best(share)
@@ -413,6 +412,10 @@ class JointSlotModel(nn.Module):
     """
 
     answer = "IQR"  # the map that the model is judged by
+    losses = (
+        "info_nce", "reconstruction", "slot_divergence", "attention_matching",
+        "map_contrast", "share_contrast", "foreign_claims", "foreign_tokens", "silence",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -488,9 +491,9 @@ class JointSlotModel(nn.Module):
         """
         sounds = torch.cat(spectrogram.split(1, dim=1))  # (B or 2B, 1, F, L): batch norm sees all of them together
         image_tokens, audio_tokens = self.encode(image, sounds)
-        own, *nothing = audio_tokens.split(len(image))
+        own, *sourceless = audio_tokens.split(len(image))
         pairs = self.represent_tokens(image_tokens, own, masks)
-        return pairs._replace(nothing=self.slot_attn("aud", *nothing)) if nothing else pairs
+        return pairs._replace(sourceless=self.slot_attn("aud", *sourceless)) if sourceless else pairs
 
     def represent_tokens(
         self, image_tokens: torch.Tensor, audio_tokens: torch.Tensor, masks: TokenMasks | None = None
@@ -521,9 +524,10 @@ class JointSlotModel(nn.Module):
             losses = {"info_nce": info_nce_loss(image_target, audio_target, self.tau, keep)}
             if keys is not None:
                 losses["map_contrast"] = map_contrast_loss(query, keys, keep=keep)
-                losses["share_contrast"] = share_contrast_loss(query, keys, keep)
-                losses["foreign_claims"] = foreign_claim_loss(query, keys, keep)
-                losses["foreign_tokens"] = foreign_token_loss(query, keys, attention, keep)
+                shares = shares_of_others(query, keys)
+                losses["share_contrast"] = share_contrast_loss(shares, keep)
+                losses["foreign_claims"] = foreign_claim_loss(shares, keep)
+                losses["foreign_tokens"] = foreign_token_loss(shares, attention, keep)
         return losses
 
     def pair_losses(self, pairs: Represented) -> dict[str, torch.Tensor]:
@@ -532,13 +536,14 @@ class JointSlotModel(nn.Module):
         image_unit, audio_unit = F.normalize(image.slots, dim=2), F.normalize(audio.slots, dim=2)
         reconstruction = self._reconstruct(image.slots, pairs.image_tokens, audio.slots, pairs.audio_tokens)
         with torch.autocast(image.slots.device.type, enabled=False):
-            of_nothing = {} if pairs.nothing is None else {"silence": silence_loss(pairs.nothing.query, image.keys)}
-            return {
+            losses = {
                 "reconstruction": reconstruction,  # decoders may run in half precision, the error is taken in fp32
                 "slot_divergence": slot_divergence_loss(image_unit) + slot_divergence_loss(audio_unit),
                 "attention_matching": attention_matching_loss(image, audio),
-                **of_nothing,
             }
+            if pairs.sourceless is not None:
+                losses["silence"] = silence_loss(pairs.sourceless.query, image.keys)
+            return losses
 
     @torch.no_grad()
     def localize(self, image: torch.Tensor, spectrogram: torch.Tensor, infer_sharpening: float = 0.1) -> Maps:

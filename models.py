@@ -1,8 +1,9 @@
 """The models by the name of what they are trained for, and the one way to load any of them.
 
 A further one is a row here, a class whose constructor's arguments `train_slot.build_model` knows, and what both offer:
-to training `draw_masks`, `represent`, `contrasted`, `batch_losses`, `pair_losses`, `config`, `shape`; to evaluation
-`attend_image`, `attend_audio`, `maps`, `confidences`, `embedding`, `answer`.
+to training `draw_masks`, `represent`, `contrasted`, `batch_losses`, `pair_losses`, `losses` (their names), `config`,
+`shape`; to evaluation `attend_image`, `attend_audio`, `maps`, `confidences`, `embedding`, `answer`; to `load_model`
+`from_checkpoint`; and to those who use it from Python `forward`, `localize`, `embed`.
 """
 
 from pathlib import Path

@@ -25,7 +25,7 @@ class Inputs(NamedTuple):
     """This process's rows of a batch."""
 
     image: torch.Tensor  # (B, 3, H, W)
-    spectrogram: torch.Tensor  # (B, 1, F, L), or (B, 2, F, L) with sounds of nothing
+    spectrogram: torch.Tensor  # (B, 1, F, L), or (B, 2, F, L): see `represent`
     masks: TokenMasks
 
     def parts(self, size: int) -> Iterator["Inputs"]:
@@ -126,7 +126,7 @@ class Objective(nn.Module):
         if cached is None:
             everyones = type(own)(*(gather_rows(x, total) for x in present(own)))
             losses = self.model.batch_losses(everyones) | losses
-        objective = weighted(losses, weights)
+        objective = weighted(losses, weights if cached is None else weights_of(losses, weights))
         if cached is not None:
             objective = objective + sum((x * gradient).sum() for x, gradient in zip(present(own), cached, strict=True))
         return {name: loss.detach() for name, loss in losses.items()} | {"objective": objective}
@@ -139,7 +139,12 @@ def present(contrasted: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
 
 def weighted(losses: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
     """Sum of the losses times their weights; those of weight 0 send no gradient."""
-    return sum(weight * losses[name] for name, weight in weights.items() if weight and name in losses)
+    return sum(weight * losses[name] for name, weight in weights.items() if weight)
+
+
+def weights_of(losses: Iterable[str], weights: Mapping[str, float]) -> dict[str, float]:
+    """The weights of these losses alone, where a pass knows only a part of them."""
+    return {name: weight for name, weight in weights.items() if name in losses}
 
 
 def wants_maps(weights: Mapping[str, float]) -> bool:
@@ -237,7 +242,7 @@ class Optimisation:
             whole = [gather_rows(torch.cat(columns), total).requires_grad_() for columns in zip(*rows, strict=True)]
         rewind()
         losses = self.model.batch_losses(type(contrasted)(*whole))
-        gradients = torch.autograd.grad(weighted(losses, weights), whole, materialize_grads=True)
+        gradients = torch.autograd.grad(weighted(losses, weights_of(losses, weights)), whole, materialize_grads=True)
         own = (world_size() * gradient[own_rows(total)] for gradient in gradients)
         sizes = [len(part.image) for part in parts]
         caches = list(zip(*(gradient.split(sizes) for gradient in own), strict=True))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from annotations import GroundTruth, first_ids, read_ids
-from dataset import EvaluationPairs, Pair
+from dataset import EvaluationPairs, Pair, build_test_set
 from evaluation import Evaluation, evaluate
 from metrics import MAP_SIZE
 from models import load_model
@@ -317,3 +317,11 @@ def side_by_side(checkpoints: Mapping[str, Path], dataset: EvaluationPairs, ids:
     titles = {name: f"{name}   heard: {truth.class_of.get(name) or 'unknown'}" for name in ids}
     panels = [sample_panel(picture_of(name), truth.truth_of(name).numpy(), maps[name], titles[name]) for name in ids]
     contact_sheet(panels, path, "where each model hears the sound; outline = ground truth")
+
+
+def side_by_side_on_synthetic(checkpoints: Mapping[str, Path], root: Path, path: Path, pictures: int = 3) -> None:
+    """`side_by_side` on the first pictures of the built-in interactive split, with the sounds of both objects each."""
+    shape = load_model(next(iter(checkpoints.values()))).shape
+    size = shape["image_size"], shape["audio_seconds"]
+    dataset = build_test_set("synthetic_interactive", str(root), None, "metadata", *size)
+    side_by_side(checkpoints, dataset, [pair.id for pair in dataset.pairs[: 2 * pictures]], path)

@@ -26,6 +26,11 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # on few cores, threads tha
 set -euo pipefail
 cd "$(dirname "$0")"
 
+refuse() {
+    echo "$1" >&2
+    exit 2
+}
+
 if [ $# -lt 3 ]; then
     sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
     exit 2
@@ -58,41 +63,37 @@ case ${OBJECTIVE:=paper} in
         name=${name}_listen
         ;;
     *)
-        echo "OBJECTIVE=$OBJECTIVE: choose paper or listen" >&2
-        exit 2
+        refuse "OBJECTIVE=$OBJECTIVE: choose paper or listen"
         ;;
 esac
 
 case ${ABLATION:=} in
     "") ;;
     no_match)
-        if [ "$OBJECTIVE" = listen ]; then
-            echo "OBJECTIVE=listen has no attention matching to leave out" >&2
-            exit 2
-        fi
+        [ "$OBJECTIVE" = paper ] || refuse "OBJECTIVE=listen has no attention matching to leave out"
         recipe+=(--lam3 0)
         ;;
     no_div) recipe+=(--lam2 0) ;;
     no_recon) recipe+=(--lam1 0) ;;
     no_false_negatives)
         if [ "$trainset" = synthetic ]; then
-            echo "the synthetic recipe leaves no false negatives out to begin with: compare it with --reciprocal_k 5" >&2
-            exit 2
+            refuse "the synthetic recipe leaves no false negatives out to begin with: compare it with --reciprocal_k 5"
         fi
         recipe+=(--reciprocal_k 0)
         ;;
     no_mask) recipe+=(--mask_ratio 0) ;;
-    one_slot) recipe+=(--num_slots 1) ;;
+    one_slot)
+        [ "$OBJECTIVE" = paper ] || refuse "OBJECTIVE=listen needs a second slot, which takes what the sound does not claim"
+        recipe+=(--num_slots 1)
+        ;;
     *)
-        echo "ABLATION=$ABLATION: choose no_match, no_div, no_recon, no_false_negatives, no_mask or one_slot" >&2
-        exit 2
+        refuse "ABLATION=$ABLATION: choose no_match, no_div, no_recon, no_false_negatives, no_mask or one_slot"
         ;;
 esac
 if [ -n "$ABLATION" ]; then # the user's flags come last and would undo it
     for word in "$@"; do
-        case $word in --lam1 | --lam2 | --lam3 | --reciprocal_k | --mask_ratio | --num_slots)
-            echo "ABLATION=$ABLATION and $word do not go together: the name would not say what was trained" >&2
-            exit 2 ;;
+        case $word in --lam1 | --lam2 | --lam3 | --reciprocal_k | --mask_ratio | --num_slots | --objective)
+            refuse "ABLATION=$ABLATION and $word do not go together: the name would not say what was trained" ;;
         esac
     done
 fi

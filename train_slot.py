@@ -64,7 +64,7 @@ def add_method_flags(parser: ArgumentParser) -> None:
         default=0.0,
         help="weight within attention matching of other pictures' tokens; ours",
     )
-    group.add_argument("--silence", type=weight, default=0.0, help="weight of silence and noise as negatives; ours")
+    group.add_argument("--silence", type=weight, default=0.0, help="weight of what silence and noise claim; ours")
     group.add_argument(
         "--warmup", type=number(int, low=0), default=0, help="first epochs with the contrastive loss only"
     )
@@ -151,6 +151,12 @@ def check_args(args) -> None:
     of_slots = sorted(f"--{name}" for name in (*MAP_LOSSES, "silence", "reciprocal_k") if getattr(args, name))
     if args.objective != "joint_slot" and of_slots:
         raise UserError(f"{', '.join(of_slots)}: --objective {args.objective} would ignore it, leave it out")
+    if args.foreign_tokens and not args.lam3:
+        raise UserError("--foreign_tokens is a weight within attention matching, which --lam3 0 leaves out")
+    shared = ("share_contrast", "foreign_claims", "foreign_tokens", "silence")  # between slots
+    of_shares = [f"--{name}" for name in shared if getattr(args, name)]
+    if args.num_slots == 1 and of_shares:
+        raise UserError(f"{', '.join(of_shares)}: one slot has every token to itself, --num_slots 2 or more")
     if args.testset:
         parse_testsets(args.testset)
     if args.resume and args.overwrite:

@@ -21,7 +21,7 @@ from evaluation import embed_set, evaluate
 from inspection import count_undecodable
 from model_slot import TokenMasks
 from models import Model
-from optimisation import Inputs, NotFinite, Optimisation, choose_amp, loss_weights, lr_factor
+from optimisation import Inputs, NotFinite, Optimisation, choose_amp, loss_weights, lr_factor, weights_of
 from report import Drawer, describe_checkpoint, pictures_of, publish, training_overlap
 from resuming import LAUNCH, StopSignal, differences, fingerprint, hold, launch_name
 from retrieval import retrieval_recall, retrieval_score
@@ -175,7 +175,7 @@ class Run:
         batches = training_batches(len(train), args.batch_size, args.seed, self.epoch)[:max_steps]
         own = [batch[own_rows(args.batch_size)] for batch in batches[self.step :]]
         loader = make_loader(train, args.batch_size, args.num_workers, own)
-        weights = loss_weights(
+        all_weights = loss_weights(
             self.epoch,
             args.warmup,
             args.lam1,
@@ -187,6 +187,7 @@ class Run:
             foreign_tokens=args.foreign_tokens,
             silence=args.silence,
         )
+        weights = weights_of(self.model.losses, all_weights)
         self.model.train()
         title = f"epoch {self.epoch + 1}/{args.epochs}"
         look = {"leave": False, "unit": "batch", "disable": hidden_bar()}

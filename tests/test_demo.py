@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
 
 import demo
 from model_slot import JointSlotModel
@@ -42,7 +41,9 @@ def test_both_objectives_are_trained_scored_on_the_same_samples_and_drawn(monkey
     monkeypatch.setattr(demo, "call", lambda *command, **variables: calls.append((" ".join(command), variables)))
     monkeypatch.setattr(demo, "figures", lambda folder: {("synthetic", folder.name): 0.5})
     monkeypatch.setattr(demo, "print_table", lambda *blocks: drawn.append(blocks))
-    monkeypatch.setattr(demo, "draw_both", lambda *folders: drawn.append([folder.name for folder in folders]))
+    monkeypatch.setattr(
+        demo, "side_by_side_on_synthetic", lambda files, *_: drawn.append([file.parent.name for file in files.values()])
+    )
     done = cli("demo", "--seeds", 0, 1)
     assert done.returncode == 0, done.stderr
     trained = [(variables["OBJECTIVE"], command) for command, variables in calls if "train_script.sh" in command]
@@ -59,18 +60,10 @@ def test_both_objectives_are_trained_scored_on_the_same_samples_and_drawn(monkey
     assert "checkpoints/demo_objectives.png" in done.stdout.splitlines()[-1]
 
 
-def test_the_models_of_both_objectives_are_drawn_side_by_side(synthetic_root, monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "DATA", synthetic_root)
-    monkeypatch.setattr(demo, "SIDE_BY_SIDE", tmp_path / "sheet.png")
-    model = JointSlotModel("small", 16, image_size=64, audio_seconds=0.8)
-    args = {"image_size": 64, "audio_seconds": 0.8, "infer_sharpening": 0.1}
-    folders = tmp_path / "published", tmp_path / "listening"
-    for folder in folders:
-        state = {"model": model.state_dict(), "model_config": model.config, "args": args}
-        save_checkpoint(folder / "best.pth", state)
-    demo.draw_both(*folders)
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (4 * 232 + 8, 44 + 6 * 282 + 8)
+def test_variables_of_the_users_shell_train_nothing_else(monkeypatch):
+    monkeypatch.setenv("ABLATION", "no_div")
+    monkeypatch.setenv("SEEDS", "3 4")
+    demo.call("bash", "-c", '[ -z "$ABLATION$SEEDS" ] && [ "$OBJECTIVE" = listen ]', OBJECTIVE="listen")
 
 
 def test_a_command_that_fails_is_named_with_what_stood_in_front(capsys):

@@ -12,7 +12,7 @@ import distributed
 from distributed import average, gather_in_order, own_rows, own_share, shares
 from model_maxpool import MaxPoolModel
 from model_slot import JointSlotModel, TokenMasks
-from optimisation import Inputs, Optimisation
+from optimisation import Inputs, Optimisation, weights_of
 
 PAIRS = 10  # not a multiple of 3 processes, nor of parts of 4
 WEIGHTS = {"info_nce": 1.0, "reconstruction": 0.1, "slot_divergence": 0.1, "attention_matching": 100.0}
@@ -44,6 +44,7 @@ def gradients(micro_batch=None, pairs=PAIRS, reciprocal_k=3, frozen=True, weight
         spectrogram = torch.cat([spectrogram, torch.from_numpy(rng.standard_normal((pairs, 1, 257, 81)))], dim=1)
     masks, rows = model.draw_masks(pairs), own_rows(pairs)
     inputs = Inputs(image[rows], spectrogram[rows], TokenMasks(*(mask[rows] for mask in masks)))
+    weights = weights_of(model.losses, weights)
     all_weights = all(weights.values())
     optimisation = Optimisation(model, CPU, 1e-3, micro_batch=micro_batch, all_weights=all_weights)
     losses = optimisation.backward(inputs, pairs, weights)

@@ -297,7 +297,7 @@ def test_share_contrast_is_both_directions_of_the_mean_share_without_the_left_ou
     mean = mean_shares(query, keys)
     kept = mean * keep
     expected = -sum((mean.diagonal() / kept.sum(dim)).log().mean() for dim in (0, 1))
-    assert torch.allclose(model_slot.share_contrast_loss(query, keys, keep), expected)
+    assert torch.allclose(model_slot.share_contrast_loss(model_slot.shares_of_others(query, keys), keep), expected)
 
 
 def test_foreign_claims_are_what_sounds_take_of_other_pictures():
@@ -305,7 +305,25 @@ def test_foreign_claims_are_what_sounds_take_of_other_pictures():
     mean = mean_shares(query, keys)
     others = [(n, m) for n in range(4) for m in range(4) if n != m and keep[n, m]]
     expected = -torch.stack([(1 - mean[pair]).log() for pair in others]).mean()
-    assert torch.allclose(model_slot.foreign_claim_loss(query, keys, keep), expected)
+    assert torch.allclose(model_slot.foreign_claim_loss(model_slot.shares_of_others(query, keys), keep), expected)
+
+
+def test_a_sound_that_claims_everything_is_still_pulled_back():
+    """In float32 1 - share would be 0 there, and so the gradient."""
+    query, keys = torch.zeros(3, 2, 4), torch.ones(3, 6, 4)
+    query[:, TARGET] = 10.0  # logits 20 above the other slot's
+    query.requires_grad_()
+    model_slot.foreign_claim_loss(model_slot.shares_of_others(query, keys)).backward()
+    found, query.grad = query.grad, None
+    model_slot.foreign_claim_loss(model_slot.shares_of_others(query.double(), keys.double())).backward()
+    assert found.abs().max() > 0.1 and torch.allclose(found, query.grad, rtol=1e-3)
+
+
+def test_no_foreign_pair_left_is_no_loss():
+    query, keys, attention, _ = map_inputs()
+    alone = torch.eye(4, dtype=torch.bool)
+    for name in ("foreign_claims", "foreign_tokens"):
+        assert map_loss(name, query, keys, attention, alone) == 0
 
 
 def test_foreign_tokens_compete_with_a_pictures_own_for_the_attention_of_its_sound():
@@ -318,14 +336,17 @@ def test_foreign_tokens_compete_with_a_pictures_own_for_the_attention_of_its_sou
                 target = torch.cat([attention[m], torch.zeros(20)])
                 errors.append((model_slot.slot_attention(query[m : m + 1], both)[0, TARGET] - target).square().mean())
     assert len(errors) == 10
-    assert torch.allclose(model_slot.foreign_token_loss(query, keys, attention, keep), torch.stack(errors).mean())
+    assert torch.allclose(
+        model_slot.foreign_token_loss(model_slot.shares_of_others(query, keys), attention, keep),
+        torch.stack(errors).mean(),
+    )
 
 
 def test_foreign_tokens_send_no_gradient_to_the_image_query():
     query, keys, attention, _ = map_inputs()
     attention.requires_grad_()
     keys.requires_grad_()
-    model_slot.foreign_token_loss(query, keys, attention).backward()
+    model_slot.foreign_token_loss(model_slot.shares_of_others(query, keys), attention).backward()
     assert attention.grad is None and keys.grad.abs().max() > 0
 
 
@@ -333,10 +354,10 @@ def map_loss(name, query, keys, attention, keep=None):
     if name == "map_contrast":
         return model_slot.map_contrast_loss(query, keys, keep=keep)
     if name == "share_contrast":
-        return model_slot.share_contrast_loss(query, keys, keep)
+        return model_slot.share_contrast_loss(model_slot.shares_of_others(query, keys), keep)
     if name == "foreign_claims":
-        return model_slot.foreign_claim_loss(query, keys, keep)
-    return model_slot.foreign_token_loss(query, keys, attention, keep)
+        return model_slot.foreign_claim_loss(model_slot.shares_of_others(query, keys), keep)
+    return model_slot.foreign_token_loss(model_slot.shares_of_others(query, keys), attention, keep)
 
 
 @pytest.mark.parametrize("name", ["map_contrast", "share_contrast", "foreign_claims", "foreign_tokens"])
@@ -397,7 +418,7 @@ def test_silence_costs_what_it_claims_and_nothing_else():
     assert model_slot.silence_loss(query.flip(1), keys) > 5
 
 
-def test_sounds_of_nothing_add_one_loss_that_teaches_the_audio_encoder():
+def test_sourceless_sounds_add_one_loss_that_teaches_the_audio_encoder():
     model, (image, spectrogram) = small_batch()
     both = torch.cat([spectrogram, torch.randn(4, 1, 257, 81)], dim=1)
     plain, more = (model.pair_losses(model.represent(image, x)) for x in (spectrogram, both))

@@ -233,7 +233,9 @@ def test_a_training_with_silence_logs_its_loss(synthetic_root, tmp_path, train):
     done = train(synthetic_root, tmp_path, "--silence", "2", "--share_contrast", "1", "--epochs", "1")
     assert done.returncode == 0, done.stderr
     line = log_of(tmp_path / "run")[-1]
-    assert line["silence"] > 0 and line["share_contrast"] > 0
+    assert line["silence"] > 0
+    weights = loss_weights(0, 0, 0.1, 0.1, 100, share_contrast=1, silence=2)
+    assert line["loss"] == pytest.approx(sum(weight * line[name] for name, weight in weights.items()), rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_ids(synthetic_root, tmp_path, train):

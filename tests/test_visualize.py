@@ -224,6 +224,14 @@ def test_models_stand_side_by_side_with_the_map_that_each_draws_of_each_sound(ch
     assert len(shown) == 6, "two of the maps are one"
 
 
+def test_the_pictures_of_the_built_in_data_are_shown_with_both_their_sounds(
+    checkpoints, pairs, synthetic_root, tmp_path
+):
+    report.side_by_side_on_synthetic(checkpoints, synthetic_root, tmp_path / "both.png", pictures=2)
+    report.side_by_side(checkpoints, pairs, [pair.id for pair in pairs.pairs[:4]], tmp_path / "expected.png")
+    assert (read(tmp_path / "both.png") == read(tmp_path / "expected.png")).all()
+
+
 def test_what_cannot_stand_side_by_side_is_named(checkpoints, pairs, synthetic_root, tmp_path):
     ids, sheet = [pair.id for pair in pairs.pairs[:2]], tmp_path / "sheet.png"
     with pytest.raises(UserError, match="1 ids are not of synthetic_interactive: nobody"):
