@@ -121,7 +121,7 @@ def test_what_is_finished_is_passed_over_and_what_is_not_is_trained_again(stub, 
     assert done.stdout.index("| published") < done.stdout.index("| share contrast"), "the table keeps its own order"
     given = (stub / "listen_seed_1" / "train.txt").read_text()
     for piece in (
-        "--share_contrast 1 --foreign_claims 10 --lam3 0",
+        "--share_contrast 1 --foreign_claims 4 --lam3 0",
         "--seed 1",
         "--num_workers 0",
         "--train_data_path data/synthetic_3",
