@@ -40,11 +40,17 @@ ROWS = {
     "map_foreign": Row(
         "map contrast + foreign tokens", flags="--map_contrast 1 --foreign_tokens 2 --infer_sharpening 0.1"
     ),
-    "share": Row("share contrast", flags="--share_contrast 1 --lam3 0 --infer_sharpening 0.1"),
-    "listen": Row("share contrast + foreign claims", "listen"),
-    "listen_silence": Row("share contrast + foreign claims + silence", "listen", "--silence 1 --infer_sharpening 0.1"),
+    "listen": Row("share contrast (listen)", "listen"),
+    "claims": Row("share contrast + foreign claims", "listen", "--foreign_claims 4 --infer_sharpening 0.1"),
+    "claims_silence": Row(
+        "share contrast + foreign claims + silence",
+        "listen",
+        "--foreign_claims 4 --silence 1 --infer_sharpening 0.1",
+    ),
     "published_one": Row("published", flags="", objects=1),
-    "listen_one": Row("share contrast + foreign claims", "listen", objects=1),
+    "claims_one": Row(
+        "share contrast + foreign claims", "listen", "--foreign_claims 4 --infer_sharpening 0.1", objects=1
+    ),
 }
 PICTURED = ("published", "maxpool", "listen")
 DATA = {1: Path("data/synthetic"), 3: Path("data/synthetic_3")}  # by `objects`; their test splits are the same

@@ -59,7 +59,7 @@ esac
 case ${OBJECTIVE:=paper} in
     paper) ;;
     listen)
-        recipe+=(--share_contrast 1 --foreign_claims 4 --lam3 0 --infer_sharpening 0.1)
+        recipe+=(--share_contrast 1 --lam3 0 --infer_sharpening 0.1)
         name=${name}_listen
         ;;
     *)

@@ -121,7 +121,7 @@ def test_what_is_finished_is_passed_over_and_what_is_not_is_trained_again(stub, 
     assert done.stdout.index("| published") < done.stdout.index("| share contrast"), "the table keeps its own order"
     given = (stub / "listen_seed_1" / "train.txt").read_text()
     for piece in (
-        "--share_contrast 1 --foreign_claims 4 --lam3 0",
+        "--share_contrast 1 --lam3 0",
         "--seed 1",
         "--num_workers 0",
         "--train_data_path data/synthetic_3",
@@ -194,7 +194,7 @@ def test_the_flags_of_every_row_are_flags_of_the_training(key, monkeypatch, tmp_
     train_slot.check_args(args)
     assert args.epochs == 10 and args.train_data_path == ("data/synthetic" if "_one" in key else "data/synthetic_3")
     assert args.infer_sharpening == (0.02 if key.startswith("published") else 0.1)
-    assert bool(args.foreign_claims) == key.startswith("listen")
+    assert bool(args.foreign_claims) == key.startswith("claims")
     assert bool(args.share_contrast) == (args.lam3 == 0)
 
 

@@ -354,7 +354,7 @@ def test_the_listening_objective_has_share_contrast_in_the_place_of_attention_ma
     paper, listen = flags(), flags(OBJECTIVE="listen")
     assert paper == flags(OBJECTIVE="paper") and paper["share_contrast"] == 0
     changed = {key for key in paper if paper[key] != listen[key]}
-    assert changed - {"infer_sharpening"} == {"share_contrast", "foreign_claims", "lam3", "experiment_name"}
+    assert changed - {"infer_sharpening"} == {"share_contrast", "lam3", "experiment_name"}
     assert listen["share_contrast"] > 0 and listen["lam3"] == 0 and listen["experiment_name"] == "run_listen"
 
 
