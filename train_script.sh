@@ -61,9 +61,14 @@ case ${OBJECTIVE:=paper} in
     listen)
         recipe+=(--share_contrast 1 --lam3 0 --infer_sharpening 0.1)
         name=${name}_listen
+        for word in "$@"; do # they would undo it, and the name would not say so
+            case $word in --share_contrast | --lam3 | --num_slots | --foreign_tokens | --objective)
+                refuse "OBJECTIVE=listen and $word do not go together: listen is --share_contrast 1 --lam3 0" ;;
+            esac
+        done
         ;;
     *)
-        refuse "OBJECTIVE=$OBJECTIVE: choose paper or listen"
+        refuse "OBJECTIVE=$OBJECTIVE: choose paper or listen (max-pool contrast: --objective maxpool_contrastive)"
         ;;
 esac
 

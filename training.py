@@ -369,7 +369,9 @@ class Run:
             self.log.write(line, number * self.steps_per_epoch)
         kept = [f"epoch_{number:04d}"] if args.keep_every and number % args.keep_every == 0 else []
         self.save(*["best"] * is_best, *kept, "latest")
-        shown = ("loss", "info_nce", "pairs_per_second", "data_wait", "val/retrieval_score")
+        ours = ("map_contrast", "share_contrast", "foreign_claims", "foreign_tokens", "silence")
+        weighed = [name for name in ours if getattr(args, name)]
+        shown = ("loss", "info_nce", *weighed, "pairs_per_second", "data_wait", "val/retrieval_score")
         figures = ", ".join(f"{name} {line[name]:.4g}" for name in shown if name in line)
         print(f"epoch {number}/{args.epochs}: {figures}", flush=True)
         if anyone(self.stop.asked, self.device):

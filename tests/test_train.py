@@ -385,3 +385,9 @@ def test_wandb_without_a_login_records_offline_and_says_so(synthetic_root, tmp_p
     assert done.returncode == 0, done.stderr
     assert "recorded offline" in done.stdout
     assert list((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
+
+
+@pytest.mark.parametrize("flags", [["--lam3", "100"], ["--share_contrast", "0"], ["--objective", "x"]])
+def test_flags_that_would_undo_the_listening_objective_are_refused(flags):
+    wrong = shell("synthetic", "synthetic", "cpu", "run", *flags, OBJECTIVE="listen")
+    assert wrong.returncode == 2 and f"OBJECTIVE=listen and {flags[0]} do not go together" in wrong.stderr
