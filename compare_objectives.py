@@ -2,6 +2,7 @@
 
     python compare_objectives.py --seeds 0 1 2                                  # make objectives: every row
     python compare_objectives.py --seeds 0 1 2 --rows published listen --epochs 10 --jobs 2
+    python compare_objectives.py --rows published listen --arch resnet18 --epochs 6     # the full-size recipe's shapes
 
 Every training goes through train_script.sh, one thread each, into a folder for each row and seed; a run that is there
 is not trained again. All figures come from the runs' results.json, a row's mean over seeds (and its worst seed).
@@ -48,6 +49,7 @@ ROWS = {
         "--foreign_claims 4 --silence 1 --infer_sharpening 0.1",
     ),
     "published_one": Row("published", flags="", objects=1),
+    "listen_one": Row("share contrast (listen)", "listen", objects=1),
     "claims_one": Row(
         "share contrast + foreign claims", "listen", "--foreign_claims 4 --infer_sharpening 0.1", objects=1
     ),
@@ -77,6 +79,7 @@ TABLES = {  # title: (head of a column, split, metric of AUD or CLASS_RECALL)
         ("by the map", OFFSCREEN, "presence_AP@presence"),
     ),
 }
+ARCHITECTURES = {"small": "", "resnet18": "--arch resnet18 --image_size 224"}  # resnet18: the full-size recipe's shapes
 PYTHON = sys.executable
 LAST_LINES = 5  # of a training that failed
 POLL_SECONDS = 0.2
@@ -90,6 +93,7 @@ class Training(NamedTuple):
     seed: int
     epochs: int
     folder: Path
+    arch: str = "small"
 
     @property
     def output(self) -> Path:
@@ -104,7 +108,8 @@ class Training(NamedTuple):
 
     def command(self) -> list[str]:
         data = ["--train_data_path", str(DATA[self.row.objects]), "--test_data_path", str(DATA[TEST_DATA])]
-        flags = [*self.row.flags.split(), *data, "--epochs", str(self.epochs), "--seed", str(self.seed)]
+        flags = [*self.row.flags.split(), *ARCHITECTURES[self.arch].split(), *data]
+        flags += ["--epochs", str(self.epochs), "--seed", str(self.seed)]
         return ["bash", "train_script.sh", "synthetic", ",".join(SPLITS), "cpu", *flags]
 
     def environment(self, python: str) -> dict[str, str]:
@@ -221,10 +226,11 @@ def table(rows: Mapping[str, Sequence[Training]]) -> str:
             objects = "1" if row.objects == 1 else f"1 to {row.objects}"
             lines.append(f"| {' | '.join([row.label, objects, sharpening, *cells])} |")
         lines.append("")
+    first = next(iter(read))
     seeds = ", ".join(str(run.seed) for run in next(iter(rows.values())))
     revisions = {results[TEST].get("provenance", {}).get("revision", "unknown") for results in read.values()}
     return "\n".join(lines) + (
-        f"seeds {seeds}" + ": mean (worst)" * ("," in seeds) + f"; {next(iter(read)).epochs} epochs; "
+        f"seeds {seeds}" + ": mean (worst)" * ("," in seeds) + f"; {first.arch}, {first.epochs} epochs; "
         f"{median(run.seconds() for run in read):.0f} s of training per run (median, one thread); "
         f"revision {', '.join(sorted(revisions))}; built-in data, not VGG-Sound; no box is used in training or in "
         "choosing checkpoints (the sharpening of the published rows and the weights of our losses were chosen with the "
@@ -239,17 +245,20 @@ def main() -> None:
     whole = number(int, low=0, high=2**32 - 1)
     parser.add_argument("--seeds", type=whole, nargs="+", default=[0], help="one training of each row for each")
     parser.add_argument("--epochs", type=number(int, low=1), default=10, help="of every training")
+    about = "of every training; resnet18: 224 pixels, 7 x 7 tokens of 512 channels"
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="small", help=about)
     cores = os.cpu_count() or 1
     parser.add_argument("--jobs", type=number(int, low=1), default=cores, help="trainings at once (default: cores)")
     parser.add_argument("--model_dir", type=Path, default=Path("checkpoints/objectives"), help="folder of the runs")
-    parser.add_argument("--picture", type=Path, help="default: objectives.png in --model_dir")
+    parser.add_argument("--picture", type=Path, help="default: objectives[_resnet18].png in --model_dir")
     args = parser.parse_args()
     seeds = list(dict.fromkeys(args.seeds))
-    rows = {
-        key: [Training(ROWS[key], seed, args.epochs, args.model_dir / f"{key}_seed_{seed}") for seed in seeds]
-        for key in ROWS
-        if key in args.rows
-    }
+    arch_name = "" if args.arch == "small" else f"_{args.arch}"
+
+    def training(key: str, seed: int) -> Training:
+        return Training(ROWS[key], seed, args.epochs, args.model_dir / f"{key}{arch_name}_seed_{seed}", args.arch)
+
+    rows = {key: [training(key, seed) for seed in seeds] for key in ROWS if key in args.rows}
     first_seeds_first = [run for of_seed in zip(*rows.values()) for run in of_seed]
     missing = [run for run in first_seeds_first if not run.is_there()]
     for objects in sorted({TEST_DATA, *(run.row.objects for run in missing)}):
@@ -257,7 +266,7 @@ def main() -> None:
     train_all(missing, args.jobs)
     print(table(rows))
     if pictured := {key: rows[key][0] for key in PICTURED if key in rows}:
-        picture = args.picture or args.model_dir / "objectives.png"
+        picture = args.picture or args.model_dir / f"objectives{arch_name}.png"
         checkpoints = {run.row.label: run.folder / "best.pth" for run in pictured.values()}
         side_by_side_on_synthetic(checkpoints, DATA[TEST_DATA], picture)
         print(f"\n{picture}: {', '.join(run.row.label for run in pictured.values())}")

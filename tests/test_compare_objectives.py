@@ -100,12 +100,12 @@ def test_the_table_has_mean_and_worst_seed_and_a_dash_where_nothing_is_defined(t
     )
     assert "| max-pool contrast | 1 to 3 | 0.1 | 1.0 (1.0) | - | 0.0 (0.0) | - | 62.0 (62.0) | 50.0 (50.0) |" in lines
     assert lines[-1] == (
-        "seeds 0, 1: mean (worst); 10 epochs; 10 s of training per run (median, one thread); revision abc, abc-dirty; "
-        "built-in data, not VGG-Sound; no box is used in training or in choosing checkpoints (the sharpening of the "
-        "published rows and the weights of our losses were chosen with the boxes of other data)"
+        "seeds 0, 1: mean (worst); small, 10 epochs; 10 s of training per run (median, one thread); revision abc, "
+        "abc-dirty; built-in data, not VGG-Sound; no box is used in training or in choosing checkpoints (the "
+        "sharpening of the published rows and the weights of our losses were chosen with the boxes of other data)"
     )
     single = compare_objectives.table({"published": rows["published"][:1]})
-    assert "| 80.0 | 50.0 |" in single and "seeds 0; 10 epochs" in single
+    assert "| 80.0 | 50.0 |" in single and "seeds 0; small, 10 epochs" in single
     for columns in TABLES.values():
         assert all(split in SPLITS for _, split, _ in columns)
 
@@ -133,6 +133,16 @@ def test_what_is_finished_is_passed_over_and_what_is_not_is_trained_again(stub, 
     assert cli("compare_objectives", *flags).returncode == 0
     again = [path.parent.name for path, then in times.items() if path.stat().st_mtime_ns != then]
     assert again == ["listen_seed_0"]
+
+
+def test_the_full_size_shapes_have_folders_of_their_own_and_say_so(stub, cli):
+    flags = "--rows", "listen", "--model_dir", stub
+    assert cli("compare_objectives", *flags).returncode == 0
+    done = cli("compare_objectives", *flags, "--arch", "resnet18", "--epochs", 2)
+    assert done.returncode == 0, done.stderr
+    assert "seeds 0; resnet18, 2 epochs" in done.stdout and "objectives_resnet18.png" in done.stdout
+    small, full = ((stub / f"listen{arch}_seed_0" / "train.txt").read_text() for arch in ("", "_resnet18"))
+    assert "--arch resnet18 --image_size 224" in full and "resnet18" not in small
 
 
 def test_a_finished_run_with_other_flags_is_refused_before_anything_is_trained(stub, cli, monkeypatch):
