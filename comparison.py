@@ -24,8 +24,8 @@ DIFFERENCES = ("cIoU", "mAP", "pointing", "mIoU", "IIoU")
 NO_EFFECT = {  # flags that name a run or say how it is run
     "seed", "experiment_name", "model_dir", "metadata", "gpu", "num_workers", "wandb", "resume", "overwrite", "dry_run",
 }  # fmt: skip
-TESTS_ONLY = {"testset", "test_data_path", "test_gt_path", "test_list", "eval_every", "alpha", "infer_sharpening"}
-SETTINGS = ("alpha", "infer_sharpening", "interpolation")
+SETTINGS = ("alpha", "infer_sharpening", "infer_smoothing", "interpolation")
+TESTS_ONLY = {"testset", "test_data_path", "test_gt_path", "test_list", "eval_every", *SETTINGS}
 
 
 class Run(NamedTuple):  # one results.json and the per_sample.csv beside it

@@ -16,7 +16,7 @@ from annotations import GroundTruth, first_ids, repeated
 from dataset import EvaluationPairs, Sample, in_order, make_loader
 from distributed import gather_in_order, hidden_bar, is_main, own_share
 from inspection import count_undecodable
-from metrics import RULES, THRESHOLD
+from metrics import RULES, THRESHOLD, smooth_maps
 from models import Model
 from resnet import ObjectSaliency
 from retrieval import derangement, retrieval_recall
@@ -91,9 +91,13 @@ def localize_batch(
     spectrogram: torch.Tensor,
     wrong: torch.Tensor,
     infer_sharpening: float,
+    infer_smoothing: float,
     saliency: ObjectSaliency | None,
 ) -> Localized:
-    """Ask pictures (B, 3, H, W) with their own sounds and with wrong ones, spectrograms (B, 1, F, L)."""
+    """Ask pictures (B, 3, H, W) with their own sounds and with wrong ones, spectrograms (B, 1, F, L).
+
+    infer_smoothing: of the model's own maps, see `smooth_maps`.
+    """
     image_state, grid = model.attend_image(image)
     audio_state = model.attend_audio(spectrogram)
     own = model.maps(image_state, audio_state, grid, infer_sharpening)
@@ -101,6 +105,7 @@ def localize_batch(
     raw = {"AUD": own.audio_map, "AUD" + WRONG: other.audio_map}
     if own.image_map is not None:
         raw["IMG_QUERY"] = own.image_map
+    raw = {name: smooth_maps(values, infer_smoothing) for name, values in raw.items()}
     if saliency is not None:
         raw["OBJ_PRIOR"] = saliency(image)
     scalars = model.confidences(image_state, audio_state, infer_sharpening)
@@ -121,6 +126,7 @@ def evaluate(
     workers: int = 0,
     alpha: float = 0.6,
     infer_sharpening: float = 0.1,
+    infer_smoothing: float = 0.0,
     saliency: ObjectSaliency | None = None,
     seed: int = 0,
     resamples: int = 0,
@@ -140,7 +146,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        ask = partial(localize_batch, model, infer_sharpening=infer_sharpening, saliency=saliency)
+        asked_with = {"infer_sharpening": infer_sharpening, "infer_smoothing": infer_smoothing}
+        ask = partial(localize_batch, model, **asked_with, saliency=saliency)
         own = (
             (batch.id, batch.truth, list(on_device(ask, device, batch.image, batch.spectrogram, wrong)))
             for batch, wrong in loader
@@ -160,7 +167,7 @@ def evaluate(
     with as_user_error(ValueError):  # embeddings that are not finite
         results = scores.summary(dataset.missing, resamples, seed)
         results["retrieval"] = _retrieval(dataset, scores.ids, *map(torch.cat, zip(*embeddings, strict=True)))
-    settings = {"alpha": alpha, "infer_sharpening": infer_sharpening, "interpolation": "bicubic"}
+    settings = {"alpha": alpha, **asked_with, "interpolation": "bicubic"}
     results |= {
         "settings": settings | _protocol(seed, resamples),
         "wrong_sounds_of_same_class": paired.same_label,

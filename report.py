@@ -222,9 +222,13 @@ def trained_with(state: Mapping[str, Any]) -> dict[str, Any]:
     return args if isinstance(args, dict) else {}
 
 
-def own_sharpening(state: Mapping[str, Any]) -> float:
-    """The inference sharpening that a model was trained to be asked with, else the paper's."""
-    return trained_with(state).get("infer_sharpening") or 0.1
+PAPERS_INFERENCE = {"infer_sharpening": 0.1, "infer_smoothing": 0.0}
+
+
+def own_inference(state: Mapping[str, Any]) -> dict[str, float]:
+    """The sharpening and smoothing of maps that a model was trained to be asked with, else the paper's."""
+    flags = trained_with(state)
+    return {name: flags.get(name) or of_paper for name, of_paper in PAPERS_INFERENCE.items()}
 
 
 def training_overlap(path: Path, ids: Sequence[str]) -> int | None:
@@ -288,7 +292,7 @@ def pictures_of(pairs: Sequence[Pair]) -> Picture:
 def side_by_side(checkpoints: Mapping[str, Path], dataset: EvaluationPairs, ids: Sequence[str], path: Path) -> None:
     """Several models on the same samples: a row for each id with picture, ground truth and every model's AUD map.
 
-    checkpoints: {name under its maps: file}, each asked with the inference sharpening that it was trained with;
+    checkpoints: {name under its maps: file}, each asked with the inference settings that it was trained with;
     dataset: with pictures and sounds of the models' size; ids: two or more of its ids, in the order of the rows.
     Writes a PNG, whole or not at all. UserError for ids that the set does not hold or are fewer than two, a checkpoint
     that cannot be read, and a model that takes pictures or sounds of another size.
@@ -311,8 +315,7 @@ def side_by_side(checkpoints: Mapping[str, Path], dataset: EvaluationPairs, ids:
             for i, name in enumerate(batch.ids):
                 maps[name][label] = batch.maps["AUD"][i].numpy()
 
-        sharpening = own_sharpening(load_checkpoint(file))
-        evaluate(model, drawn, torch.device("cpu"), infer_sharpening=sharpening, on_batch=[keep])
+        evaluate(model, drawn, torch.device("cpu"), **own_inference(load_checkpoint(file)), on_batch=[keep])
     truth, picture_of = dataset.ground_truth, pictures_of(drawn.pairs)
     titles = {name: f"{name}   heard: {truth.class_of.get(name) or 'unknown'}" for name in ids}
     panels = [sample_panel(picture_of(name), truth.truth_of(name).numpy(), maps[name], titles[name]) for name in ids]

@@ -26,7 +26,7 @@ from models import Model, load_model
 from report import (
     Drawer,
     describe_checkpoint,
-    own_sharpening,
+    own_inference,
     pictures_of,
     publish,
     trained_with,
@@ -152,7 +152,8 @@ def score_on(device: torch.device, args) -> None:
     saliency = load_saliency(args.imagenet_weights, device)
     if anyone(saliency is None, device):  # a download that failed for one process leaves the prior out for all
         saliency = None
-    infer_sharpening = args.infer_sharpening or own_sharpening(state)
+    asked_with = own_inference(state)
+    asked_with |= {name: getattr(args, name) for name in asked_with if getattr(args, name) is not None}
     out_dir = make_out_dir(args, path.parent / ("results" if args.experiment_name else f"{path.stem}_results"))
     for name, dataset in test_sets.items():
         folder = out_dir / name
@@ -164,7 +165,7 @@ def score_on(device: torch.device, args) -> None:
             batch_size=args.batch_size,
             workers=args.num_workers,
             alpha=0.6 if args.alpha is None else args.alpha,
-            infer_sharpening=infer_sharpening,
+            **asked_with,
             saliency=saliency,
             seed=args.seed,
             resamples=RESAMPLES,
@@ -208,8 +209,9 @@ def training_batch(path: Path, flags: dict[str, Any], model: Model, seed: int) -
 def score_file(args) -> None:
     """Anyone's maps: no model, and pictures only where something is drawn."""
     of_models = {"--experiment_name": args.experiment_name, "--alpha": args.alpha, "--diagnose": args.diagnose,
-                 "--infer_sharpening": args.infer_sharpening, "--save_maps": args.save_maps,
-                 "--checkpoint": args.checkpoint != "best", "--compare_map": args.compare_map}  # fmt: skip
+                 "--infer_sharpening": args.infer_sharpening, "--infer_smoothing": args.infer_smoothing,
+                 "--save_maps": args.save_maps, "--checkpoint": args.checkpoint != "best",
+                 "--compare_map": args.compare_map}  # fmt: skip
     wrong = [flag for flag, given in of_models.items() if given or (flag == "--alpha" and given is not None)]
     if wrong:
         raise UserError(f"{', '.join(wrong)}: not with --maps, which scores a file and no model")
@@ -268,6 +270,11 @@ def parse_args():
         "--infer_sharpening",
         type=number(float, above=0),
         help="multiplies the attention logits (default: what the model was trained with, else the paper's 0.1)",
+    )
+    group.add_argument(
+        "--infer_smoothing",
+        type=number(float, low=0, high=1 / 3),
+        help="share of a token's value that flows to each neighbour (default: as in training, else 0, the paper's)",
     )
     group = parser.add_argument_group("run")
     group.add_argument("--gpu", default="0", help="number of a CUDA device, or cpu")

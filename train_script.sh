@@ -59,7 +59,7 @@ esac
 case ${OBJECTIVE:=paper} in
     paper) ;;
     listen)
-        recipe+=(--share_contrast 1 --lam3 0 --infer_sharpening 0.1)
+        recipe+=(--share_contrast 1 --lam3 0 --infer_sharpening 0.1 --infer_smoothing 0.1)
         name=${name}_listen
         for word in "$@"; do # they would undo it, and the name would not say so
             case $word in --share_contrast | --lam3 | --num_slots | --foreign_tokens | --objective)

@@ -107,6 +107,9 @@ def add_run_flags(parser: ArgumentParser) -> None:
     )
     group.add_argument("--alpha", type=number(float, low=0, high=1), default=0.6, help="weight of AUD in IQR")
     group.add_argument("--infer_sharpening", type=number(float, above=0), default=0.1, help="of the maps in tests")
+    group.add_argument(
+        "--infer_smoothing", type=number(float, low=0, high=1 / 3), default=0.0, help="of the maps in tests, by token"
+    )
     group.add_argument("--wandb", choices=("true", "offline", "false"), default="false", help="log to Weights & Biases")
     group.add_argument("--resume", action="store_true", help="go on from latest.pth, exactly")
     group.add_argument("--force", action="store_true", help="resume with other data or hyper-parameters")
@@ -259,8 +262,8 @@ def test_command(args) -> str:
     here = str(python.relative_to(Path.cwd())) if python.is_relative_to(Path.cwd()) else "python"
     command += [here, "test_model.py", "--save_visualizations", "true"]
     command += ["--imagenet_weights", "none"] * (args.imagenet_weights == "none")
-    data = ("testset", "test_data_path", "test_gt_path", "test_list")
-    for name in ("model_dir", "experiment_name", *data, "metadata", "alpha", "infer_sharpening", "gpu"):
+    data = "testset", "test_data_path", "test_gt_path", "test_list", "metadata"
+    for name in ("model_dir", "experiment_name", *data, "alpha", "infer_sharpening", "infer_smoothing", "gpu"):
         if getattr(args, name) is not None:
             command += [f"--{name}", shlex.quote(str(getattr(args, name)))]
     return " ".join(command + ["--allow_missing true"] * args.allow_missing)

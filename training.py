@@ -300,6 +300,7 @@ class Run:
                 workers=self.args.num_workers,
                 alpha=self.args.alpha,
                 infer_sharpening=self.args.infer_sharpening,
+                infer_smoothing=self.args.infer_smoothing,
                 resamples=RESAMPLES if best else 0,
                 on_batch=[drawer] if drawer else [],
                 max_batches=max_batches,

@@ -40,10 +40,13 @@ line = {{"steps": 62, "pairs_per_second": 248.0}}
 for split in flags["testset"].split(","):
     place = folder / "results" / split
     place.mkdir(parents=True, exist_ok=True)
-    sharpening = {{"infer_sharpening": number(flags["infer_sharpening"])}}
-    results = {{"maps": {{"AUD": {{"cIoU": 0.5}}}}, "settings": sharpening, "provenance": {{"revision": "abc"}}}}
+    asked = {{name: number(flags.get(name, "0")) for name in ("infer_sharpening", "infer_smoothing")}}
+    results = {{"maps": {{"AUD": {{"cIoU": 0.5}}}}, "settings": asked, "provenance": {{"revision": "abc"}}}}
     (place / "results.json").write_text(json.dumps(results))
 """
+
+
+OURS = {"infer_sharpening": 0.1, "infer_smoothing": 0.1}
 
 
 @pytest.fixture
@@ -67,7 +70,7 @@ def write_run(root, key, seed, maps, recalls=(0.9, 0.8)):
         results = {
             "maps": {"AUD": maps.get(split, {})},
             "retrieval": {"by_class": ways} if recalls else {},
-            "settings": {"infer_sharpening": 0.02 if key == "published" else 0.1},
+            "settings": {"infer_sharpening": 0.02, "infer_smoothing": 0.0} if key == "published" else OURS,
             "provenance": {"revision": "abc-dirty" if seed else "abc"},
         }
         run.results(split).parent.mkdir(parents=True)
@@ -90,15 +93,18 @@ def test_the_table_has_mean_and_worst_seed_and_a_dash_where_nothing_is_defined(t
         "maxpool": [write_run(tmp_path, "maxpool", seed, figures, recalls=()) for seed in (0, 1)],
     }
     lines = compare_objectives.table(rows).splitlines()
-    assert lines[2].startswith("| trained with | objects | sharpening | test cIoU | distractor pointing |")
+    assert lines[2].startswith("| trained with | objects | sharpening, smoothing | test cIoU | distractor pointing |")
     assert lines[4] == (
-        "| published | 1 to 3 | 0.02 | 85.0 (80.0) | 50.0 (50.0) | 25.0 (25.0) | -2.0 (-2.0) | 20.0 (20.0) "
+        "| published | 1 to 3 | 0.02, 0 | 85.0 (80.0) | 50.0 (50.0) | 25.0 (25.0) | -2.0 (-2.0) | 20.0 (20.0) "
         "| 10.0 (10.0) |"
     )
     assert (
-        "| published | 1 to 3 | 0.02 | 1.5 (1.0) | - | 0.0 (0.0) | 80.0 (80.0) | 62.0 (62.0) | 50.0 (50.0) |" in lines
+        "| published | 1 to 3 | 0.02, 0 | 1.5 (1.0) | - | 0.0 (0.0) | 80.0 (80.0) | 62.0 (62.0) | 50.0 (50.0) |"
+        in lines
     )
-    assert "| max-pool contrast | 1 to 3 | 0.1 | 1.0 (1.0) | - | 0.0 (0.0) | - | 62.0 (62.0) | 50.0 (50.0) |" in lines
+    assert (
+        "| max-pool contrast | 1 to 3 | 0.1, 0.1 | 1.0 (1.0) | - | 0.0 (0.0) | - | 62.0 (62.0) | 50.0 (50.0) |" in lines
+    )
     assert lines[-1] == (
         "seeds 0, 1: mean (worst); small, 10 epochs; 10 s of training per run (median, one thread); revision abc, "
         "abc-dirty; built-in data, not VGG-Sound; no box is used in training or in choosing checkpoints (the "
@@ -117,7 +123,9 @@ def test_what_is_finished_is_passed_over_and_what_is_not_is_trained_again(stub, 
     assert sorted(path.name for path in stub.iterdir()) == [
         f"{key}_seed_{seed}" for key in ("listen", "published") for seed in (0, 1)
     ]
-    assert "| published | 1 to 3 | 0.02 | 50.0 (50.0) |" in done.stdout and "; 160 s of training per run" in done.stdout
+    assert (
+        "| published | 1 to 3 | 0.02, 0 | 50.0 (50.0) |" in done.stdout and "; 160 s of training per run" in done.stdout
+    )
     assert done.stdout.index("| published") < done.stdout.index("| share contrast"), "the table keeps its own order"
     given = (stub / "listen_seed_1" / "train.txt").read_text()
     for piece in (
@@ -203,7 +211,8 @@ def test_the_flags_of_every_row_are_flags_of_the_training(key, monkeypatch, tmp_
     args = train_slot.parse_args()
     train_slot.check_args(args)
     assert args.epochs == 10 and args.train_data_path == ("data/synthetic" if "_one" in key else "data/synthetic_3")
-    assert args.infer_sharpening == (0.02 if key.startswith("published") else 0.1)
+    asked = args.infer_sharpening, args.infer_smoothing
+    assert asked == ((0.02, 0) if key.startswith("published") else (0.1, 0.1))
     assert bool(args.foreign_claims) == key.startswith("claims")
     assert bool(args.share_contrast) == (args.lam3 == 0)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
 import metrics
-from metrics import consensus_iou, normalize_maps, upsample_maps
+from metrics import consensus_iou, normalize_maps, smooth_maps, upsample_maps
 from scores import map_columns
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -140,6 +140,28 @@ def test_vggss_ceiling_and_disc_are_the_known_bars():
 
 
 # ---------------------------------------------------------------- maps and regions
+
+
+def test_smoothing_lets_each_value_flow_to_its_neighbours_and_out_of_the_edges():
+    lone = torch.zeros(2, 5, 4)
+    lone[0, 2, 1], lone[1, 0, 0] = 1.0, 1.0
+    kernel = torch.tensor([0.1, 0.8, 0.1])
+    inside, corner = smooth_maps(lone - 3, 0.1) + 3
+    torch.testing.assert_close(inside[1:4, 0:3], torch.outer(kernel, kernel), atol=1e-6, rtol=0)
+    assert inside.sum() == pytest.approx(1, abs=1e-5) and corner.sum() == pytest.approx(0.81, abs=1e-5)
+    maps = torch.rand(3, 5, 7)
+    assert smooth_maps(maps, 0.0) is maps
+    turned = smooth_maps(maps.transpose(1, 2), 0.2).transpose(1, 2)
+    torch.testing.assert_close(smooth_maps(maps, 0.2), turned, atol=1e-6, rtol=0)
+    torch.testing.assert_close(smooth_maps(5 * maps - 2, 0.2), 5 * smooth_maps(maps, 0.2) - 2, atol=1e-5, rtol=0)
+
+
+def test_a_lone_value_at_an_edge_peaks_where_it_is_once_it_is_smoothed():
+    maps = torch.zeros(1, 7, 7)
+    maps[0, 3, :3] = torch.tensor([1.0, 0.9, 0.4])  # an object over the two outer tokens
+    middle = 16  # of the outermost; enlarged as it is, the map peaks between it and the edge of the picture
+    column = [upsample_maps(smooth_maps(maps, s))[0].flatten().argmax().item() % 224 for s in (0.0, 0.1)]
+    assert column[0] < middle < column[1] < 64
 
 
 def test_upsampling_is_that_of_the_two_protocols():

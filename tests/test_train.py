@@ -92,10 +92,12 @@ def test_the_test_script_gives_the_figures_of_the_training_run(finished, synthet
     assert again["training_test_overlap"] == 0
 
 
-def test_the_test_script_takes_the_sharpening_of_the_training_unless_told_another(synthetic_root, tmp_path, train, cli):
-    done = train(synthetic_root, tmp_path, "--epochs", "1", "--infer_sharpening", "0.5")
+def test_the_test_script_asks_for_maps_as_the_training_did_unless_told_otherwise(synthetic_root, tmp_path, train, cli):
+    done = train(synthetic_root, tmp_path, "--epochs", "1", "--infer_sharpening", "0.5", "--infer_smoothing", "0.2")
     assert done.returncode == 0, done.stderr
-    for flags, expected in (([], 0.5), (["--infer_sharpening", "0.3"], 0.3)):
+    others = ["--infer_sharpening", "0.3", "--infer_smoothing", "0"]
+    precisions = []
+    for flags, expected in (([], (0.5, 0.2)), (others[:2], (0.3, 0.2)), (others, (0.3, 0))):
         test = [
             "--model_dir",
             tmp_path,
@@ -110,7 +112,9 @@ def test_the_test_script_takes_the_sharpening_of_the_training_unless_told_anothe
         done = cli("test_model", *test, "--test_data_path", synthetic_root, "--num_workers", "0")
         assert done.returncode == 0, done.stderr
         results = json.loads((tmp_path / "run" / "results" / "synthetic" / "results.json").read_text())
-        assert results["settings"]["infer_sharpening"] == expected
+        assert tuple(results["settings"][name] for name in ("infer_sharpening", "infer_smoothing")) == expected
+        precisions.append(results["maps"]["AUD"]["mAP"])
+    assert len({*precisions}) == 3, "a setting changes no score"
 
 
 def same(one, other):
@@ -354,7 +358,7 @@ def test_the_listening_objective_has_share_contrast_in_the_place_of_attention_ma
     paper, listen = flags(), flags(OBJECTIVE="listen")
     assert paper == flags(OBJECTIVE="paper") and paper["share_contrast"] == 0
     changed = {key for key in paper if paper[key] != listen[key]}
-    assert changed - {"infer_sharpening"} == {"share_contrast", "lam3", "experiment_name"}
+    assert changed - {"infer_sharpening", "infer_smoothing"} == {"share_contrast", "lam3", "experiment_name"}
     assert listen["share_contrast"] > 0 and listen["lam3"] == 0 and listen["experiment_name"] == "run_listen"
 
 
