@@ -2,7 +2,7 @@
 
     python compare_objectives.py --seeds 0 1 2                                  # make objectives: every row
     python compare_objectives.py --seeds 0 1 2 --rows published listen --epochs 10 --jobs 2
-    python compare_objectives.py --rows published listen --arch resnet18 --epochs 6     # the full-size recipe's shapes
+    python compare_objectives.py --rows published listen --arch resnet18 --epochs 8     # the full-size recipe's shapes
 
 Every training goes through train_script.sh, one thread each, into a folder for each row and seed; a run that is there
 is not trained again. All figures come from the runs' results.json, a row's mean over seeds (and its worst seed).
@@ -74,7 +74,10 @@ TABLES = {  # title: (head of a column, split, metric of AUD or CLASS_RECALL)
         ("by the map", OFFSCREEN, "presence_AP@presence"),
     ),
 }
-ARCHITECTURES = {"small": "", "resnet18": "--arch resnet18 --image_size 224"}  # resnet18: the full-size recipe's shapes
+ARCHITECTURES = {
+    "small": "",
+    "resnet18": "--arch resnet18 --image_size 224 --lr 3e-4 --batch_size 32",  # the full-size recipe's shapes
+}
 PYTHON = sys.executable
 LAST_LINES = 5  # of a training that failed
 POLL_SECONDS = 0.2

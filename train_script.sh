@@ -13,7 +13,7 @@
 #   ABLATION=no_match|no_div|no_recon|no_false_negatives|no_mask|one_slot   leaves one part of the method out
 #   SEEDS="0 1 2"                                                           one training each
 # The last three end the folder's name, NAME_listen_no_div_seed1; one table of all, differences to the first:
-#   python test_model.py --compare checkpoints/NAME_seed*/results/SET/results.json checkpoints/NAME_{no,one}_*/results/SET/results.json
+#   python test_model.py --compare checkpoints/NAME_{seed,[^s]}*/results/SET/results.json
 #
 # Nobody edits this file to say where data lie: set these variables, in your shell or in front of the command.
 export VGGSOUND_ROOT="${VGGSOUND_ROOT:-/path/to/VGGSound/}"      # holds frames/ and audio/

@@ -224,7 +224,7 @@ def test_a_real_training_ends_in_table_and_picture(synthetic_root, tmp_path, cli
     monkeypatch.setitem(ROWS, "listen", Row("share contrast", "listen", " ".join(SMALL)))
     done = cli("compare_objectives", "--rows", "listen", "--epochs", 1, "--model_dir", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| share contrast | 1 to 3 | 0.1 |") == 2 and "| - |" not in done.stdout
+    assert done.stdout.count("| share contrast | 1 to 3 | 0.1, 0.1 |") == 2 and "| - |" not in done.stdout
     assert cv2.imread(str(tmp_path / "objectives.png")).shape == (44 + 6 * 282 + 8, 3 * 232 + 8, 3)
 
 
