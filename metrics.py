@@ -54,14 +54,20 @@ def upsample_maps(maps: Tensor, size: int = MAP_SIZE, interpolation: str = "bicu
 
 
 def smooth_maps(maps: Tensor, smoothing: float) -> Tensor:
-    """Let every value of (B, h, w) maps flow to its neighbours: kernel (s, 1 - 2s, s) along columns, then along rows.
+    """Let the values of (B, h, w) maps flow to their neighbours: kernel (s, 1 - 2s, s) along columns, then along rows.
 
-    Values count from the smallest of their map, and beyond the edges there is nothing: a lone token at an edge, which
-    bicubic enlargement would make peak outside of it, loses more than one inside. smoothing: s in 0..1/3; 0 changes
-    nothing. Not of the paper.
+    Values count from the smallest of their map, and beyond the edges there is nothing. Where an object covers the two
+    outer tokens, the outermost one gets less than the one inside; were it the best, bicubic enlargement would let the
+    map peak between it and the edge of the picture, outside of most boxes. A single high token at an edge stays the
+    best. smoothing: s in 0..1/3, ValueError beyond; 0 changes nothing. Half-precision maps become float32. Not of the
+    paper.
     """
+    if not 0 <= smoothing <= 1 / 3:
+        raise ValueError(f"smoothing must be within 0..1/3, not {smoothing}")
     if not smoothing:
         return maps
+    if maps.dtype not in (torch.float32, torch.float64):
+        maps = maps.float()
     low = maps.flatten(1).amin(1)[:, None, None]
     smooth = F.pad(maps - low, (1, 1, 1, 1))
     smooth = (1 - 2 * smoothing) * smooth[:, 1:-1] + smoothing * (smooth[:, :-2] + smooth[:, 2:])

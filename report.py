@@ -51,6 +51,7 @@ MAPS = ("AUD", "AUD_wrong", "IMG_QUERY", "IQR", "OBJ_PRIOR", "OGL", "IQR_OGL")
 REFERENCES = {"ceiling": "ceiling", "whole_frame": "whole frame", "centred_disc": "centred disc"}
 SHEET_SAMPLES = 16
 DRAWN_MAPS = ("AUD", "IMG_QUERY", "IQR")
+PAPERS_INFERENCE = {"infer_sharpening": 0.1, "infer_smoothing": 0.0}
 FIRST_KEYS = (
     "testset", "test_list", "maps", "intervals", "references", "retrieval", "pairs", "settings", "checkpoint",
     "maps_file",
@@ -222,13 +223,10 @@ def trained_with(state: Mapping[str, Any]) -> dict[str, Any]:
     return args if isinstance(args, dict) else {}
 
 
-PAPERS_INFERENCE = {"infer_sharpening": 0.1, "infer_smoothing": 0.0}
-
-
 def own_inference(state: Mapping[str, Any]) -> dict[str, float]:
     """The sharpening and smoothing of maps that a model was trained to be asked with, else the paper's."""
     flags = trained_with(state)
-    return {name: flags.get(name) or of_paper for name, of_paper in PAPERS_INFERENCE.items()}
+    return {name: flags[name] if flags.get(name) is not None else paper for name, paper in PAPERS_INFERENCE.items()}
 
 
 def training_overlap(path: Path, ids: Sequence[str]) -> int | None:

@@ -20,6 +20,7 @@ MAY_CHANGE = {  # when a run goes on; its other flags belong to it
     "keep_every", "model_dir", "experiment_name", "metadata", "train_data_path", "train_list", "val_list",
     "test_data_path", "test_gt_path",
 }  # fmt: skip
+INFERENCE = {"alpha", "infer_sharpening", "infer_smoothing"}  # how tests ask for maps, which --select test goes by
 LAUNCH = "launch.txt"  # in the folder of a run: which start of torchrun it is of
 
 
@@ -32,14 +33,17 @@ def fingerprint(pairs: Sequence[Pair]) -> str:
 
 
 def differences(state: Mapping[str, Any], args, marks: Mapping[str, str]) -> list[str]:
-    """What the run that wrote a checkpoint had else than this one: flags that belong to a run, and its marks."""
+    """What the run that wrote a checkpoint had else than this one: flags that belong to a run, and its marks.
+
+    A flag that the older code did not know makes no difference where it is off.
+    """
     to_the_end = args.lr_schedule == "cosine" or args.lr_warmup
-    free = MAY_CHANGE | (set() if to_the_end else {"epochs"})
+    free = MAY_CHANGE | (set() if to_the_end else {"epochs"}) | (set() if args.select == "test" else INFERENCE)
     then, now = state["args"] | state["marks"], vars(args) | marks
     return [
         f"{name if name in marks else f'--{name}'} {then.get(name)} -> {value}"
         for name, value in now.items()
-        if name not in free and then.get(name) != value
+        if name not in free and then.get(name) != value and (name in then or value)
     ]
 
 

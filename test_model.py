@@ -208,11 +208,11 @@ def training_batch(path: Path, flags: dict[str, Any], model: Model, seed: int) -
 
 def score_file(args) -> None:
     """Anyone's maps: no model, and pictures only where something is drawn."""
-    of_models = {"--experiment_name": args.experiment_name, "--alpha": args.alpha, "--diagnose": args.diagnose,
-                 "--infer_sharpening": args.infer_sharpening, "--infer_smoothing": args.infer_smoothing,
-                 "--save_maps": args.save_maps, "--checkpoint": args.checkpoint != "best",
+    of_models = {"--experiment_name": args.experiment_name, "--diagnose": args.diagnose, "--save_maps": args.save_maps,
+                 "--alpha": args.alpha is not None, "--infer_sharpening": args.infer_sharpening,
+                 "--infer_smoothing": args.infer_smoothing is not None, "--checkpoint": args.checkpoint != "best",
                  "--compare_map": args.compare_map}  # fmt: skip
-    wrong = [flag for flag, given in of_models.items() if given or (flag == "--alpha" and given is not None)]
+    wrong = [flag for flag, given in of_models.items() if given]
     if wrong:
         raise UserError(f"{', '.join(wrong)}: not with --maps, which scores a file and no model")
     if args.testset == "all":
@@ -274,7 +274,8 @@ def parse_args():
     group.add_argument(
         "--infer_smoothing",
         type=number(float, low=0, high=1 / 3),
-        help="share of a token's value that flows to each neighbour (default: as in training, else 0, the paper's)",
+        help="of the maps: share of each value that flows to both neighbours along a column, then along a row "
+        "(default: what the model was trained with, else 0, the paper's)",
     )
     group = parser.add_argument_group("run")
     group.add_argument("--gpu", default="0", help="number of a CUDA device, or cpu")

@@ -23,7 +23,7 @@ from model_slot import TokenMasks
 from models import Model
 from optimisation import Inputs, NotFinite, Optimisation, choose_amp, loss_weights, lr_factor, weights_of
 from report import Drawer, describe_checkpoint, pictures_of, publish, training_overlap
-from resuming import LAUNCH, StopSignal, differences, fingerprint, hold, launch_name
+from resuming import INFERENCE, LAUNCH, StopSignal, differences, fingerprint, hold, launch_name
 from retrieval import retrieval_recall, retrieval_score
 from run_log import RunLog
 from scores import RESAMPLES
@@ -145,7 +145,8 @@ class Run:
         if different:
             self.step, self.sums = 0, {}
             held_out = self.marks()["held-out pairs"]
-            if (state["selected_by"], state["marks"]["held-out pairs"]) != (self.selected_by, held_out):
+            measured = (state["selected_by"], state["marks"]["held-out pairs"]) == (self.selected_by, held_out)
+            if not measured or any(f"--{name} " in listed for name in INFERENCE):
                 self.best = -math.inf  # another measure: the old best says nothing about it
             print(f"--force: goes on with other settings, from the start of epoch {self.epoch + 1}: {listed}")
         if state["processes"] != world_size():

@@ -407,3 +407,16 @@ def test_what_flatters_or_differs_is_noted(tmp_path):
     assert "NOTE infer_sharpening" in text
     c = write(tmp_path / "c", ious, flags={"lam3": 0.0})
     assert "NOTE" not in compare([a, c])
+
+
+def test_results_from_before_maps_were_smoothed_are_those_of_maps_that_are_not(tmp_path):
+    ious = {"AUD": [0.9, 0.1]}
+    old, new, smooth = (
+        write(tmp_path / name, ious, flags={"seed": seed, "experiment_name": f"full_seed{seed}"}, settings=settings)
+        for seed, (name, settings) in enumerate(
+            {"old": {}, "new": {"infer_smoothing": 0.0}, "smooth": {"infer_smoothing": 0.1}}.items()
+        )
+    )
+    assert [len(of_one.runs) for of_one in configure([*map(read_run, (old, new))])] == [2]
+    assert "NOTE" not in compare([old, new])
+    assert "infer_smoothing 0.1" in compare([old, smooth]) and "infer_smoothing 0 " in compare([old, smooth])

@@ -12,6 +12,7 @@ from torchvision.models import resnet18
 
 import evaluation
 from dataset import EvaluationPairs, build_test_set
+from metrics import smooth_maps
 from model_slot import JointSlotModel
 from utils import save_checkpoint
 
@@ -71,6 +72,19 @@ def test_figures_are_those_of_the_maps_that_localize_gives(checkpoint, synthetic
         union = sample.truth.sum() + (region & (sample.truth == 0)).sum()
         assert scored.rows[i]["AUD_iou"] == pytest.approx(((region * sample.truth).sum() / union).item(), abs=1e-3)
         assert scored.rows[i]["id"] == sample.id
+
+
+def test_the_models_own_maps_are_smoothed_and_nothing_else(checkpoint, synthetic_root):
+    model, sample = JointSlotModel.from_checkpoint(checkpoint), build(synthetic_root)[0]
+    pair = sample.image[None], sample.spectrogram[None], -sample.spectrogram[None]
+    with torch.no_grad():
+        raw, smooth = (evaluation.localize_batch(model, *pair, 0.1, s, lambda image: image[:, 0]) for s in (0.0, 0.1))
+    for name, values in raw.raw.items():
+        expected = values if name == "OBJ_PRIOR" else smooth_maps(values, 0.1)
+        assert torch.equal(smooth.raw[name], expected), name
+    assert raw.raw.keys() == {"AUD", "AUD_wrong", "IMG_QUERY", "OBJ_PRIOR"}
+    assert all(torch.equal(smooth.scalars[name], values) for name, values in raw.scalars.items())
+    assert torch.equal(raw.audio_embedding, smooth.audio_embedding)
 
 
 def test_wrong_sounds_are_of_another_class_whatever_the_order_of_the_list(synthetic_root):
@@ -198,6 +212,7 @@ def test_real_pairs_are_scored_and_drawn(checkpoint, tmp_path, run):
         (["--alph", "0.5"], "unrecognized"),
         (["--out_dir", "Makefile"], "Makefile"),
         (["--checkpoint", "README.md"], "README.md"),
+        (["--maps", "m.npz", "--alpha", "0", "--infer_smoothing", "0"], "--alpha, --infer_smoothing"),
     ],
 )
 def test_junk_is_one_clear_line_and_status_2(arguments, message, checkpoint, synthetic_root, tmp_path, run):

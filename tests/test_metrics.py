@@ -156,12 +156,19 @@ def test_smoothing_lets_each_value_flow_to_its_neighbours_and_out_of_the_edges()
     torch.testing.assert_close(smooth_maps(5 * maps - 2, 0.2), 5 * smooth_maps(maps, 0.2) - 2, atol=1e-5, rtol=0)
 
 
-def test_a_lone_value_at_an_edge_peaks_where_it_is_once_it_is_smoothed():
-    maps = torch.zeros(1, 7, 7)
-    maps[0, 3, :3] = torch.tensor([1.0, 0.9, 0.4])  # an object over the two outer tokens
-    middle = 16  # of the outermost; enlarged as it is, the map peaks between it and the edge of the picture
-    column = [upsample_maps(smooth_maps(maps, s))[0].flatten().argmax().item() % 224 for s in (0.0, 0.1)]
-    assert column[0] < middle < column[1] < 64
+def test_an_object_over_the_two_outer_tokens_peaks_inside_of_them_once_it_is_smoothed():
+    maps = torch.zeros(2, 7, 7)
+    maps[0, 3, :3] = torch.tensor([1.0, 0.9, 0.4])
+    maps[1, 3, 0] = 1  # a single high token stays the best
+    middle = 16  # of the outermost; enlarged as it is, a map peaks between it and the edge of the picture
+    raw, smooth = (upsample_maps(smooth_maps(maps, s)).flatten(1).argmax(1) % 224 for s in (0.0, 0.1))
+    assert raw[0] < middle < smooth[0] < 2 * 32 and raw[1] == smooth[1] < middle
+
+
+def test_smoothing_is_refused_beyond_a_third_and_half_precision_becomes_fp32():
+    with pytest.raises(ValueError, match=r"0\.4"):
+        smooth_maps(torch.rand(1, 3, 3), 0.4)
+    assert smooth_maps(torch.rand(1, 3, 3).half(), 0.1).dtype == torch.float32
 
 
 def test_upsampling_is_that_of_the_two_protocols():

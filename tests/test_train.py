@@ -93,9 +93,12 @@ def test_the_test_script_gives_the_figures_of_the_training_run(finished, synthet
 
 
 def test_the_test_script_asks_for_maps_as_the_training_did_unless_told_otherwise(synthetic_root, tmp_path, train, cli):
-    done = train(synthetic_root, tmp_path, "--epochs", "1", "--infer_sharpening", "0.5", "--infer_smoothing", "0.2")
+    asked = ["--infer_sharpening", "0.5", "--infer_smoothing", "0.2"]
+    done = train(synthetic_root, tmp_path, "--epochs", "1", "--testset", "synthetic", *asked)
     assert done.returncode == 0, done.stderr
     others = ["--infer_sharpening", "0.3", "--infer_smoothing", "0"]
+    in_training = json.loads((tmp_path / "run" / "results" / "synthetic" / "results.json").read_text())
+    assert in_training["settings"]["infer_smoothing"] == 0.2
     precisions = []
     for flags, expected in (([], (0.5, 0.2)), (others[:2], (0.3, 0.2)), (others, (0.3, 0))):
         test = [

@@ -17,6 +17,7 @@ import torch
 from conftest import MEASURED, ROOT, SHORT, SMALL
 
 import resuming
+import train_slot
 import training
 import utils
 from model_slot import JointSlotModel
@@ -296,6 +297,29 @@ def test_a_resume_with_other_data_or_settings_needs_force(synthetic_root, tmp_pa
     assert done.returncode == 0 and "other settings" in done.stdout, done.stderr
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["lr"] for line in log] == pytest.approx([1e-3, 2e-3])
+
+
+def test_a_run_of_code_without_some_flags_goes_on_where_they_are_off(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_slot.py", "--experiment_name", "run"])
+    args = train_slot.parse_args()
+    state = {"args": {k: v for k, v in vars(args).items() if k not in ("silence", "infer_smoothing")}, "marks": {}}
+    args.infer_sharpening, args.infer_smoothing = 1.0, 0.1  # tests do not change what is trained
+    assert resuming.differences(state, args, {}) == []
+    args.silence, args.select = 1.0, "test"
+    assert sorted(resuming.differences(state, args, {})) == [
+        "--infer_sharpening 0.1 -> 1.0", "--infer_smoothing None -> 0.1", "--select retrieval -> test",
+        "--silence None -> 1.0",
+    ]  # fmt: skip
+
+
+def test_a_forced_resume_with_another_way_of_testing_forgets_the_best_that_tests_chose(synthetic_root, tmp_path, train):
+    flags = ["--testset", "synthetic", "--select", "test"]
+    assert train(synthetic_root, tmp_path, *flags, "--epochs", "1").returncode == 0
+    path = tmp_path / "run" / "latest.pth"
+    save_checkpoint(path, load_checkpoint(path) | {"best": 2.0})  # better than any
+    done = train(synthetic_root, tmp_path, *flags, "--resume", "--force", "--infer_smoothing", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert load_checkpoint(tmp_path / "run" / "best.pth")["epoch"] == 2
 
 
 def test_a_forced_resume_with_another_measure_forgets_the_old_best(synthetic_root, tmp_path, train):

@@ -8,7 +8,7 @@ import torch
 import report
 import visualize
 from dataset import build_test_set
-from metrics import normalize_maps, upsample_maps
+from metrics import normalize_maps, smooth_maps, upsample_maps
 from model_slot import JointSlotModel
 from utils import UserError, save_checkpoint
 
@@ -184,15 +184,19 @@ def test_the_table_tolerates_missing_parts():
 # ---------------------------------------------------------------- several models side by side
 
 
+ASKED = (0.1, 0.0), (3.0, 0.25)  # sharpening and smoothing; the first is of older code, which did not smooth
+
+
 @pytest.fixture
 def checkpoints(tmp_path):
-    """Two untrained models with a sharpening each."""
+    """Two untrained models, each with a way of its own to be asked for maps."""
     files = {}
-    for seed, sharpening in enumerate((0.1, 3.0)):
+    for seed, (sharpening, smoothing) in enumerate(ASKED):
         torch.manual_seed(seed)
         model = JointSlotModel("small", 16, image_size=64, audio_seconds=0.8)
         files[f"model {seed}"] = tmp_path / f"{seed}.pth"
-        state = {"model": model.state_dict(), "model_config": model.config, "args": {"infer_sharpening": sharpening}}
+        asked = {"infer_sharpening": sharpening} | ({"infer_smoothing": smoothing} if smoothing else {})
+        state = {"model": model.state_dict(), "model_config": model.config, "args": asked}
         save_checkpoint(files[f"model {seed}"], state)
     return files
 
@@ -213,10 +217,10 @@ def test_models_stand_side_by_side_with_the_map_that_each_draws_of_each_sound(ch
         sample, top = pairs[place], 44 + 282 * row + 26
         picture = report.pictures_of(pairs.pairs)(sample.id)
         assert (sheet[top : top + 224, 8:232] == picture).all()
-        for column, (file, sharpening) in enumerate(zip(checkpoints.values(), (0.1, 3.0)), start=2):
+        for column, (file, (sharpening, smoothing)) in enumerate(zip(checkpoints.values(), ASKED), start=2):
             model = JointSlotModel.from_checkpoint(file)
             raw = model.localize(sample.image[None], sample.spectrogram[None], sharpening).audio_map
-            heat = normalize_maps(upsample_maps(raw))[0]
+            heat = normalize_maps(upsample_maps(smooth_maps(raw, smoothing)))[0]
             drawn = visualize.draw_truth(visualize.overlay(picture, heat), sample.truth)
             tile = sheet[top : top + 224, 8 + 232 * column :][:, :224]
             assert np.abs(tile.astype(int) - drawn).max() <= 3  # a batch rounds otherwise
