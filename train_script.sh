@@ -59,11 +59,11 @@ esac
 case ${OBJECTIVE:=paper} in
     paper) ;;
     listen)
-        recipe+=(--share_contrast 1 --lam3 0 --infer_sharpening 0.1 --infer_smoothing 0.1)
+        recipe+=(--share_contrast 1 --foreign_claims 4 --lam3 0 --infer_sharpening 0.1 --infer_smoothing 0.1)
         name=${name}_listen
         for word in "$@"; do # they would undo it, and the name would not say so
-            case $word in --share_contrast | --lam3 | --num_slots | --foreign_tokens | --objective)
-                refuse "OBJECTIVE=listen and $word do not go together: listen is --share_contrast 1 --lam3 0" ;;
+            case $word in --share_contrast | --foreign_claims | --lam3 | --num_slots | --foreign_tokens | --objective)
+                refuse "OBJECTIVE=listen and $word do not go together: listen is --share_contrast 1 --foreign_claims 4 --lam3 0" ;;
             esac
         done
         ;;

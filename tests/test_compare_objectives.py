@@ -130,7 +130,7 @@ def test_what_is_finished_is_passed_over_and_what_is_not_is_trained_again(stub, 
     assert done.stdout.index("| published") < done.stdout.index("| share contrast"), "the table keeps its own order"
     given = (stub / "listen_seed_1" / "train.txt").read_text()
     for piece in (
-        "--share_contrast 1 --lam3 0",
+        "--share_contrast 1 --foreign_claims 4 --lam3 0",
         "--seed 1",
         "--num_workers 0",
         "--train_data_path data/synthetic_3",
@@ -215,7 +215,7 @@ def test_the_flags_of_every_row_are_flags_of_the_training(key, arch, monkeypatch
     assert args.train_data_path == ("data/synthetic" if "_one" in key else "data/synthetic_3")
     asked = args.infer_sharpening, args.infer_smoothing
     assert asked == ((0.02, 0) if key.startswith("published") else (0.1, 0.1))
-    assert bool(args.foreign_claims) == key.startswith("claims")
+    assert bool(args.foreign_claims) == key.startswith("listen")
     assert bool(args.share_contrast) == (args.lam3 == 0)
 
 

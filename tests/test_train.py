@@ -352,7 +352,7 @@ def test_an_ablation_changes_one_flag_and_no_other(ablation, name, value, monkey
 
 
 @pytest.mark.parametrize("trainset", ["synthetic", "vggss_144k", "flickr_10k", "custom"])
-def test_the_listening_objective_has_share_contrast_in_the_place_of_attention_matching(trainset, monkeypatch):
+def test_the_listening_objective_has_its_two_losses_in_the_place_of_attention_matching(trainset, monkeypatch):
     def flags(**environment):
         words = shell(trainset, "vggss", "0", "run", **environment).stdout.split()
         monkeypatch.setattr(sys, "argv", words)
@@ -361,8 +361,10 @@ def test_the_listening_objective_has_share_contrast_in_the_place_of_attention_ma
     paper, listen = flags(), flags(OBJECTIVE="listen")
     assert paper == flags(OBJECTIVE="paper") and paper["share_contrast"] == 0
     changed = {key for key in paper if paper[key] != listen[key]}
-    assert changed - {"infer_sharpening", "infer_smoothing"} == {"share_contrast", "lam3", "experiment_name"}
-    assert listen["share_contrast"] > 0 and listen["lam3"] == 0 and listen["experiment_name"] == "run_listen"
+    trained_with = changed - {"infer_sharpening", "infer_smoothing"}
+    assert trained_with == {"share_contrast", "foreign_claims", "lam3", "experiment_name"}
+    assert listen["share_contrast"] > 0 and listen["foreign_claims"] > 0 and listen["lam3"] == 0
+    assert listen["experiment_name"] == "run_listen"
 
 
 @pytest.mark.parametrize("environment", [{"OBJECTIVE": "luck"}, {"OBJECTIVE": "listen", "ABLATION": "no_match"}])
@@ -394,7 +396,9 @@ def test_wandb_without_a_login_records_offline_and_says_so(synthetic_root, tmp_p
     assert list((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
 
 
-@pytest.mark.parametrize("flags", [["--lam3", "100"], ["--share_contrast", "0"], ["--objective", "x"]])
+@pytest.mark.parametrize(
+    "flags", [["--lam3", "100"], ["--share_contrast", "0"], ["--foreign_claims", "0"], ["--objective", "x"]]
+)
 def test_flags_that_would_undo_the_listening_objective_are_refused(flags):
     wrong = shell("synthetic", "synthetic", "cpu", "run", *flags, OBJECTIVE="listen")
     assert wrong.returncode == 2 and f"OBJECTIVE=listen and {flags[0]} do not go together" in wrong.stderr
