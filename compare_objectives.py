@@ -273,9 +273,9 @@ def main() -> None:
     print(table(rows))
     if pictured := {key: rows[key][0] for key in PICTURED if key in rows}:
         picture = args.picture or args.model_dir / f"objectives{arch_name}.png"
-        checkpoints = {run.row.label: run.folder / "best.pth" for run in pictured.values()}
+        checkpoints = {key: run.folder / "best.pth" for key, run in pictured.items()}
         side_by_side_on_synthetic(checkpoints, DATA[TEST_DATA], picture)
-        print(f"\n{picture}: {', '.join(run.row.label for run in pictured.values())}")
+        print(f"\n{picture}: {', '.join(pictured)}")
 
 
 if __name__ == "__main__":
