@@ -330,6 +330,7 @@ def start(folder: Path, out: Path) -> multiprocessing.Process:
 
     def run() -> None:
         os.setpgrp()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         prepare_clips.convert = slow
         run_cli(lambda: prepare_data.main(["clips", str(folder), "--out", str(out), "--workers", "2"]))
 
