@@ -62,7 +62,7 @@ case ${OBJECTIVE:=paper} in
         recipe+=(--share_contrast 1 --foreign_claims 4 --lam3 0 --infer_sharpening 0.1 --infer_smoothing 0.1)
         name=${name}_listen
         for word in "$@"; do # they would undo it, and the name would not say so
-            case $word in --share_contrast | --foreign_claims | --lam3 | --num_slots | --foreign_tokens | --objective)
+            case ${word%%=*} in --share_contrast | --foreign_claims | --lam3 | --num_slots | --foreign_tokens | --objective)
                 refuse "OBJECTIVE=listen and $word do not go together: listen is --share_contrast 1 --foreign_claims 4 --lam3 0" ;;
             esac
         done
@@ -97,7 +97,7 @@ case ${ABLATION:=} in
 esac
 if [ -n "$ABLATION" ]; then # the user's flags come last and would undo it
     for word in "$@"; do
-        case $word in --lam1 | --lam2 | --lam3 | --reciprocal_k | --mask_ratio | --num_slots | --objective)
+        case ${word%%=*} in --lam1 | --lam2 | --lam3 | --reciprocal_k | --mask_ratio | --num_slots | --objective)
             refuse "ABLATION=$ABLATION and $word do not go together: the name would not say what was trained" ;;
         esac
     done

@@ -108,7 +108,10 @@ def add_run_flags(parser: ArgumentParser) -> None:
     group.add_argument("--alpha", type=number(float, low=0, high=1), default=0.6, help="weight of AUD in IQR")
     group.add_argument("--infer_sharpening", type=number(float, above=0), default=0.1, help="of the maps in tests")
     group.add_argument(
-        "--infer_smoothing", type=number(float, low=0, high=1 / 3), default=0.0, help="the same; 0: the paper's"
+        "--infer_smoothing",
+        type=number(float, low=0, high=1 / 3),
+        default=0.0,
+        help="of the maps in tests, to each neighbour",
     )
     group.add_argument("--wandb", choices=("true", "offline", "false"), default="false", help="log to Weights & Biases")
     group.add_argument("--resume", action="store_true", help="go on from latest.pth, exactly")

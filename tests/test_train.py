@@ -397,7 +397,14 @@ def test_wandb_without_a_login_records_offline_and_says_so(synthetic_root, tmp_p
 
 
 @pytest.mark.parametrize(
-    "flags", [["--lam3", "100"], ["--share_contrast", "0"], ["--foreign_claims", "0"], ["--objective", "x"]]
+    "flags",
+    [
+        ["--lam3", "100"],
+        ["--share_contrast", "0"],
+        ["--foreign_claims", "0"],
+        ["--foreign_claims=0"],
+        ["--objective", "x"],
+    ],
 )
 def test_flags_that_would_undo_the_listening_objective_are_refused(flags):
     wrong = shell("synthetic", "synthetic", "cpu", "run", *flags, OBJECTIVE="listen")
