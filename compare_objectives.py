@@ -79,7 +79,7 @@ TABLES = {  # title: (head of a column, split, metric of AUD or CLASS_RECALL)
     ),
 }
 # The full-size encoders, 7 x 7 tokens of 512 channels; all else is the synthetic recipe's, but for rate and batch, with
-# which the contrast of listen fell further in its first epochs than with the small model's.
+# which share contrast fell further in its first epochs than with the small model's.
 ARCHITECTURES = {"small": "", "resnet18": "--arch resnet18 --image_size 224 --lr 3e-4 --batch_size 32"}
 PYTHON = sys.executable
 LAST_LINES = 5  # of a training that failed

@@ -111,7 +111,7 @@ def add_run_flags(parser: ArgumentParser) -> None:
         "--infer_smoothing",
         type=number(float, low=0, high=1 / 3),
         default=0.0,
-        help="of the maps in tests, to each neighbour",
+        help="of the maps in tests: share that flows to each neighbour",
     )
     group.add_argument("--wandb", choices=("true", "offline", "false"), default="false", help="log to Weights & Biases")
     group.add_argument("--resume", action="store_true", help="go on from latest.pth, exactly")
