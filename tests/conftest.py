@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"  # reference numbers, with their own README
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 os.environ["WANDB_MODE"] = "offline"  # no test may reach for a network

@@ -7,7 +7,7 @@ import PIL
 import pytest
 import soundfile
 import torch
-from conftest import shared_folder
+from conftest import GOLDEN, shared_folder
 from PIL import Image
 
 import annotations
@@ -18,21 +18,19 @@ from utils import UserError
 
 @pytest.mark.parametrize("name", ["wide", "tall"])
 def test_evaluation_picture_matches_the_reference_exactly(name):
-    folder = shared_folder("golden")
     if name == "tall" and int(PIL.__version__.split(".")[0]) < 13:
         pytest.skip("Pillow before 13 takes the two passes of a resize in another order, up to 3 grey levels off")
-    reference = np.load(folder / "preprocess_public.npz")[f"image_{name}"]
-    picture = transforms.load_image(folder / "preprocess" / f"{name}.png")
+    reference = np.load(GOLDEN / "preprocess_public.npz")[f"image_{name}"]
+    picture = transforms.load_image(GOLDEN / "preprocess" / f"{name}.png")
     assert np.array_equal(transforms.eval_transform(224)(picture).numpy(), reference)
 
 
 def test_consensus_and_mask_match_the_reference():
-    folder = shared_folder("golden")
-    reference = np.load(folder / "preprocess_public.npz")
+    reference = np.load(GOLDEN / "preprocess_public.npz")
     assert np.array_equal(
-        annotations.consensus_map(folder / "preprocess" / "123.xml").numpy(), reference["consensus_123"]
+        annotations.consensus_map(GOLDEN / "preprocess" / "123.xml").numpy(), reference["consensus_123"]
     )
-    assert np.array_equal(annotations.mask_map(folder / "preprocess" / "mask.png").numpy(), reference["mask"])
+    assert np.array_equal(annotations.mask_map(GOLDEN / "preprocess" / "mask.png").numpy(), reference["mask"])
 
 
 # ---------------------------------------------------------------- a miniature data set

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import shared_folder
+from conftest import GOLDEN, shared_folder
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
@@ -56,9 +56,8 @@ def random_batch(seed, count=6, size=24):
 
 @pytest.fixture(scope="module")
 def golden():
-    folder = shared_folder("golden")
-    arrays = dict(np.load(folder / "evaluation_public.npz"))
-    boxes = json.loads((folder / "evaluation_public.json").read_text())
+    arrays = dict(np.load(GOLDEN / "evaluation_public.npz"))
+    boxes = json.loads((GOLDEN / "evaluation_public.json").read_text())
     weights = {"flickr": 0.5, "vggss": 1.0}
     pairs = zip(boxes["boxes"], boxes["format"], strict=True)
     arrays["truth"] = torch.stack([boxes_to_truth(drawn, weights[kind]) for drawn, kind in pairs])

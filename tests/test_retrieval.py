@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import shared_folder
+from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +14,7 @@ few = settings(max_examples=20, deadline=None)
 
 
 def test_retrieval_matches_the_reference():
-    golden = np.load(shared_folder("golden") / "evaluation_public.npz")
+    golden = np.load(GOLDEN / "evaluation_public.npz")
     image, audio = torch.from_numpy(golden["fn_image_slots"]), torch.from_numpy(golden["fn_audio_slots"])
     recall = retrieval.retrieval_recall(image, audio)
     assert np.allclose(list(recall["image_to_audio"].values()), golden["retrieval_i2a"], rtol=0, atol=1e-6)

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import shared_folder
+from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,11 +45,8 @@ def score(ids, maps, truth, batch=5, truth_of_set=None, resamples=50, **scalars)
 
 
 def test_the_summary_matches_the_reference():
-    folder = shared_folder("golden")
-    golden, boxes = (
-        np.load(folder / "evaluation_public.npz"),
-        json.loads((folder / "evaluation_public.json").read_text()),
-    )
+    golden = np.load(GOLDEN / "evaluation_public.npz")
+    boxes = json.loads((GOLDEN / "evaluation_public.json").read_text())
     maps = normalize_maps(upsample_maps(torch.from_numpy(golden["audio_query_maps"])))
     truth = torch.zeros(48, 224, 224)
     for sample, drawn, kind in zip(truth, boxes["boxes"], boxes["format"], strict=True):
