@@ -25,13 +25,13 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt
 setup: $(VENV)/.ready
 
 demo: setup
-	$(RUN) demo.py --seeds 0
+	$(RUN) -m experiments.demo --seeds 0
 
 demo-table: setup
-	$(RUN) demo.py --seeds 0 1 2 --export checkpoints/demo.pth
+	$(RUN) -m experiments.demo --seeds 0 1 2 --export checkpoints/demo.pth
 
 objectives: setup
-	$(RUN) compare_objectives.py --seeds 0 1 2
+	$(RUN) -m experiments.objectives --seeds 0 1 2
 
 test: setup
 	$(VENV)/bin/ruff check .

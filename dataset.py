@@ -27,7 +27,7 @@ from annotations import (
     read_silent_pairs,
 )
 from audio_io import AUDIO_SUFFIXES, load_spectrogram, sourceless_spectrogram
-from metrics import MAP_SIZE
+from scoring.metrics import MAP_SIZE
 from transforms import eval_transform, load_image, mask_spectrogram, train_transform
 from utils import Absent, Undecodable, UserError, as_user_error
 
@@ -146,7 +146,7 @@ def data_root(row: SetRow, given: str | Path | None, flag: str) -> Path:
             raise Absent(f"where are the data? Give their root as {flag}, or set {row.root}=/path/to/data/")
     root = Path(given or row.root)
     if not root.is_dir():
-        mend = f"set {row.root}" if row.root.endswith("_ROOT") else "python synthetic.py makes it"
+        mend = f"set {row.root}" if row.root.endswith("_ROOT") else "python -m synthetic.generate makes it"
         raise Absent(f"the data folder {root} does not exist: {mend}, or give another as {flag}")
     return root
 

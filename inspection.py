@@ -20,7 +20,7 @@ from audio_io import HOP, SAMPLE_RATE, load_audio, load_power, load_spectrogram
 from dataset import TEST_SETS, Pair, SetRow
 from dataset_avs import AVS_SETS, read_videos
 from distributed import hidden_bar
-from metrics import MAP_SIZE
+from scoring.metrics import MAP_SIZE
 from transforms import load_image
 from utils import Undecodable, UserError
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from audio_io import num_frames
-from metrics import MAP_SIZE, normalize_maps, upsample_maps
 from resnet import AudioEncoder, ImageEncoder, get_recipe, tokens_along
+from scoring.metrics import MAP_SIZE, normalize_maps, upsample_maps
 from utils import UserError, check_weights, load_checkpoint
 
 ModelClass = TypeVar("ModelClass", bound=nn.Module)

@@ -10,9 +10,9 @@
 
 from collections.abc import Sequence
 
-import prepare_check
-import prepare_clips
-import prepare_metadata
+import prepare.check as prepare_check
+import prepare.clips as prepare_clips
+import prepare.metadata as prepare_metadata
 from utils import ArgumentParser, run_cli
 
 COMMANDS = {

@@ -15,15 +15,12 @@ import numpy as np
 import torch
 
 from annotations import first_ids, read_ids
-from comparison import compare
 from dataset import TRAIN_SETS, EvaluationPairs, TrainingPairs, select_training_pairs
-from diagnose import check_slots, diagnose
 from distributed import anyone, is_main, launched, own_device, process_group
-from evaluation import Evaluation, OnBatch, evaluate, evaluate_stored, match_ids
-from html_report import Gallery
-from metrics import MAP_SIZE
 from models import Model, load_model
-from report import (
+from reports.diagnose import check_slots, diagnose
+from reports.page import Gallery
+from reports.table import (
     Drawer,
     describe_checkpoint,
     own_inference,
@@ -33,10 +30,13 @@ from report import (
     training_overlap,
 )
 from resnet import ObjectSaliency
-from scores import RESAMPLES
-from set_scores import ScoredBatch
-from stored_maps import MapWriter, StoredMaps
-from test_sets import add_test_set_flags, build_ground_truths, build_test_sets
+from scoring.accumulate import ScoredBatch
+from scoring.compare import compare
+from scoring.evaluate import Evaluation, OnBatch, evaluate, evaluate_stored, match_ids
+from scoring.maps_file import MapWriter, StoredMaps
+from scoring.metrics import MAP_SIZE
+from scoring.summary import RESAMPLES
+from sets import add_test_set_flags, build_ground_truths, build_test_sets
 from utils import (
     ArgumentParser,
     UserError,

@@ -18,11 +18,11 @@ from dataset import TRAIN_SETS, TrainingPairs, hold_out, select_training_pairs
 from distributed import own_device, process_group, world_size
 from inspection import overlap_with_tests, undecodable
 from models import OBJECTIVES, Model
-from optimisation import LR_DECAY, MAP_LOSSES, with_sync_bn
 from resnet import RECIPES, load_imagenet_weights
-from resuming import goes_on
-from test_sets import ALL_SETS, add_test_set_flags, build_test_sets, parse_testsets
-from training import Run, TrainingData
+from sets import ALL_SETS, add_test_set_flags, build_test_sets, parse_testsets
+from training.resume import goes_on
+from training.run import Run, TrainingData
+from training.step import LR_DECAY, MAP_LOSSES, with_sync_bn
 from utils import ArgumentParser, UserError, as_user_error, number, provenance, run_cli, seed_everything
 
 # ---------------------------------------------------------------- command line

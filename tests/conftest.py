@@ -36,7 +36,7 @@ def shared_folder(name: str) -> Path:
 @pytest.fixture(scope="session")
 def synthetic_root(tmp_path_factory) -> Path:
     """A small synthetic set: 70 training pairs, 10 held out, 20 of each test split (10 interactive pictures)."""
-    from synthetic import generate
+    from synthetic.generate import generate
 
     root = tmp_path_factory.mktemp("synthetic") / "data"
     counts = {"train": 70, "val": 10, "test": 20, "distractor": 20, "interactive": 10, "offscreen": 20}

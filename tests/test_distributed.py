@@ -12,7 +12,7 @@ import distributed
 from distributed import average, gather_in_order, own_rows, own_share, shares
 from model_maxpool import MaxPoolModel
 from model_slot import JointSlotModel, TokenMasks
-from optimisation import Inputs, Optimisation, weights_of
+from training.step import Inputs, Optimisation, weights_of
 
 PAIRS = 10  # not a multiple of 3 processes, nor of parts of 4
 WEIGHTS = {"info_nce": 1.0, "reconstruction": 0.1, "slot_divergence": 0.1, "attention_matching": 100.0}

@@ -11,10 +11,10 @@ from torchvision.models import resnet18
 
 import models
 from dataset import build_test_set
-from diagnose import diagnose
-from evaluation import embed_set
 from model_maxpool import MaxPoolModel, max_pool_contrast_loss, max_pool_scores
 from model_slot import JointSlotModel
+from reports.diagnose import diagnose
+from scoring.evaluate import embed_set
 from utils import UserError, load_checkpoint, save_checkpoint
 
 SIZES = {"image_size": 64, "audio_seconds": 0.8}

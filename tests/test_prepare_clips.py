@@ -20,11 +20,11 @@ import soundfile
 from conftest import shared_folder
 from PIL import Image
 
-import prepare_clips
+import prepare.clips as prepare_clips
 import prepare_data
 from audio_io import SAMPLE_RATE, load_audio, load_spectrogram
 from dataset import find_pairs
-from prepare_clips import clip_id
+from prepare.clips import clip_id
 from utils import run_cli
 
 COLOURS = ((220, 40, 40), (40, 220, 40), (40, 40, 220), (220, 220, 40), (220, 40, 220), (40, 220, 220), (90, 90, 90))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, shared_folder
 
-import prepare_metadata
+import prepare.metadata as prepare_metadata
 from annotations import read_ids
 
 CONTENT = {name: f"{name}\n".encode() * 20_000 for name in ("a.txt", "b.csv", "gated.csv")}

@@ -4,11 +4,11 @@ import json
 
 import cv2
 import pytest
-from test_synthetic import TINY, ids_of
+from test_synthetic_generate import TINY, ids_of
 
-import synthetic
-import synthetic_kinds
-from synthetic import SPLITS
+import synthetic.generate as synthetic
+import synthetic.kinds as synthetic_kinds
+from synthetic.generate import SPLITS
 from utils import run_cli
 
 

@@ -6,14 +6,14 @@ import json
 import numpy as np
 import pytest
 import soundfile
-from test_synthetic import digests, heard_in, ids_of, kinds_by_role
+from test_synthetic_generate import digests, heard_in, ids_of, kinds_by_role
 
 import dataset
-import synthetic
-import synthetic_kinds
+import synthetic.generate as synthetic
+import synthetic.kinds as synthetic_kinds
 from audio_io import log_spectrogram
-from synthetic import SPLITS
-from synthetic_kinds import KINDS
+from synthetic.generate import SPLITS
+from synthetic.kinds import KINDS
 
 
 @pytest.fixture(scope="module")

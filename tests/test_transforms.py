@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional, v2
 
-import benchmark
+import experiments.benchmark as benchmark
 import transforms
 
 SIZE = 224

@@ -1,0 +1,481 @@
+"""Speed against the way the released code works, as ratios within one run.
+
+    python -m experiments.benchmark step|input|eval|scaling|all
+
+The baselines below stay as the released code does the work; each is timed in alternation with ours, and medians are
+compared. After the table comes one JSON object per figure: name, value, baseline, ratio (baseline / value), unit.
+Where nothing of the released code compares, the baseline is what the name says, or null.
+"""
+
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms as torchvision_v1
+from tqdm import tqdm
+
+from annotations import GroundTruth, box_map
+from audio_io import SAMPLE_RATE, load_audio, num_frames, num_samples, power_spectrogram
+from dataset import Pair, Sample, TrainingPairs, make_loader
+from distributed import own_rows
+from model_slot import JointSlotModel, TokenMasks
+from scoring.accumulate import enlarge, in_parts
+from scoring.evaluate import evaluate_stored
+from scoring.maps_file import StoredMaps
+from scoring.metrics import area_under_curve, consensus_iou, region_fixed, success_rate
+from scoring.summary import RESAMPLES
+from training.step import MAP_LOSSES, Inputs, Optimisation, choose_amp, loss_weights, wants_maps, weighted
+from utils import ArgumentParser, bf16_is_fast, number, peak_memory_gib, provenance, run_cli, strict_json
+
+ALPHA = 0.6
+SIX_MAPS = ("AUD", "IMG_QUERY", "OBJ_PRIOR", "IQR", "OGL", "IQR_OGL")
+VGGSS_PAIRS = 5158
+BATCH = 64
+IMAGE_SIZE, AUDIO_SECONDS = 224, 5.0
+INPUT_FILES = 32  # different pictures and sounds
+LOSS_WEIGHTS = loss_weights(0, 0, 0.1, 0.1, 100.0)
+WITH_MAPS = loss_weights(0, 0, 0.1, 0.1, 100.0, **dict.fromkeys(MAP_LOSSES, 1.0))
+TRAIN_BATCH, TRAIN_WORKERS = 32, 2
+
+
+class Timing(NamedTuple):
+    name: str
+    value: float
+    baseline: float | None
+    unit: str
+
+    def line(self) -> dict:
+        ratio = None if self.baseline is None else self.baseline / self.value
+        return {"name": self.name, "value": self.value, "baseline": self.baseline, "ratio": ratio, "unit": self.unit}
+
+
+def seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
+    run()
+    return clock() - start
+
+
+def alternate(
+    ours: Callable[[], object],
+    baseline: Callable[[], object],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float]:
+    """Median seconds of both by the clock, timed in turns after one untimed call of each."""
+    ours(), baseline()
+    pairs = [
+        (seconds(ours, clock), seconds(baseline, clock))
+        for _ in tqdm(range(rounds), "timing", leave=False, disable=None)
+    ]
+    return median(pair[0] for pair in pairs), median(pair[1] for pair in pairs)
+
+
+def apart(work: Callable, *arguments) -> object:
+    """work(*arguments) in a process of its own, whose peak memory is that of the work."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+# ---------------------------------------------------------------- step
+
+
+def random_inputs(model: JointSlotModel, batch: int) -> Inputs:
+    """Pictures and spectrograms of the full size, on the CPU."""
+    image = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE).contiguous(memory_format=torch.channels_last)
+    return Inputs(image, torch.randn(batch, 1, 257, num_frames(AUDIO_SECONDS)), model.draw_masks(batch))
+
+
+def full_model() -> JointSlotModel:
+    torch.manual_seed(0)
+    return JointSlotModel(image_size=IMAGE_SIZE, audio_seconds=AUDIO_SECONDS).train()
+
+
+def our_step(batch: int, micro_batch: int | None = None) -> Callable[[], object]:
+    """A step of the full-size model with everything as train_slot.py does it on this CPU, ready to be taken again."""
+    device = torch.device("cpu")
+    model = full_model().to(memory_format=torch.channels_last)
+    optimisation = Optimisation(model, device, 5e-5, amp=choose_amp("auto", device), micro_batch=micro_batch)
+    inputs = random_inputs(model, batch)
+    inputs = Inputs(*(x[own_rows(batch)] for x in inputs[:2]), TokenMasks(*(x[own_rows(batch)] for x in inputs.masks)))
+    return lambda: optimisation.step(inputs, batch, LOSS_WEIGHTS, 1.0)
+
+
+def released_step(batch: int) -> Callable[[], object]:
+    """The same step as the released code takes it: fp32, contiguous."""
+    model = full_model()
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-5)
+    image, spectrogram, _ = random_inputs(model, batch)
+    image = image.contiguous()
+
+    def step() -> None:
+        losses = model(image, spectrogram)
+        loss = sum(weight * losses[name] for name, weight in LOSS_WEIGHTS.items())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def slots_and_losses(batch: int, weights: Mapping[str, float] = LOSS_WEIGHTS) -> Callable[[], object]:
+    """What a step does beside the encoders, forward and backward."""
+    model = full_model()
+    with torch.no_grad():
+        tokens = [x.detach().requires_grad_() for x in model.encode(*random_inputs(model, batch)[:2])]
+    masks = model.draw_masks(batch)
+
+    amp = choose_amp("auto", torch.device("cpu"))
+
+    def run() -> None:
+        with torch.autocast("cpu", amp, enabled=amp is not None):
+            pairs = model.represent_tokens(*tokens, masks)
+            losses = model.batch_losses(model.contrasted(pairs, wants_maps(weights))) | model.pair_losses(pairs)
+        weighted(losses, weights).backward()
+
+    return run
+
+
+def memory_of(make_step: Callable, *arguments) -> float:
+    """GiB that this process has held at most after two steps."""
+    step = make_step(*arguments)
+    step(), step()
+    return peak_memory_gib(torch.device("cpu"))
+
+
+def limit_of_this_machine(dtype: torch.dtype) -> float:
+    """FLOP per second of the best of 5 products of 4096 x 4096 matrices."""
+    a, b = (torch.randn(4096, 4096).to(dtype) for _ in range(2))
+    return 2 * 4096**3 / min(seconds(lambda: a @ b, time.perf_counter) for _ in range(5))
+
+
+def bench_step(rounds: int, batch: int) -> Iterator[Timing]:
+    ours, baseline, rest = our_step(batch), released_step(batch), slots_and_losses(batch)
+    with FlopCounterMode(display=False) as counter:
+        baseline()
+    spent, released = alternate(ours, baseline, rounds)
+    yield Timing(f"step: full size, batch {batch}", spent, released, "s")
+    limit = limit_of_this_machine(choose_amp("auto", torch.device("cpu")) or torch.float32)
+    share = counter.get_total_flops() / spent / limit
+    yield Timing(f"step: share of this machine's {limit / 1e9:.0f} GFLOP/s", 100 * share, None, "%")
+    beside, _ = alternate(rest, lambda: None, rounds)
+    yield Timing("step: slots and losses, share of the step", 100 * beside / spent, None, "%")
+    with_maps, beside = alternate(slots_and_losses(batch, WITH_MAPS), rest, rounds)
+    yield Timing("step: all losses of the map, share of the step", 100 * (with_maps - beside) / spent, None, "%")
+    del ours, baseline, rest
+    memory = [apart(memory_of, make, batch) for make in (our_step, released_step)]
+    yield Timing("step: peak memory", *memory, "GiB")
+
+
+# ---------------------------------------------------------------- scaling
+
+
+def time_of_step(batch: int, micro_batch: int | None, rounds: int) -> tuple[float, float]:
+    """Median seconds of a step after an untimed one, and the peak memory in GiB."""
+    step = our_step(batch, micro_batch)
+    step()
+    return median(seconds(step, time.perf_counter) for _ in range(rounds)), peak_memory_gib(torch.device("cpu"))
+
+
+def time_in_process(rank: int, world: int, threads: int, store: str, batch: int, rounds: int) -> None:
+    """One of so many processes that take the step together; the first one writes the median seconds."""
+    torch.set_num_threads(threads)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    spent, _ = time_of_step(batch, None, rounds)
+    if rank == 0:
+        Path(store).with_name("seconds").write_text(str(spent))
+    torch.distributed.destroy_process_group()
+
+
+def time_of_processes(world: int, batch: int, rounds: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        threads = max(1, torch.get_num_threads() // world)
+        arguments = (world, threads, f"{folder}/store", batch, rounds)
+        torch.multiprocessing.spawn(time_in_process, arguments, world)
+        return float((Path(folder) / "seconds").read_text())
+
+
+def bench_scaling(rounds: int, sizes: Sequence[int], part_size: int) -> Iterator[Timing]:
+    baseline = None
+    for batch, part in [*((size, None) for size in sizes), (sizes[-1], part_size)]:
+        spent, memory = apart(time_of_step, batch, part, rounds)
+        name = f"scaling: batch {batch}" + (f" in parts of {part}" if part else "")
+        baseline = baseline or 1000 * spent / batch
+        yield Timing(f"{name}, per pair (baseline: batch {sizes[0]})", 1000 * spent / batch, baseline, "ms")
+        yield Timing(f"{name}, peak memory", memory, None, "GiB")
+    one, two = (time_of_processes(world, part_size, rounds) for world in (1, 2))
+    yield Timing(f"scaling: 2 processes, global batch {part_size} (baseline: 1 process)", two, one, "s")
+
+
+# ---------------------------------------------------------------- input
+
+
+def random_picture(rng: np.random.Generator, height: int = 360, width: int = 640) -> np.ndarray:
+    """(height, width, 3) uint8: smooth fields of several scales, discs with sharp edges, a little noise."""
+    picture = np.zeros((height, width, 3))
+    for cells in (3, 8, 20, 60, 160):
+        field = rng.normal(size=(cells, cells * width // height, 3))
+        picture += cells**-0.5 * cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC)
+    picture = 128 + 45 * picture / picture.std()
+    for _ in range(6):
+        centre, radius = rng.integers((width, height)).tolist(), int(rng.integers(height // 36, height // 4))
+        cv2.circle(picture, centre, radius, rng.uniform(0, 255, 3).tolist(), cv2.FILLED, cv2.LINE_AA)
+    return (picture + rng.normal(0, 2, picture.shape)).clip(0, 255).astype(np.uint8)
+
+
+def random_sound(rng: np.random.Generator, length: int) -> np.ndarray:
+    """(length,) in -1..1: a tone in noise."""
+    time_axis = np.arange(length) / SAMPLE_RATE
+    return 0.3 * np.sin(2 * np.pi * rng.uniform(100, 4000) * time_axis) + rng.normal(0, 0.05, length)
+
+
+def make_input_files(folder: Path, count: int) -> tuple[list[Pair], list[Pair]]:
+    """Pictures of 640 x 360 and 10-s sounds, as ours reads them and, with stored spectrograms, as the baseline does."""
+    rng = np.random.default_rng(0)
+    ours, baseline = [], []
+    for i in range(count):
+        picture, sound, stored = (str(folder / f"{i}.{suffix}") for suffix in ("jpg", "wav", "npy"))
+        Image.fromarray(random_picture(rng)).save(picture, quality=90)
+        soundfile.write(sound, random_sound(rng, 10 * SAMPLE_RATE), SAMPLE_RATE, subtype="PCM_16")
+        np.save(stored, power_spectrogram(load_audio(sound, num_samples(AUDIO_SECONDS))).numpy())
+        ours.append(Pair(str(i), picture, sound))
+        baseline.append(Pair(str(i), picture, stored))
+    return ours, baseline
+
+
+class ReleasedPairs(Dataset):
+    """Training pairs as the released code makes them: torchvision's transforms on PIL pictures, stored spectrograms."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.pairs = pairs
+        self.transform = torchvision_v1.Compose(
+            [
+                torchvision_v1.Resize(int(224 * 1.1), torchvision_v1.InterpolationMode.BICUBIC),
+                torchvision_v1.RandomCrop(224),
+                torchvision_v1.RandomApply([torchvision_v1.GaussianBlur(5, (0.1, 2.0))], p=0.8),
+                torchvision_v1.RandomHorizontalFlip(),
+                torchvision_v1.RandomApply([torchvision_v1.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
+                torchvision_v1.RandomGrayscale(0.2),
+                torchvision_v1.ToTensor(),
+                torchvision_v1.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        pair = self.pairs[index]
+        image = self.transform(Image.open(pair.image).convert("RGB"))
+        spectrogram = torch.log(torch.from_numpy(np.load(pair.audio)) + 1e-7) / 12
+        for axis in (1, 2):
+            width = int(torch.randint(10, (1,)))
+            start = int(torch.randint(spectrogram.shape[axis] - width + 1, (1,)))
+            spectrogram.narrow(axis, start, width).fill_(0)
+        return Sample(image, spectrogram, torch.empty(0), pair.id, "")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread, as in a loader's worker."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def read_all(pairs: Dataset) -> None:
+    for index in range(len(pairs)):
+        pairs[index]
+
+
+def train_epoch(pairs: Dataset, model: JointSlotModel, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Forward, backward and step over all batches, in bfloat16 where that is fast."""
+    for batch in make_loader(pairs, TRAIN_BATCH, TRAIN_WORKERS):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device)):
+            loss = sum(model(batch.image.to(device), batch.spectrogram.to(device)).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    loss.item()  # waits for the device
+
+
+def bench_input(rounds: int, train_pairs: int) -> Iterator[Timing]:
+    with tempfile.TemporaryDirectory() as folder:
+        files = make_input_files(Path(folder), INPUT_FILES)
+
+        def data_sets(count: int) -> tuple[TrainingPairs, ReleasedPairs]:
+            ours, baseline = ([found[i % len(found)] for i in range(count)] for found in files)
+            return TrainingPairs(ours, IMAGE_SIZE, AUDIO_SECONDS, "hard"), ReleasedPairs(baseline)
+
+        ours, baseline = data_sets(2 * INPUT_FILES)
+        with one_thread():
+            spent = alternate(lambda: read_all(ours), lambda: read_all(baseline), rounds, time.process_time)
+        yield Timing("input: core time, per sample", *(1000 * t / len(ours) for t in spent), "ms")
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(0)
+        model = JointSlotModel(arch="small", image_size=IMAGE_SIZE, audio_seconds=AUDIO_SECONDS).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+        ours, baseline = data_sets(train_pairs)
+        spent = alternate(
+            lambda: train_epoch(ours, model, optimizer, device),
+            lambda: train_epoch(baseline, model, optimizer, device),
+            rounds,
+        )
+        name = f"input: training epoch, {TRAIN_WORKERS} loader workers, {device.type}, per pair"
+        yield Timing(name, *(1000 * t / len(ours) for t in spent), "ms")
+
+
+# ---------------------------------------------------------------- eval
+
+
+def random_maps(count: int, seed: int = 0) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Maps (count, 7, 7) of the three sources, and boxes as truth (count, 224, 224)."""
+    rng = np.random.default_rng(seed)
+    raw = {name: torch.from_numpy(rng.random((count, 7, 7), dtype=np.float32)) for name in SIX_MAPS[:3]}
+    corners = rng.random((count, 2, 2)) / 2
+    truth = torch.stack([box_map([[*low, *(low + 0.2 + size / 2)]]) for low, size in corners])
+    return raw, truth
+
+
+def released_scoring(raw: dict[str, torch.Tensor], truth: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """cIoU and AUC of the six maps, sample by sample in NumPy: (cIoU, AUC) by map."""
+
+    def rescale(values: np.ndarray) -> np.ndarray:
+        return (values - values.min()) / (values.max() - values.min())
+
+    ious = {name: [] for name in SIX_MAPS}
+    for start in range(0, len(truth), BATCH):
+        large = {
+            name: F.interpolate(maps[start : start + BATCH, None], (224, 224), mode="bicubic", align_corners=False)
+            for name, maps in raw.items()
+        }
+        large = {name: maps.numpy() for name, maps in large.items()}
+        for i in range(len(large["AUD"])):
+            audio, image, prior = (rescale(large[name][i, 0]) for name in SIX_MAPS[:3])
+            maps = {
+                "AUD": audio,
+                "IMG_QUERY": image,
+                "OBJ_PRIOR": prior,
+                "IQR": rescale(audio * ALPHA + image * (1 - ALPHA)),
+                "OGL": rescale(audio * ALPHA + prior * (1 - ALPHA)),
+                "IQR_OGL": rescale(audio * ALPHA + image * (1 - ALPHA) / 2 + prior * (1 - ALPHA) / 2),
+            }
+            ground_truth = truth[start + i].numpy()
+            for name, heat in maps.items():
+                region = np.zeros((224, 224))
+                region[heat >= 0.6] = 1
+                inside = np.sum(region * ground_truth)
+                ious[name].append(inside / (np.sum(ground_truth) + np.sum(region * (ground_truth == 0))))
+    scores = {}
+    for name, values in ious.items():
+        curve = [np.sum(np.array(values) >= 0.05 * step) / len(values) for step in range(21)]
+        scores[name] = (np.mean(np.array(values) >= 0.5), sum(curve[1:-1]) * 0.05 + (curve[0] + curve[-1]) * 0.025)
+    return scores
+
+
+def our_scoring(raw: dict[str, torch.Tensor], truth: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """The same by what every evaluation here runs through."""
+
+    def score(rows: slice) -> dict[str, torch.Tensor]:
+        maps = enlarge({name: values[rows] for name, values in raw.items()}, "bicubic", ALPHA)
+        return {name: consensus_iou(region_fixed(values), truth[rows]) for name, values in maps.items()}
+
+    parts = list(in_parts(score, len(truth)))
+    ious = {name: torch.cat([part[name] for part in parts]) for name in SIX_MAPS}
+    return {name: (success_rate(values), area_under_curve(values)) for name, values in ious.items()}
+
+
+def score_stored_set(pairs: int) -> tuple[float, int]:
+    """Seconds for stored maps of `pairs` samples, six kinds, with every metric there is, intervals, and maps scored."""
+    raw, truth = random_maps(pairs)
+    ids = [f"clip_{i}" for i in range(pairs)]
+    rows = dict(zip(ids, truth, strict=True))
+    classes = {name: f"class {i % 220}" for i, name in enumerate(ids)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "maps.npz"
+        np.savez(
+            path,
+            id=ids,
+            alpha=ALPHA,
+            confidence=np.linspace(0, 1, pairs),
+            **{name: maps.numpy() for name, maps in raw.items()},
+        )
+        silent = frozenset(ids[::2])
+        wanted = GroundTruth("benchmark", ids, rows.__getitem__, pairs, classes, silent=silent, masks=True)
+        start = time.perf_counter()
+        scored = evaluate_stored(StoredMaps(path), wanted, BATCH, resamples=RESAMPLES)
+        return time.perf_counter() - start, pairs * len(scored.results["maps"])
+
+
+def bench_eval(rounds: int, pairs: int) -> Iterator[Timing]:
+    raw, truth = random_maps(8 * BATCH)
+    theirs, ours = released_scoring(raw, truth), our_scoring(raw, truth)
+    worst = max(abs(a - b) for name in SIX_MAPS for a, b in zip(theirs[name], ours[name], strict=True))
+    assert worst < 0.005, f"the two ways of scoring disagree by {worst}: the timing would compare different work"
+    scale = 1000 / len(truth)
+    times = alternate(lambda: our_scoring(raw, truth), lambda: released_scoring(raw, truth), rounds)
+    yield Timing("eval: cIoU and AUC of six maps, per sample", *(scale * t for t in times), "ms")
+    spent, maps = score_stored_set(pairs)
+    yield Timing(f"eval: every metric and interval, {pairs} samples, six maps", spent, None, "s")
+    yield Timing("eval: every metric, per map", 1000 * spent / maps, None, "ms")
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Time our way against the released code's.")
+    parser.add_argument("what", choices=("step", "input", "eval", "scaling", "all"), help="what is timed")
+    parser.add_argument(
+        "--rounds", type=number(int, low=1), default=5, help="alternating pairs of timings (scaling: 2 steps at most)"
+    )
+    parser.add_argument("--pairs", type=number(int, low=2), default=VGGSS_PAIRS, help="samples of the stored set")
+    parser.add_argument("--train_pairs", type=number(int, low=2), default=256, help="pairs of a training epoch")
+    parser.add_argument(
+        "--batch_size",
+        type=number(int, low=2),
+        default=32,
+        help="of the step that is timed; in scaling of parts and processes",
+    )
+    parser.add_argument(
+        "--batch_sizes", type=number(int, low=2), nargs="+", default=[16, 32, 64, 128, 256], help="of scaling"
+    )
+    args = parser.parse_args()
+    print(", ".join(f"{name} {value}" for name, value in provenance().items()) + f", {torch.get_num_threads()} threads")
+    benches = {
+        "step": lambda: bench_step(args.rounds, args.batch_size),
+        "input": lambda: bench_input(args.rounds, args.train_pairs),
+        "eval": lambda: bench_eval(args.rounds, args.pairs),
+        "scaling": lambda: bench_scaling(min(args.rounds, 2), args.batch_sizes, args.batch_size),
+    }
+    chosen = benches if args.what == "all" else [args.what]
+    lines = [timing.line() for name in chosen for timing in benches[name]()]
+    print(f"\n{'':72} {'ours':>11} {'released':>10} {'ratio':>7}")
+    for line in lines:
+        baseline, ratio = (f"{line[key]:.3g}" if line[key] is not None else "-" for key in ("baseline", "ratio"))
+        print(f"{line['name']:72} {line['value']:>7.3g} {line['unit']:3} {baseline:>10} {ratio:>7}")
+    print()
+    for line in lines:
+        print(strict_json(line))
+
+
+if __name__ == "__main__":
+    run_cli(main)

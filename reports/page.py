@@ -1,0 +1,178 @@
+"""One test result as a static page: figures with their intervals, the success curve, every sample with its sound.
+
+    gallery = Gallery(folder)
+    gallery.add(id, picture, truth, maps, sound)  # once per sample, while its maps are there
+    gallery.finish(results, rows)                 # folder/report.html; its pictures and sounds in folder/report_files/
+
+The page needs neither server nor network. `report_page.html` is its layout and receives everything as JSON.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from PIL import Image
+
+from audio_io import SAMPLE_RATE, crop_or_tile, load_audio, num_samples
+from reports.pictures import draw_truth, overlay
+from scoring.metrics import MAP_SIZE, RULES
+from utils import as_user_error, strict_json, write_text
+
+PAGE, FILES = "report.html", "report_files"
+TEMPLATE = Path(__file__).with_name("page.html")
+SHOWN_BY_DEFAULT = ("AUD", "IQR")
+JPEG_QUALITY = 82
+SCORES = (*(f"iou{suffix}" for suffix in RULES.values()), "average_precision", "pointing")  # of a sample, per map
+STEPS = np.arange(21) / 20  # IoU thresholds of the success curve, those that the AUC is taken at
+
+Files = Mapping[str, tuple[str, str | None]]  # id: names of its strip and of its sound, None where it has no sound
+
+
+class Gallery:
+    """Draws samples one by one; nothing stands in its place before `finish`.
+
+    folder: where the page goes; maps: names of those to draw, by default AUD and IQR, else the first two given;
+    seconds: length of sound that the model hears. A run that breaks off leaves an older page and its files untouched.
+    """
+
+    def __init__(self, folder: Path, maps: Sequence[str] | None = None, seconds: float = 5.0) -> None:
+        self.folder, self.maps, self.seconds = Path(folder), maps, seconds
+        self.shown: list[str] = []
+        self.files: dict[str, tuple[str, str | None]] = {}
+        self.draft = self.folder / f"{FILES}.part"
+        shutil.rmtree(self.draft, ignore_errors=True)
+        self.draft.mkdir(parents=True)
+
+    def add(
+        self, id: str, picture: np.ndarray, truth: np.ndarray, maps: Mapping[str, np.ndarray], sound: Path | None
+    ) -> None:
+        """Draw one sample: picture (H, W, 3) uint8 of any shape, truth and every map (224, 224) in 0..1.
+
+        sound: a sound file; a stored spectrogram (.npy) or None cannot be played. ValueError for an id that was there
+        before or a map that is missing, UserError for a sound that cannot be decoded.
+        """
+        if id in self.files:
+            raise ValueError(f"{id} is in the gallery already")
+        self.shown = self.shown or shown_maps(maps, self.maps)
+        name = f"{len(self.files):05d}"  # an id may hold anything, a file name may not
+        strip = Image.fromarray(sample_strip(picture, truth, {m: maps[m] for m in self.shown}))
+        strip.save(self.draft / f"{name}.jpg", quality=JPEG_QUALITY)
+        self.files[id] = (f"{name}.jpg", self._write_sound(name, sound))
+
+    def _write_sound(self, name: str, sound: Path | None) -> str | None:
+        if sound is None or Path(sound).suffix == ".npy":
+            return None
+        with as_user_error(ValueError):
+            heard = crop_or_tile(load_audio(sound), num_samples(self.seconds))
+        kind = sound_format()
+        name = f"{name}.{kind.lower()}"
+        soundfile.write(self.draft / name, heard, SAMPLE_RATE, format=kind)
+        return name
+
+    def finish(self, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path:
+        """Write the page and put it and its files in the place of older ones.
+
+        results, rows: see `page_data`. Between the old page and the new one there is none, never one of two runs.
+        """
+        page, files = self.folder / PAGE, self.folder / FILES
+        write_page(results, rows, self.draft / PAGE, self.shown, self.files)
+        page.unlink(missing_ok=True)
+        shutil.rmtree(files, ignore_errors=True)
+        os.replace(self.draft, files)
+        os.replace(files / PAGE, page)
+        return page
+
+
+def shown_maps(given: Mapping[str, Any], wanted: Sequence[str] | None = None) -> list[str]:
+    """Which maps a gallery draws: the wanted ones, else AUD and IQR as far as given, else the first two given."""
+    if missing := [name for name in wanted or () if name not in given]:
+        raise ValueError(f"no map {', '.join(missing)} to draw: there are {', '.join(given)}")
+    return list(wanted or [name for name in SHOWN_BY_DEFAULT if name in given] or list(given)[:2])
+
+
+def sample_strip(picture: np.ndarray, truth: np.ndarray, maps: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Side by side the picture and each map over it, all with the outline of G.
+
+    picture (H, W, 3) uint8, squeezed to a square as the model sees it; truth and maps (224, 224) in 0..1 ->
+    (224, 224 (1 + maps), 3) uint8.
+    """
+    square = Image.fromarray(picture).resize((MAP_SIZE, MAP_SIZE), Image.Resampling.BICUBIC)
+    square = np.asarray(square)
+    return np.hstack([draw_truth(tile, truth) for tile in (square, *(overlay(square, heat) for heat in maps.values()))])
+
+
+@cache
+def sound_format() -> str:
+    """MP3 where libsndfile writes it (since 1.1), else WAV of 16 bits, eight times as large; browsers play both."""
+    return "MP3" if "MP3" in soundfile.available_formats() else "WAV"
+
+
+# ---------------------------------------------------------------- the page
+
+
+def write_page(
+    results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], path: Path, shown: Sequence[str], files: Files
+) -> None:
+    """Write the page of `page_data` to `path`, whole or not at all; the files lie in report_files/ beside it."""
+    data = strict_json(page_data(results, rows, shown, files)).replace("<", "\\u003c")  # no </script> in any text
+    write_text(path, TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", data, 1))
+
+
+def page_data(
+    results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], shown: Sequence[str], files: Files
+) -> dict[str, Any]:
+    """What the page is made of, as one value that JSON can hold.
+
+    results: figures of a set as `test_model.py` writes them to results.json, fractions of 1 or undefined; rows: one
+    dict per sample with id, class, area (pixels of G), confidence and, per map, MAP_iou, MAP_iou_half,
+    MAP_iou_adaptive, MAP_average_precision, MAP_pointing as far as known; shown: the maps on the strips. ValueError
+    for no rows, and where rows and files are not of the same samples.
+    """
+    if not rows:
+        raise ValueError("no sample to report on")
+    if strange := {row["id"] for row in rows} ^ set(files):
+        raise ValueError(f"{len(strange)} samples have a row or a picture, but not both, {min(strange)!r} among them")
+    scores = {
+        name: {score: _column(rows, f"{name}_{score}") for score in SCORES if f"{name}_{score}" in rows[0]}
+        for name in results.get("maps", {})
+    }
+    return {
+        "results": results,
+        "shown": shown,
+        "folder": FILES,
+        "curves": {
+            rule: {name: success_curve(own["iou" + suffix]) for name, own in scores.items() if "iou" + suffix in own}
+            for rule, suffix in RULES.items()
+        },
+        "samples": {
+            **{key: [row.get(key) for row in rows] for key in ("id", "class", "area")},
+            "confidence": _per_ten_thousand(_column(rows, "confidence")),
+            "picture": [files[row["id"]][0] for row in rows],
+            "sound": [files[row["id"]][1] for row in rows],
+            "maps": {
+                name: {score: _per_ten_thousand(values) for score, values in own.items()}
+                for name, own in scores.items()
+            },
+        },
+    }
+
+
+def success_curve(ious: np.ndarray) -> list[float]:
+    """(N,) IoUs -> the share that reaches each of 0, 0.05 ... 1; an undefined one reaches none but counts."""
+    return (ious[:, None] >= STEPS).mean(0).tolist()
+
+
+def _column(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+    """(N,) float64, NaN where a row has no such value."""
+    return np.array([math.nan if row.get(key) is None else row[key] for row in rows], dtype=np.float64)
+
+
+def _per_ten_thousand(values: np.ndarray) -> list[int | None]:
+    """Short numbers for the page, rounded down, so that a failure (IoU < 0.5) never becomes a success."""
+    return [None if math.isnan(value) else math.floor(value * 10_000) for value in values]

@@ -1,0 +1,339 @@
+"""A small synthetic set of sounding objects in the VGG-Sound layout, made from a seed in under a minute.
+
+    python -m synthetic.generate --out data/synthetic    write the set
+    python -m synthetic.generate --out data/synthetic --probe    how far one gets on it without learning anything
+    python -m synthetic.generate --out data/synthetic_3 --train_objects 3 pictures to train on hold silent objects, too
+    python -m synthetic.generate --preview synthetic.png    contact sheet: pictures and a sound of each kind
+
+Ten kinds of objects, each with a look (shape, texture, range of colours) and a sound, both varied within the kind.
+Splits: train, val, test (one object in view), distractor (the sounding object among one or two silent ones of other
+kinds), interactive (two objects, and one entry for the sound of each) and offscreen (one to three objects; half of the
+pairs hear one of them, the others a kind that is not in view, digital silence or noise). Each sample comes from its own
+random stream, (seed, split, index): nothing is shared between splits, and the number of processes changes nothing.
+"""
+
+import json
+import multiprocessing
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import soundfile
+from numpy.random import Generator
+from tqdm import tqdm
+
+from audio_io import SAMPLE_RATE, log_spectrogram
+from synthetic.kinds import (
+    AUDIO_SECONDS,
+    BACKGROUND_CONTRAST,
+    CLUTTER_CONTRAST,
+    CLUTTER_COUNT,
+    KINDS,
+    LEVEL_DB,
+    SAMPLES,
+    difficulty,
+    draw_object,
+    make_noise,
+    make_sound,
+)
+from synthetic.probe import probe, probe_table
+from utils import ArgumentParser, UserError, as_user_error, atomic_path, number, run_cli, write_json, write_text
+
+FORMAT_VERSION = 1
+SIDE = 128  # pixels
+OBJECT_SIDE = (0.25, 0.5)  # longer side of an object's box, as a part of the picture's side
+JPEG_QUALITY = 92
+COUNTS = {"train": 4000, "val": 256, "test": 400, "distractor": 400, "interactive": 200, "offscreen": 360}  # pictures
+SPLITS = tuple(COUNTS)  # a split's place seeds its random streams: a new one goes to the end
+SILENCE, NOISE = "silence", "noise"  # what is heard besides the kinds, in offscreen alone
+MOST_OBJECTS = 3  # in a picture
+UNFINISHED = "unfinished"  # a file that stands in a root while it is written: an interrupted set is made anew
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def draw_background(rng: Generator) -> np.ndarray:
+    """A cluttered background of muted colours, RGB (SIDE, SIDE, 3) in about 0..255."""
+    texture = np.zeros((SIDE, SIDE, 3))
+    for cells in (3, 6, 12, 24, 48):
+        noise = rng.normal(size=(cells, cells, 1)) + 0.35 * rng.normal(size=(cells, cells, 3))
+        texture += cells ** -rng.uniform(0.2, 0.8) * cv2.resize(noise, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
+    unevenness = np.exp(0.5 * cv2.resize(rng.normal(size=(5, 5, 1)), (SIDE, SIDE), interpolation=cv2.INTER_CUBIC))
+    texture = unevenness[..., None] * (texture - texture.mean()) / texture.std()
+    picture = rng.uniform(80, 170) + rng.normal(0, 12, 3) + BACKGROUND_CONTRAST * texture / texture.std()
+    picture = np.clip(picture, 0, 255).astype(np.uint8)
+    for _ in range(rng.integers(CLUTTER_COUNT[0], CLUTTER_COUNT[1] + 1)):
+        colour = picture[tuple(rng.integers(0, SIDE, 2))] + CLUTTER_CONTRAST * (rng.normal() + 0.5 * rng.normal(size=3))
+        place = rng.integers(0, SIDE, 2)
+        if rng.random() < 0.5:
+            end = place + rng.integers(-SIDE // 2, SIDE // 2, 2)
+            cv2.line(picture, place.tolist(), end.tolist(), colour.tolist(), int(rng.integers(1, 4)), cv2.LINE_AA)
+        else:
+            patch = place + rng.integers(-9, 10, (rng.integers(3, 7), 2))
+            cv2.fillConvexPoly(picture, cv2.convexHull(patch.astype(np.int32)), colour.tolist(), cv2.LINE_AA)
+    return picture.astype(float)
+
+
+def place_squares(count: int, rng: Generator) -> np.ndarray:
+    """Squares inside the picture that do not overlap: (count, 3) whole numbers x, y, side in pixels, all alike."""
+    smallest, largest = (round(SIDE * part) for part in OBJECT_SIDE)
+    while True:
+        sides = rng.integers(smallest, largest + 1, count)
+        corners = (rng.random((count, 2)) * (SIDE + 1 - sides[:, None])).astype(int)
+        apart = [
+            (np.maximum(corners[i], corners[j]) >= np.minimum(corners[i] + sides[i], corners[j] + sides[j])).any()
+            for i in range(count)
+            for j in range(i)
+        ]
+        if all(apart):
+            return np.column_stack([corners, sides])
+
+
+def make_picture(kinds: list[str], rng: Generator) -> tuple[np.ndarray, list[list[float]]]:
+    """A picture of an object of each kind: RGB uint8 (SIDE, SIDE, 3); a tight box [xmin, ymin, xmax, ymax], 0..1, each.
+
+    The longer side of a box is 25 to 50 % of the picture's; the other is as short as the shape makes it. Each object is
+    centred in a square drawn before its kind is known, so that place and size tell nothing about the kind.
+    """
+    squares, picture, boxes = place_squares(len(kinds), rng), draw_background(rng), []
+    for kind, (left, top, side) in zip(kinds, squares.tolist()):
+        rgb, opacity = draw_object(kind, side, rng)
+        height, width = opacity.shape
+        left, top = left + (side - width) // 2, top + (side - height) // 2
+        window = picture[top : top + height, left : left + width]
+        window += opacity[..., None] * (rgb - window)
+        boxes.append([left / SIDE, top / SIDE, (left + width) / SIDE, (top + height) / SIDE])
+    light = rng.uniform(0.85, 1.1) * rng.uniform(0.95, 1.05, 3)
+    picture = picture * light + rng.normal(0, 3, picture.shape)
+    return np.clip(np.round(picture), 0, 255).astype(np.uint8), boxes
+
+
+# ---------------------------------------------------------------- the set on disk
+
+
+class Task(NamedTuple):
+    """One sample to write."""
+
+    root: Path
+    seed: int
+    split: str
+    index: int
+    train_objects: int = 1  # most objects in a picture of train and val
+
+
+class Entry(NamedTuple):
+    """One picture with one sound; objects in view: {"kind", "bbox", "sounding"} each."""
+
+    name: str
+    heard: str  # a kind, SILENCE or NOISE
+    in_view: list[dict]
+
+
+def plan_scene(task: Task) -> tuple[list[str], list[str]]:
+    """Kinds in view in a picture, and what is heard with it, in an entry each: interactive hears both kinds in view.
+
+    Each block of as many pictures as there are kinds lets every kind sound once, and stay silent equally often.
+    """
+    names, (block, place) = list(KINDS), divmod(task.index, len(KINDS))
+    if task.split == "offscreen":
+        return plan_offscreen(task.seed, task.index)
+    rng = np.random.default_rng([task.seed, SPLITS.index(task.split), block, 1])  # differs from a sample's stream
+    order, steps = rng.permutation(len(names)), rng.permutation(len(names) - 1) + 1
+    extra = block % task.train_objects
+    silent = {"train": extra, "val": extra, "distractor": 1 + block % 2, "interactive": 1}.get(task.split, 0)
+    in_view = [names[order[(place + step) % len(names)]] for step in (0, *steps[:silent])]
+    return in_view, in_view if task.split == "interactive" else in_view[:1]
+
+
+def plan_offscreen(seed: int, index: int) -> tuple[list[str], list[str]]:
+    """As plan_scene: two pictures in a row show the same kinds; the first hears one of them, the second none.
+
+    Within a round of three blocks of two pictures per kind every kind is heard in view thrice, and its second picture
+    hears another kind, silence and noise once each. Three rounds give each of these equally many pictures of one, two
+    and three objects.
+    """
+    names, (pair, second) = list(KINDS), divmod(index, 2)
+    block, place = divmod(pair, len(names))
+    turns, turn = divmod(block, 3)
+    rng = np.random.default_rng([seed, SPLITS.index("offscreen"), turns, 1])
+    order, steps = rng.permutation(len(names)), rng.permutation(len(names) - 1) + 1
+    *kinds, absent = (names[order[(place + step) % len(names)]] for step in (0, *steps[:MOST_OBJECTS]))
+    heard = (absent, SILENCE, NOISE)[(place + turn) % 3] if second else kinds[0]
+    return kinds[: 1 + (turn + turns) % MOST_OBJECTS], [heard]
+
+
+def make_waveform(heard: str, rng: Generator) -> np.ndarray:
+    """What is heard, within -1..1: (SAMPLES,). Silence is zero throughout, noise is as loud as the sounds of kinds."""
+    if heard == SILENCE:
+        return np.zeros(SAMPLES)
+    if heard == NOISE:
+        return 10 ** (rng.uniform(*LEVEL_DB) / 20) * make_noise(rng)
+    return sum(make_sound(heard, rng))
+
+
+def write_sample(task: Task) -> list[Entry]:
+    """Write one sample: picture and sounds."""
+    rng = np.random.default_rng([task.seed, SPLITS.index(task.split), task.index])
+    kinds, sounds = plan_scene(task)
+    picture, boxes = make_picture(kinds, rng)
+    entries = []
+    for heard in sounds:
+        name = f"{task.split}_{task.index:06d}" + (f"_{heard}" if task.split == "interactive" else "")
+        jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+        (task.root / "frames" / f"{name}.jpg").write_bytes(jpeg.tobytes())
+        path = task.root / "audio" / f"{name}.wav"
+        soundfile.write(path, make_waveform(heard, rng), SAMPLE_RATE, subtype="PCM_16")
+        in_view = [{"kind": kind, "bbox": box, "sounding": kind == heard} for kind, box in zip(kinds, boxes)]
+        entries.append(Entry(name, heard, in_view))
+    return entries
+
+
+def is_complete(root: Path, settings: str, force: bool) -> bool:
+    """Whether the root holds this very set; if not, clear it of any other synthetic set (with force) or raise."""
+    marker = root / "synthetic.json"
+    force = force or (root / UNFINISHED).exists()
+    if marker.is_file() and not force:
+        if marker.read_bytes() == settings.encode():
+            return True
+        raise UserError(f"{root} holds a synthetic set with other settings: name another --out, or --force")
+    if root.exists() and any(root.iterdir()):
+        if not force:
+            raise UserError(f"{root} is not empty and holds no complete set: name another --out, or --force")
+        marker.unlink(missing_ok=True)
+        for split in SPLITS:  # only what this program wrote
+            for path in [*root.glob(f"frames/{split}_*.jpg"), *root.glob(f"audio/{split}_*.wav")]:
+                path.unlink()
+    return False
+
+
+def generate(
+    root: str | Path,
+    seed: int = 0,
+    counts: Mapping[str, int] | None = None,
+    processes: int = 2,
+    force: bool = False,
+    train_objects: int = 1,
+) -> bool:
+    """Write a set below root; counts: pictures per split (COUNTS for those left out). False if it was there already.
+
+    train_objects: pictures of train and val hold one to so many objects, all but one silent.
+    """
+    root, counts = Path(root), {**COUNTS, **(counts or {})}
+    if set(counts) != set(COUNTS) or min(counts.values()) < 1:
+        raise ValueError(f"counts {counts}: each of {', '.join(COUNTS)}, and nothing else, needs at least 1")
+    chosen = {"version": FORMAT_VERSION, "seed": seed, "counts": counts, "train_objects": train_objects}
+    settings = json.dumps({**chosen, **difficulty()}, indent=1) + "\n"
+    if is_complete(root, settings, force):
+        return False
+    for folder in ("frames", "audio"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / UNFINISHED).touch()
+    tasks = [Task(root, seed, split, index, train_objects) for split in SPLITS for index in range(counts[split])]
+    entries: dict[str, list[Entry]] = {split: [] for split in SPLITS}
+    cv2.setNumThreads(1)  # before the fork: a child would wait forever for the threads of its parent's OpenCV
+    with multiprocessing.Pool(processes) as pool:
+        written = tqdm(pool.imap(write_sample, tasks, chunksize=16), total=len(tasks), unit="picture", mininterval=1)
+        for task, sample in zip(tasks, written):
+            entries[task.split] += sample
+    write_lists(root, entries)
+    write_text(root / "synthetic.json", settings)
+    (root / UNFINISHED).unlink()  # last: the set is complete
+    return True
+
+
+def write_lists(root: Path, entries: Mapping[str, Sequence[Entry]]) -> None:
+    """Write the ids and the annotation of each split, and what is in view in every picture.
+
+    An entry's class is what is heard, its boxes are those of the sounding object: none where no source is in view.
+    """
+    for split, of_split in entries.items():
+        write_text(root / f"{split}.txt", "".join(f"{entry.name}\n" for entry in of_split))
+        annotations = [
+            {"file": name, "class": heard, "bbox": [thing["bbox"] for thing in in_view if thing["sounding"]]}
+            for name, heard, in_view in of_split
+        ]
+        write_text(root / f"{split}.json", json.dumps(annotations))
+    objects = {entry.name: entry.in_view for of_split in entries.values() for entry in of_split}
+    write_text(root / "objects.json", json.dumps(objects))
+
+
+# ---------------------------------------------------------------- preview and command line
+
+
+def preview(path: Path, seed: int, columns: int = 6) -> None:
+    """Draw a contact sheet: a row per kind, with pictures of it and the log spectrogram of one of its sounds."""
+    from matplotlib.figure import Figure  # nothing else here needs it, and it takes its time
+
+    widths = [1] * columns + [2.2]
+    figure = Figure(figsize=(sum(widths), 0.98 * len(KINDS)))
+    axes = figure.subplots(len(KINDS), columns + 1, width_ratios=widths)
+    for row, kind in enumerate(KINDS):
+        for column in range(columns):
+            rng = np.random.default_rng([seed, len(SPLITS), row, column + 1])  # in no split
+            axes[row, column].imshow(make_picture([kind], rng)[0])
+        spectrogram = log_spectrogram(sum(make_sound(kind, rng)))[0]  # (F, L)
+        axes[row, -1].imshow(
+            spectrogram, origin="lower", aspect="auto", cmap="magma", extent=(0, AUDIO_SECONDS, 0, SAMPLE_RATE / 2000)
+        )
+        axes[row, 0].set_ylabel(kind)
+        axes[row, -1].yaxis.tick_right()
+    for axis in (*axes[:, :-1].flat, *axes[:-1, -1]):
+        axis.set(xticks=[], yticks=[])
+    axes[-1, -1].set(xlabel="s", ylabel="kHz", yticks=[0, 4, 8])
+    axes[-1, -1].yaxis.set_label_position("right")
+    figure.subplots_adjust(left=0.035, right=0.945, top=0.995, bottom=0.05, wspace=0.04, hspace=0.04)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def parse_args(arguments: Sequence[str] | None) -> Namespace:
+    parser = ArgumentParser(description="A synthetic set of sounding objects.")
+    parser.add_argument("--out", type=Path, default=Path("data/synthetic"), help="folder of the set")
+    parser.add_argument(
+        "--seed", type=number(int, low=0, high=2**32 - 1), help="seed of the set and of the preview (default: 0)"
+    )
+    parser.add_argument(
+        "--train", type=number(int, low=1), metavar="N", help=f"number of training pairs (default: {COUNTS['train']})"
+    )
+    parser.add_argument(
+        "--train_objects",
+        type=number(int, low=1, high=MOST_OBJECTS),
+        metavar="N",
+        help="pictures of train and val hold 1 to N objects of which one sounds (default: 1, at most "
+        f"{MOST_OBJECTS}); another set than the default one: give it a folder of its own, --out data/synthetic_3",
+    )
+    parser.add_argument("--force", action="store_true", help="rewrite the synthetic set that is in the folder")
+    parser.add_argument("--probe", action="store_true", help="print how far one gets on the set without learning")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers of the probe here")
+    parser.add_argument("--preview", type=Path, metavar="FILE.png", help="draw each kind and its sound; writes no set")
+    args = parser.parse_args(arguments)
+    if args.json and not args.probe:
+        parser.error("--json writes the numbers of --probe: give both")
+    if args.preview and args.preview.suffix != ".png":
+        parser.error(f"--preview {args.preview}: the name must end in .png")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_args(arguments)
+    seed, counts = args.seed or 0, {"train": args.train} if args.train else {}
+    as_it_is = args.probe and not args.force and args.seed is args.train is args.train_objects is None
+    with as_user_error(OSError, soundfile.LibsndfileError):
+        if args.preview:
+            preview(args.preview, seed)
+        if not (as_it_is and (args.out / "synthetic.json").is_file()) and (args.probe or not args.preview):
+            made = generate(args.out, seed, counts, force=args.force, train_objects=args.train_objects or 1)
+            print(f"{args.out}: " + ("written" if made else "this very set is there already, nothing to do"))
+        if args.probe:
+            numbers = probe(args.out)
+            print(probe_table(numbers))
+        if args.json:
+            write_json(args.json, numbers)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,382 @@
+"""Metrics: the reference numbers, scikit-learn, and what must hold for any map and any ground truth."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, shared_folder
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score
+
+import scoring.metrics as metrics
+from scoring.metrics import consensus_iou, normalize_maps, smooth_maps, upsample_maps
+from scoring.summary import map_columns
+
+SEEDS = st.integers(0, 2**32 - 1)
+few = settings(max_examples=20, deadline=None)
+
+
+def boxes_to_truth(boxes, weight=1.0):
+    truth = torch.zeros(224, 224)
+    for left, top, right, bottom in boxes:
+        truth[top:bottom, left:right] += weight
+    return truth.clamp(max=1)
+
+
+def is_constant(maps):
+    return maps.flatten(1).amin(1) == maps.flatten(1).amax(1)
+
+
+def region_half(maps):
+    return metrics.region_above(maps, metrics.cut_half(metrics.sort_pixels(maps)))
+
+
+def region_adaptive(maps, truth):
+    return metrics.region_above(maps, metrics.cut_adaptive(metrics.sort_pixels(maps), truth))
+
+
+def random_batch(seed, count=6, size=24):
+    """Smooth, normalised maps and truths of every kind: a box, a consensus of two, a full frame, an empty one."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = normalize_maps(upsample_maps(torch.rand(count, 5, 5, generator=generator), size))
+    truth = torch.zeros(count, size, size)
+    for sample in truth[: count - 1]:
+        for weight in (0.5, 0.5):
+            top, left = torch.randint(0, size - 2, (2,), generator=generator).tolist()
+            height, width = torch.randint(2, size, (2,), generator=generator).tolist()
+            sample[top : top + height, left : left + width] += weight
+    truth[0] = 1
+    return maps, truth
+
+
+# ---------------------------------------------------------------- reference numbers
+
+
+@pytest.fixture(scope="module")
+def golden():
+    arrays = dict(np.load(GOLDEN / "evaluation_public.npz"))
+    boxes = json.loads((GOLDEN / "evaluation_public.json").read_text())
+    weights = {"flickr": 0.5, "vggss": 1.0}
+    pairs = zip(boxes["boxes"], boxes["format"], strict=True)
+    arrays["truth"] = torch.stack([boxes_to_truth(drawn, weights[kind]) for drawn, kind in pairs])
+    for name in ("audio_query", "image_query", "object_prior"):
+        arrays[name] = normalize_maps(upsample_maps(torch.from_numpy(arrays[f"{name}_maps"])))
+    return arrays
+
+
+WEIGHTS = {
+    "AUD": (1, 0, 0),
+    "IMG": (0, 1, 0),
+    "OBJ": (0, 0, 1),
+    "IQR": (0.6, 0.4, 0),
+    "OGL": (0.6, 0, 0.4),
+    "ALL": (0.6, 0.2, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_fixed_rule_matches_the_reference(golden, name):
+    sources = golden["audio_query"], golden["image_query"], golden["object_prior"]
+    fused = normalize_maps(sum(weight * maps for weight, maps in zip(WEIGHTS[name], sources, strict=True)))
+    ious = consensus_iou(metrics.region_fixed(fused), golden["truth"])
+    tolerance = np.full(48, 1e-6)
+    if name == "AUD":
+        tolerance[35] = 1e-4  # one of its pixels is exactly the threshold
+    assert (np.abs(ious.numpy() - golden[f"iou_{name}"]) <= tolerance).all()
+    summary = [metrics.success_rate(ious), metrics.area_under_curve(ious), ious.mean().item()]
+    assert np.allclose(summary, golden[f"summary_{name}"], rtol=0, atol=1e-5 if name == "AUD" else 1e-6)
+
+
+def test_half_and_adaptive_rules_and_interactive_scores_match_the_reference(golden):
+    maps, truth = golden["audio_query"], golden["truth"]
+    half = consensus_iou(region_half(maps), truth)
+    adaptive = consensus_iou(region_adaptive(maps, truth), truth)
+    assert np.allclose(half, golden["iou_half"], rtol=0, atol=1e-6)
+    assert np.allclose(adaptive, golden["iou_adaptive"], rtol=0, atol=1e-6)
+    groups = metrics.interactive_groups([f"image{index // 2}_{index % 2}" for index in range(48)])
+    each = [half, adaptive]
+    worst = [metrics.every(ious, groups) for ious in each]
+    summary = [f(x) for f in (metrics.success_rate, metrics.area_under_curve) for x in each + worst]
+    assert np.allclose(summary, golden["summary_interactive"], rtol=0, atol=1e-6)
+
+
+def test_pixel_average_precision_matches_the_reference(golden):
+    ours = metrics.pixel_average_precision(golden["audio_query"], golden["truth"])
+    assert np.allclose(ours, golden["pixel_average_precision"], rtol=0, atol=1e-6)
+
+
+def test_detection_matches_the_reference(golden):
+    ious, confidence = golden["detection_iou"], golden["detection_confidence"]
+    has_source = golden["detection_num_boxes"] > 0
+    by_bar = [metrics.detection_scores(ious, confidence, has_source, bar) for bar in (0.3, 0.5, 0.75)]
+    found = [scores["AP"] for scores in by_bar] + [by_bar[1]["max_F1"], by_bar[1]["max_F1_11"]]
+    assert np.allclose(found, golden["detection_summary"], rtol=0, atol=1e-6)
+
+
+def test_avsbench_matches_the_reference(golden):
+    maps, masks = torch.from_numpy(golden["avs_prob"]), torch.from_numpy(golden["avs_mask"])
+    at_half = metrics.jaccard(maps, masks)[:, metrics.JACCARD_THRESHOLDS.index(0.5)]
+    curves = metrics.f_scores(maps, masks)[:9]  # the last mask is empty
+    found = [at_half.mean().item(), curves.mean(0).max().item()]
+    assert np.allclose(found, golden["avs_summary"], rtol=0, atol=1e-6)
+    assert np.allclose(curves.amax(1), golden["avs_F_per_frame_max"], rtol=0, atol=1e-6)
+
+
+def test_vggss_ceiling_and_disc_are_the_known_bars():
+    entries = json.loads((shared_folder("metadata") / "vggss.json").read_text())
+    ceiling, disc, frame = [], [], []
+    for start in range(0, len(entries), 64):
+        boxes = [(224 * np.clip(entry["bbox"], 0, 1)).astype(int) for entry in entries[start : start + 64]]
+        truth = torch.stack([boxes_to_truth(drawn) for drawn in boxes])
+        ceiling.append(metrics.ceiling_iou(truth, "half"))
+        disc.append(consensus_iou(metrics.centred_disc().expand_as(truth), truth))
+        frame.append(truth.mean((1, 2)))
+    assert metrics.success_rate(torch.cat(ceiling)) == pytest.approx(0.505, abs=5e-4)
+    assert metrics.success_rate(torch.cat(disc)) == pytest.approx(0.340, abs=1e-3)
+    assert torch.cat(frame).mean().item() == pytest.approx(0.31, abs=5e-3)
+
+
+# ---------------------------------------------------------------- maps and regions
+
+
+def test_smoothing_lets_each_value_flow_to_its_neighbours_and_out_of_the_edges():
+    lone = torch.zeros(2, 5, 4)
+    lone[0, 2, 1], lone[1, 0, 0] = 1.0, 1.0
+    kernel = torch.tensor([0.1, 0.8, 0.1])
+    inside, corner = smooth_maps(lone - 3, 0.1) + 3
+    torch.testing.assert_close(inside[1:4, 0:3], torch.outer(kernel, kernel), atol=1e-6, rtol=0)
+    assert inside.sum() == pytest.approx(1, abs=1e-5) and corner.sum() == pytest.approx(0.81, abs=1e-5)
+    maps = torch.rand(3, 5, 7)
+    assert smooth_maps(maps, 0.0) is maps
+    turned = smooth_maps(maps.transpose(1, 2), 0.2).transpose(1, 2)
+    torch.testing.assert_close(smooth_maps(maps, 0.2), turned, atol=1e-6, rtol=0)
+    torch.testing.assert_close(smooth_maps(5 * maps - 2, 0.2), 5 * smooth_maps(maps, 0.2) - 2, atol=1e-5, rtol=0)
+
+
+def test_an_object_over_the_two_outer_tokens_peaks_inside_of_them_once_it_is_smoothed():
+    maps = torch.zeros(2, 7, 7)
+    maps[0, 3, :3] = torch.tensor([1.0, 0.9, 0.4])
+    maps[1, 3, 0] = 1  # a single high token stays the best
+    middle = 16  # of the outermost; enlarged as it is, a map peaks between it and the edge of the picture
+    raw, smooth = (upsample_maps(smooth_maps(maps, s)).flatten(1).argmax(1) % 224 for s in (0.0, 0.1))
+    assert raw[0] < middle < smooth[0] < 2 * 32 and raw[1] == smooth[1] < middle
+
+
+def test_smoothing_is_refused_beyond_a_third_and_half_precision_becomes_fp32():
+    with pytest.raises(ValueError, match=r"0\.4"):
+        smooth_maps(torch.rand(1, 3, 3), 0.4)
+    assert smooth_maps(torch.rand(1, 3, 3).half(), 0.1).dtype == torch.float32
+
+
+def test_upsampling_is_that_of_the_two_protocols():
+    maps = torch.rand(2, 7, 7)
+    bicubic = torch.nn.functional.interpolate(maps[:, None], (224, 224), mode="bicubic", align_corners=False)[:, 0]
+    assert torch.equal(upsample_maps(maps), bicubic)
+    assert torch.equal(upsample_maps(maps, 13, "bilinear")[:, ::12, ::12], maps[:, ::6, ::6])  # corners are aligned
+    assert upsample_maps(maps.half()).dtype == torch.float32
+    with pytest.raises(ValueError, match="nearest"):
+        upsample_maps(maps, interpolation="nearest")
+
+
+def test_a_map_that_is_not_finite_is_refused():
+    for bad in (float("nan"), float("inf")):
+        maps = torch.rand(3, 4, 4)
+        maps[1, 2, 2] = bad
+        with pytest.raises(ValueError, match="map 1 "):
+            normalize_maps(maps)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-30])
+def test_a_constant_map_predicts_nothing_and_never_points(value):
+    maps = torch.full((1, 24, 24), value)
+    maps[0, 3, 3] += value * 5e-7  # below 1e-6 of the largest magnitude: rounding, not a source
+    truth = torch.ones(1, 24, 24)
+    ready = normalize_maps(maps)
+    assert not metrics.region_fixed(ready).any()
+    assert not region_half(ready).any()
+    assert not region_adaptive(ready, truth).any()
+    assert not metrics.pointing(ready, truth).any()
+    assert not metrics.f_scores(ready, truth).any() and not metrics.jaccard(ready, truth).any()
+    assert (ready == 0).all()
+
+
+def test_the_constant_bound_is_relative():
+    maps = torch.zeros(1, 4, 4)
+    maps[0, 1, 1] = 1e-12
+    assert normalize_maps(maps).amax() == 1
+    assert (normalize_maps(maps + 1) == 0).all()
+
+
+@few
+@given(SEEDS)
+def test_half_and_adaptive_regions_have_their_size(seed):
+    order = torch.randperm(23 * 24, generator=torch.Generator().manual_seed(seed)).float().reshape(1, 23, 24)
+    truth = torch.zeros(1, 23, 24)
+    truth[0, :3, : 1 + seed % 24] = 0.5
+    assert region_half(order).sum() == 23 * 24 - 1 - 23 * 24 // 2
+    assert region_adaptive(order, truth).sum() == (truth != 0).sum() - 1
+    assert not region_adaptive(order, torch.zeros_like(truth)).any()
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_consensus_iou_by_hand():
+    truth = torch.tensor([[[1.0, 0.5], [0.0, 0.25]]])
+    region = torch.tensor([[[True, False], [True, True]]])
+    assert consensus_iou(region, truth).item() == pytest.approx(1.25 / (1.75 + 1))
+    assert consensus_iou(region, torch.zeros_like(truth)).item() == 0
+    assert consensus_iou(torch.zeros_like(region), torch.zeros_like(truth)).item() == 0
+    with pytest.raises(ValueError, match="truth"):
+        consensus_iou(region, truth[0])
+
+
+def test_thresholds_of_the_curve_are_exact():
+    for step in range(21):  # an IoU of exactly x counts at x: 0.05 * 3 would be above 0.15
+        ious = torch.tensor([step / 20], dtype=torch.float64)
+        assert metrics.area_under_curve(ious) == pytest.approx((step + 0.5) / 20 if step < 20 else 1)
+    assert metrics.success_rate(torch.tensor([0.5, 0.49, 0.51])) == pytest.approx(2 / 3)
+
+
+@few
+@given(SEEDS)
+def test_a_perfect_map_scores_one_under_the_fixed_rule(seed):
+    _, truth = random_batch(seed)
+    perfect = (truth[1:-1] > 0).float()  # the box itself, neither the whole frame nor an empty one
+    perfect = perfect[~is_constant(perfect)]
+    assume(len(perfect))
+    kept = truth[1:-1][~is_constant((truth[1:-1] > 0).float())]
+    assert (consensus_iou(metrics.region_fixed(normalize_maps(perfect)), kept) == 1).all()
+    box = (kept > 0).float()
+    assert (metrics.pixel_average_precision(perfect, box) == 1).all() and metrics.pointing(perfect, box).all()
+
+
+@few
+@given(SEEDS, st.integers(-20, 20))
+def test_rescaling_a_map_changes_no_score(seed, exponent):
+    maps, truth = random_batch(seed)
+    before = map_columns(maps, truth)
+    after = map_columns(normalize_maps(maps * 2.0**exponent), truth)  # a power of two: no rounding
+    assert all(torch.equal(after[name].nan_to_num(-1), before[name].nan_to_num(-1)) for name in before)
+    coarse = (maps * 1024).round() / 1024  # room for an exact shift in float32
+    shifted = normalize_maps(coarse.double() * 3 + 7)
+    plain = normalize_maps(coarse.double())
+    for region in (region_half, lambda m: region_adaptive(m, truth)):
+        assert torch.equal(region(coarse * 4 - 2), region(coarse))
+    assert (shifted - plain).abs().amax() < 1e-12
+
+
+@few
+@given(SEEDS)
+def test_neither_order_nor_batch_size_changes_a_score(seed):
+    maps, truth = random_batch(seed, count=8)
+    together = map_columns(maps, truth)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+    shuffled = map_columns(maps[order], truth[order])
+    single = [map_columns(maps[i : i + 1], truth[i : i + 1]) for i in range(8)]
+    for name, values in together.items():
+        values = values.nan_to_num(-1)
+        assert torch.equal(shuffled[name].nan_to_num(-1), values[order])
+        assert torch.equal(torch.cat([columns[name] for columns in single]).nan_to_num(-1), values)
+
+
+@few
+@given(SEEDS, st.sampled_from([2, 5, 1000]), st.sampled_from([torch.float32, torch.float64]))
+def test_average_precision_is_scikit_learns_with_ties(seed, levels, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    maps = (torch.rand(3, 16, 16, generator=generator, dtype=dtype) * levels).floor() / levels
+    truth = (torch.rand(3, 16, 16, generator=generator) * 3).floor() / 2  # 0, 0.5 and 1
+    truth[:, 0, 0] = 1
+    wanted = [average_precision_score((g >= 0.5).flatten(), m.flatten()) for m, g in zip(maps, truth, strict=True)]
+    assert np.allclose(metrics.pixel_average_precision(maps, truth), wanted, rtol=0, atol=1e-12)
+
+
+def test_pointing_needs_the_largest_pixel_inside():
+    maps, truth = torch.zeros(3, 8, 8), torch.zeros(3, 8, 8)
+    truth[:, :4, :4] = 0.5
+    maps[0, 1, 1] = maps[1, 6, 6] = 1
+    maps[2, 1, 1] = maps[2, 6, 6] = 1  # two largest pixels, one outside: no luck of the order
+    assert metrics.pointing(maps, truth).tolist() == [True, False, False]
+
+
+def test_interactive_images_need_every_sound():
+    ids = ["a_b_0", "a_b_1", "c_0", "d_0", "d_1", "a_b_2"]
+    assert metrics.interactive_groups(ids) == {"a_b": [0, 1, 5], "d": [3, 4]}
+    assert metrics.interactive_groups(ids, expected=[*ids, "d_2"]) == {"a_b": [0, 1, 5]}
+    groups = metrics.interactive_groups(ids)
+    assert metrics.every(torch.tensor([0.9, 0.4, 0.0, 0.6, 0.7, 0.8]), groups).tolist() == pytest.approx([0.4, 0.6])
+    assert metrics.every(torch.tensor([True, True, False, True, False, True]), groups).tolist() == [True, False]
+    assert len(metrics.every(torch.rand(6), {})) == 0
+
+
+# ---------------------------------------------------------------- references
+
+
+@few
+@given(SEEDS)
+def test_no_map_without_ties_passes_the_ceiling_and_the_best_one_reaches_it(seed):
+    _, truth = random_batch(seed, size=12)
+    generator = torch.Generator().manual_seed(seed)
+    truth[1] = torch.randint(0, 17, (12, 12), generator=generator) / 16  # any fractions, not only halves
+    noise = torch.stack([torch.randperm(144, generator=generator) for _ in truth]).reshape_as(truth) / 1e3
+    regions = {"half": region_half, "adaptive": lambda maps: region_adaptive(maps, truth)}
+    for rule, region in regions.items():
+        ceiling = metrics.ceiling_iou(truth, rule)
+        assert (consensus_iou(region(noise), truth) <= ceiling + 1e-12).all()
+        best = consensus_iou(region(truth + noise / 1e3), truth)  # G's order, ties broken
+        assert torch.allclose(best, ceiling, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="upper"):
+        metrics.ceiling_iou(truth, "upper")
+    assert metrics.ceiling_iou(truth, "fixed").tolist() == [float(sample.any()) for sample in truth]
+
+
+def test_the_disc_covers_half_the_picture_and_is_centred():
+    disc = metrics.centred_disc()
+    assert disc.sum().item() == pytest.approx(224 * 224 / 2, rel=2e-3)
+    assert torch.equal(disc, disc.flip(0)) and torch.equal(disc, disc.T)
+    assert metrics.centred_disc(10, 20).shape == (10, 20)
+
+
+# ---------------------------------------------------------------- masks and detection
+
+
+@few
+@given(SEEDS)
+def test_jaccard_and_f_are_those_of_the_counted_pixels(seed):
+    maps, masks = random_batch(seed)
+    maps, masks = (maps * 20).round() / 20, (masks > 0).float()  # pixels exactly on thresholds
+    for column, threshold in enumerate(metrics.JACCARD_THRESHOLDS):
+        region, mask = maps.double() > threshold, masks > 0
+        union = (region | mask).flatten(1).sum(1)
+        wanted = torch.where(
+            mask.flatten(1).any(1), (region & mask).flatten(1).sum(1) / union, 1 - region.double().mean((1, 2))
+        )
+        assert torch.allclose(metrics.jaccard(maps, masks)[:, column], wanted.double(), atol=1e-12)
+    curve = metrics.f_scores(maps, masks)
+    for column in (0, 100, 254):
+        region = maps.double() >= metrics.F_THRESHOLDS[column]
+        both = (region & (masks > 0)).flatten(1).sum(1).double()
+        precision, recall = both / region.flatten(1).sum(1), both / masks.flatten(1).sum(1)
+        wanted = (1.3 * precision * recall / (0.3 * precision + recall)).nan_to_num(0)
+        assert torch.allclose(curve[:, column], wanted, atol=1e-12)
+
+
+def test_a_region_scores_as_its_map_does():
+    _, truth = random_batch(3)
+    region = metrics.centred_disc(24, 24).expand_as(truth)
+    wanted = metrics.pixel_average_precision(region.float(), truth)
+    assert torch.allclose(metrics.region_average_precision(region, truth), wanted, equal_nan=True)
+
+
+def test_detection_by_hand():
+    ious, confidence = np.array([0.9, 0.2, 0.0, 0.8]), np.array([0.9, 0.8, 0.7, 0.1])
+    has_source = np.array([True, True, False, True])
+    scores = metrics.detection_scores(ious, confidence, has_source)
+    # confident from 0.9 down: 1 of 1 right; 1 of 2; 1 of 3; 2 of 4. Recall 1/3, 1/2, 1/2, 1
+    assert scores["max_F1"] == pytest.approx(2 * 0.5 * 1 / 1.5)
+    # cuts are all confidences but the largest: precision 1/2, 1/3, 2/4 -> best from there on 1/2
+    assert scores["AP"] == pytest.approx(0.5 * (1 / 2 - 1 / 2) + 0.5 * (1 - 1 / 2))
+    with pytest.raises(ValueError, match="confidence"):
+        metrics.detection_scores(ious, np.full(4, np.nan), has_source)

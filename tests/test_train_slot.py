@@ -1,0 +1,412 @@
+"""Training: steps per epoch, schedule, selection, resume, flags, a whole small run."""
+
+import ast
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import soundfile
+import torch
+from conftest import MEASURED, ROOT, SHORT, SMALL, shared_folder
+
+import train_slot
+from model_slot import JointSlotModel
+from training.step import loss_weights, lr_factor
+from utils import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def finished(synthetic_root, tmp_path_factory, train):
+    """Two epochs on 70 pairs with everything on, resumable, scored."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    done = train(synthetic_root, folder, "--testset", "synthetic,synthetic_interactive", "--wandb", "offline")
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_small_training_ends_in_a_table_and_pictures(finished):
+    folder, done = finished
+    for name in ("best.pth", "latest.pth", "configs.json", "train_ids.txt", "curves.png"):
+        assert (folder / name).stat().st_size > 0
+    for name in ("synthetic", "synthetic_interactive"):
+        results = json.loads((folder / "results" / name / "results.json").read_text())
+        assert results["training_test_overlap"] == 0
+        assert "held-out" in results["checkpoint"]["selected_by"]
+        assert len(list(csv.DictReader((folder / "results" / name / "per_sample.csv").open()))) == 20
+        assert (folder / "results" / name / "contact_sheet.png").stat().st_size > 10_000
+    assert "IIoU" in done.stdout and "retrieval by class" in done.stdout
+    for piece in ("revision:", "torch:", "--tau 0.03", "parameters:", "70 train", "10 held_out", "20 of 20 pairs"):
+        assert piece in done.stdout
+
+
+def test_an_epoch_sees_every_full_batch(finished):
+    state = load_checkpoint(finished[0] / "latest.pth")
+    steps = {int(entry["step"]) for entry in state["optimizer"]["state"].values()}
+    assert steps == {2 * (70 // 16)}
+    assert [line["steps"] for line in log_of(finished[0])] == [70 // 16] * 2
+    assert (state["epoch"], state["step"]) == (2, 0)
+
+
+def test_the_log_has_a_line_per_epoch_with_losses_rate_speed_and_scores(finished):
+    lines = log_of(finished[0])
+    assert [line["epoch"] for line in lines] == [1, 2]
+    wanted = {"info_nce", "reconstruction", "slot_divergence", "attention_matching", "loss", "lr", "grad_norm"}
+    assert wanted | {"pairs_per_second", "val/retrieval_score", "synthetic/IQR/cIoU"} <= lines[1].keys()
+    line = lines[0]
+    total = line["info_nce"] + 0.1 * line["reconstruction"] + 0.1 * line["slot_divergence"]
+    assert line["loss"] == pytest.approx(total + 100 * line["attention_matching"], rel=1e-4)
+
+
+def test_an_offline_wandb_run_is_recorded(finished):
+    assert list(finished[0].glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_the_checkpoint_says_how_it_was_chosen_and_loads_by_itself(finished):
+    state = load_checkpoint(finished[0] / "best.pth")
+    settings, place = {"model_config", "args", "marks", "selected_by"}, {"epoch", "step", "sums", "lines", "random"}
+    assert settings | place | {"model", "optimizer", "scaler"} <= state.keys()
+    model = JointSlotModel.from_checkpoint(finished[0] / "best.pth")
+    assert model.config["arch"] == "small" and model.config["image_size"] == 64
+
+
+def test_the_test_script_gives_the_figures_of_the_training_run(finished, synthetic_root, tmp_path, cli):
+    done = cli(
+        "test_model", "--model_dir", finished[0].parent, "--experiment_name", "run", "--testset", "synthetic",
+        "--gpu", "cpu", "--test_data_path", synthetic_root, "--out_dir", tmp_path, "--imagenet_weights", "none",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "synthetic" / "results.json").read_text())
+    before = json.loads((finished[0] / "results" / "synthetic" / "results.json").read_text())
+    for name, figures in before["maps"].items():
+        assert figures == pytest.approx(again["maps"][name], abs=1e-3, nan_ok=True)
+    assert again["training_test_overlap"] == 0
+
+
+def test_the_test_script_asks_for_maps_as_the_training_did_unless_told_otherwise(synthetic_root, tmp_path, train, cli):
+    asked = ["--infer_sharpening", "0.5", "--infer_smoothing", "0.2"]
+    done = train(synthetic_root, tmp_path, "--epochs", "1", "--testset", "synthetic", *asked)
+    assert done.returncode == 0, done.stderr
+    others = ["--infer_sharpening", "0.3", "--infer_smoothing", "0"]
+    in_training = json.loads((tmp_path / "run" / "results" / "synthetic" / "results.json").read_text())
+    assert in_training["settings"]["infer_smoothing"] == 0.2
+    precisions = []
+    for flags, expected in (([], (0.5, 0.2)), (others[:2], (0.3, 0.2)), (others, (0.3, 0))):
+        test = [
+            "--model_dir",
+            tmp_path,
+            "--experiment_name",
+            "run",
+            "--gpu",
+            "cpu",
+            "--imagenet_weights",
+            "none",
+            *flags,
+        ]
+        done = cli("test_model", *test, "--test_data_path", synthetic_root, "--num_workers", "0")
+        assert done.returncode == 0, done.stderr
+        results = json.loads((tmp_path / "run" / "results" / "synthetic" / "results.json").read_text())
+        assert tuple(results["settings"][name] for name in ("infer_sharpening", "infer_smoothing")) == expected
+        precisions.append(results["maps"]["AUD"]["mAP"])
+    assert len({*precisions}) == 3, "a setting changes no score"
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def test_a_resumed_run_ends_like_one_in_one_go_and_so_does_the_same_seed(synthetic_root, tmp_path, train):
+    for name in ("whole", "halves"):
+        (tmp_path / name).mkdir()
+    constant = ["--lr_schedule", "step", "--eval_every", "0"]  # the others look at the number of epochs
+    assert train(synthetic_root, tmp_path / "whole", *constant).returncode == 0
+    assert train(synthetic_root, tmp_path / "halves", *constant, "--epochs", "1").returncode == 0
+    assert len(log_of(tmp_path / "halves" / "run")) == 1
+    done = train(synthetic_root, tmp_path / "halves", *constant, "--resume")
+    assert done.returncode == 0, done.stderr
+    whole, halves = (load_checkpoint(tmp_path / name / "run" / "latest.pth") for name in ("whole", "halves"))
+    for key in ("model", "optimizer", "scaler", "random", "epoch", "step", "best"):
+        assert same(whole[key], halves[key]), key
+    lines = [
+        [{k: v for k, v in line.items() if k not in MEASURED} for line in log_of(tmp_path / name / "run")]
+        for name in ("whole", "halves")
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_an_overwritten_run_leaves_nothing_of_the_old_one(synthetic_root, tmp_path, train):
+    assert train(synthetic_root, tmp_path, "--testset", "synthetic", "--epochs", "1").returncode == 0
+    done = train(synthetic_root, tmp_path, "--overwrite", "--epochs", "1", "--seed", "1")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run" / "results").exists()
+    assert load_checkpoint(tmp_path / "run" / "best.pth")["args"]["seed"] == 1
+
+
+def test_a_sound_that_breaks_the_scoring_does_not_cost_the_epoch(synthetic_root, tmp_path, train):
+    shutil.copytree(synthetic_root, tmp_path / "data")
+    (tmp_path / "data" / "audio" / "val_000003.wav").write_bytes(b"RIFF")
+    done = train(tmp_path / "data", tmp_path)
+    assert done.returncode == 2 and "val_000003" in done.stderr
+    assert load_checkpoint(tmp_path / "run" / "latest.pth")["step"] == 70 // 16
+
+
+def test_a_resume_with_other_settings_says_which_and_stops(finished, synthetic_root, train):
+    done = train(
+        synthetic_root, finished[0].parent, "--resume", "--tau", "0.1", "--lr_schedule", "cosine", "--epochs", "3"
+    )
+    assert done.returncode == 2
+    assert "--tau 0.03 -> 0.1" in done.stderr and "--epochs 2 -> 3" in done.stderr
+
+
+def test_finished_work_is_not_replaced_unless_asked(finished, synthetic_root, train):
+    before = (finished[0] / "best.pth").read_bytes()
+    done = train(synthetic_root, finished[0].parent)
+    assert done.returncode == 2 and "--overwrite" in done.stderr
+    assert (finished[0] / "best.pth").read_bytes() == before
+
+
+def test_a_dry_run_touches_every_set_and_writes_nothing(synthetic_root, tmp_path, train):
+    done = train(synthetic_root, tmp_path, "--testset", "synthetic", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "one step: loss" in done.stdout and "one evaluation batch" in done.stdout and "held-out" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_selection_on_the_test_set_is_written_into_the_result(synthetic_root, tmp_path, train):
+    done = train(synthetic_root, tmp_path, "--testset", "synthetic", "--select", "test", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results" / "synthetic" / "results.json").read_text())
+    assert "IQR on test set synthetic" in results["checkpoint"]["selected_by"]
+
+
+def test_real_pairs_train_a_step(tmp_path, cli):
+    clips = shared_folder("clips")
+    done = cli(
+        "train_slot", "--trainset", "custom", "--train_data_path", clips, *SMALL, *SHORT, "--batch_size", "4",
+        "--epochs", "1", "--model_dir", tmp_path, "--experiment_name", "clips", "--val_fraction", "0.2", "--testset",
+        "custom", "--test_data_path", clips, "--test_gt_path", clips / "annotations.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert math.isfinite(log_of(tmp_path / "clips")[0]["loss"])
+
+
+# ---------------------------------------------------------------- schedule, weights, flags
+
+
+def test_the_learning_rate_warms_up_then_follows_the_schedule():
+    def factor(step, schedule="constant", warmup=0.0):
+        return lr_factor(step, 10, 10, schedule, warmup)
+
+    assert factor(57) == 1
+    assert [factor(s, "step") for s in (9, 10, 25)] == pytest.approx([1, 0.9, 0.81])
+    assert [factor(s, "cosine") for s in (0, 50, 100)] == pytest.approx([1, 0.5, 0], abs=1e-9)
+    assert [factor(s, "cosine", 0.1) for s in (0, 9, 10)] == pytest.approx([0.1, 1, 1])
+
+
+def test_only_the_contrastive_loss_counts_during_the_warm_up():
+    first, third = (loss_weights(epoch, 2, 0.1, 0.1, 100) for epoch in (1, 2))
+    assert first == {"info_nce": 1, "reconstruction": 0, "slot_divergence": 0, "attention_matching": 0}
+    assert third == {"info_nce": 1, "reconstruction": 0.1, "slot_divergence": 0.1, "attention_matching": 100}
+
+
+def test_losses_of_the_map_are_weighed_only_where_one_is_on_and_foreign_tokens_within_matching():
+    first, third = (loss_weights(epoch, 2, 0.1, 0.1, 50, foreign_tokens=2) for epoch in (1, 2))
+    assert first["map_contrast"] == first["share_contrast"] == first["foreign_tokens"] == 0
+    assert third["map_contrast"] == third["share_contrast"] == 0 and third["foreign_tokens"] == 100
+
+
+def test_silence_is_named_and_weighed_only_where_it_is_on():
+    assert "silence" not in loss_weights(0, 0, 0.1, 0.1, 100, share_contrast=1)
+    first, third = (loss_weights(epoch, 2, 0.1, 0.1, 100, silence=2) for epoch in (1, 2))
+    assert (first["silence"], third["silence"]) == (0, 2) and "share_contrast" not in third
+
+
+def test_a_training_with_silence_logs_its_loss(synthetic_root, tmp_path, train):
+    done = train(synthetic_root, tmp_path, "--silence", "2", "--share_contrast", "1", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    line = log_of(tmp_path / "run")[-1]
+    assert line["silence"] > 0
+    weights = loss_weights(0, 0, 0.1, 0.1, 100, share_contrast=1, silence=2)
+    assert line["loss"] == pytest.approx(sum(weight * line[name] for name, weight in weights.items()), rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_ids(synthetic_root, tmp_path, train):
+    done = train(synthetic_root, tmp_path, "--lr", "1e30", "--amp", "none")
+    assert done.returncode == 2
+    assert "not finite" in done.stderr and "train_0000" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script, readers",
+    [
+        ("train_slot.py", ("training/run.py", "training/resume.py")),
+        *((name, ()) for name in ("test_model.py", "sets.py", "experiments/demo.py", "experiments/benchmark.py")),
+        ("synthetic/generate.py", ()),
+    ],
+)
+def test_every_flag_is_read(script, readers):
+    """A flag that nothing reads is a lie: each one is read, as args.<flag>, in the file that adds it or the run's."""
+    text = (ROOT / script).read_text()
+    flags = {
+        node.args[0].value.removeprefix("--")
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
+    }
+    text += "".join((ROOT / reader).read_text() for reader in readers)
+    unread = {flag for flag in flags if not re.search(rf"\bargs\.{flag}\b", text)}
+    assert flags and not unread
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--trainset", "nonsense"], "vggss_10k"),
+        (["--testset", "nonsense"], "unknown test set nonsense"),
+        (["--batch_size", "71"], "larger than the 70 training pairs"),
+        (["--reciprocal_k", "16"], "leaves no negative"),
+        (["--train_list", "absent.txt"], "absent.txt"),
+        (["--train_data_path", "absent"], "absent"),
+        (["--imagenet_weights", "absent.pth"], "no ImageNet weights for --arch small"),
+        (["--dim", "7"], "must be even"),
+        (["--mask_ratio", "nan"], "nan"),
+        (["--lr", "-1"], "-1"),
+        (["--select", "test"], "--testset"),
+        (["--select", "test", "--testset", "synthetic", "--eval_every", "3"], "never tests"),
+        (["--seed", "4294967296"], "--seed"),
+        (["--audio_seconds", "0.1"], "no token"),
+        (["--experiment_name", "../x"], "plain name"),
+        (["--resume"], "latest.pth"),
+        (["--wandb", "maybe"], "maybe"),
+    ],
+)
+def test_junk_is_one_clear_line_and_status_2(arguments, message, synthetic_root, tmp_path, train):
+    done = train(synthetic_root, tmp_path, *arguments)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2
+    assert len(lines) == 1 and message in lines[0]
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_the_shell_script_shows_its_usage_and_passes_errors_on(tmp_path):
+    usage = subprocess.run(["bash", ROOT / "train_script.sh"], capture_output=True, text=True)
+    assert usage.returncode == 2 and "TRAINSET" in usage.stderr and "vggss_144k" in usage.stderr
+    command = ["bash", ROOT / "train_script.sh", "nonsense", "synthetic", "cpu"]
+    unknown = subprocess.run(
+        command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}
+    )
+    assert unknown.returncode == 2 and "synthetic" in unknown.stderr and "flickr_144k" in unknown.stderr
+
+
+def shell(*arguments, **environment):
+    """The commands that the script would run: echo stands in for python."""
+    return subprocess.run(
+        ["bash", ROOT / "train_script.sh", *arguments], capture_output=True, text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": "echo", **environment},
+    )  # fmt: skip
+
+
+def test_ablations_and_seeds_are_one_training_each_under_a_name_of_its_own():
+    commands = shell("synthetic", "synthetic", "cpu", "mine", "--epochs", "3", ABLATION="no_match", SEEDS="0 7").stdout
+    first, second = commands.strip().splitlines()
+    assert "--lam3 0" in first and first.endswith("--experiment_name mine_no_match_seed0 --epochs 3 --seed 0")
+    assert second.endswith("--experiment_name mine_no_match_seed7 --epochs 3 --seed 7")
+    assert shell("synthetic", "synthetic", "cpu").stdout.strip().endswith("--experiment_name synthetic")
+    wrong = shell("synthetic", "synthetic", "cpu", ABLATION="no_luck")
+    assert wrong.returncode == 2 and "no_false_negatives" in wrong.stderr and not wrong.stdout
+
+
+def test_several_processes_are_started_by_torchrun():
+    words = shell("synthetic", "synthetic", "cpu", PROCESSES="2").stdout.split()
+    assert words[:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_slot.py"]
+
+
+@pytest.mark.parametrize(
+    "ablation, name, value",
+    [
+        ("no_match", "lam3", 0), ("no_div", "lam2", 0), ("no_recon", "lam1", 0), ("no_mask", "mask_ratio", 0),
+        ("no_false_negatives", "reciprocal_k", 0), ("one_slot", "num_slots", 1),
+    ],
+)  # fmt: skip
+def test_an_ablation_changes_one_flag_and_no_other(ablation, name, value, monkeypatch):
+    def flags(**environment):
+        words = shell("vggss_10k", "vggss", "0", "run", **environment).stdout.split()
+        monkeypatch.setattr(sys, "argv", words)
+        return vars(train_slot.parse_args()) | {"experiment_name": ""}
+
+    whole, less = flags(), flags(ABLATION=ablation)
+    assert {key for key in whole if whole[key] != less[key]} == {name} and less[name] == value
+
+
+@pytest.mark.parametrize("trainset", ["synthetic", "vggss_144k", "flickr_10k", "custom"])
+def test_the_listening_objective_has_its_two_losses_in_the_place_of_attention_matching(trainset, monkeypatch):
+    def flags(**environment):
+        words = shell(trainset, "vggss", "0", "run", **environment).stdout.split()
+        monkeypatch.setattr(sys, "argv", words)
+        return vars(train_slot.parse_args())
+
+    paper, listen = flags(), flags(OBJECTIVE="listen")
+    assert paper == flags(OBJECTIVE="paper") and paper["share_contrast"] == 0
+    changed = {key for key in paper if paper[key] != listen[key]}
+    trained_with = changed - {"infer_sharpening", "infer_smoothing"}
+    assert trained_with == {"share_contrast", "foreign_claims", "lam3", "experiment_name"}
+    assert listen["share_contrast"] > 0 and listen["foreign_claims"] > 0 and listen["lam3"] == 0
+    assert listen["experiment_name"] == "run_listen"
+
+
+@pytest.mark.parametrize("environment", [{"OBJECTIVE": "luck"}, {"OBJECTIVE": "listen", "ABLATION": "no_match"}])
+def test_an_objective_that_is_unknown_or_lacks_what_an_ablation_leaves_out_trains_nothing(environment):
+    wrong = shell("synthetic", "synthetic", "cpu", **environment)
+    assert wrong.returncode == 2 and "listen" in wrong.stderr and not wrong.stdout
+
+
+def test_the_run_ends_with_the_command_that_tests_it(finished):
+    command = finished[1].stdout.strip().splitlines()[-1].split()
+    assert command[0].endswith("python") and command[1] == "test_model.py"
+    assert "--experiment_name" in command and "synthetic,synthetic_interactive" in command and "cpu" in command
+
+
+def test_wandb_without_a_login_records_offline_and_says_so(synthetic_root, tmp_path):
+    """In a process of its own: there the loader processes are the first to resample, while wandb watches imports."""
+    shutil.copytree(synthetic_root, tmp_path / "data")
+    for path in (tmp_path / "data" / "audio").glob("train_0000*.wav"):
+        soundfile.write(path, soundfile.read(path)[0], 22050)
+    data = ["--trainset", "synthetic", "--train_data_path", tmp_path / "data", "--model_dir", tmp_path]
+    run = ["--experiment_name", "run", "--wandb", "true", "--num_workers", "2", "--epochs", "1"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    done = subprocess.run(
+        list(map(str, [sys.executable, "train_slot.py", *data, *SMALL, *SHORT, *run])),
+        cwd=ROOT, env=environment | {"NETRC": str(tmp_path / "nobody")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "recorded offline" in done.stdout
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lam3", "100"],
+        ["--share_contrast", "0"],
+        ["--foreign_claims", "0"],
+        ["--foreign_claims=0"],
+        ["--objective", "x"],
+    ],
+)
+def test_flags_that_would_undo_the_listening_objective_are_refused(flags):
+    wrong = shell("synthetic", "synthetic", "cpu", "run", *flags, OBJECTIVE="listen")
+    assert wrong.returncode == 2 and f"OBJECTIVE=listen and {flags[0]} do not go together" in wrong.stderr

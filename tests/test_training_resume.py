@@ -1,0 +1,525 @@
+"""A run that stops goes on exactly where it was: killed, told to stop, out of disk, on one process or several."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import MEASURED, ROOT, SHORT, SMALL
+
+import train_slot
+import training.resume as resuming
+import training.run as training
+import utils
+from model_slot import JointSlotModel
+from training.step import Inputs, NotFinite, Optimisation, loss_weights
+from utils import UserError, load_checkpoint, save_checkpoint
+
+EVERYTHING = [  # two loader workers, strong augmentation, token masks, false negatives; ten steps an epoch
+    "--batch_size", "7", "--epochs", "4", "--num_workers", "2", "--augment", "hard", "--mask_ratio", "0.3",
+    "--reciprocal_k", "2", "--lr_schedule", "cosine", "--lr_warmup", "0.1", "--testset", "synthetic",
+    "--save_every_steps", "3", "--eval_every", "2",
+]  # fmt: skip
+
+
+def command(root, folder, *flags, torchrun=()):
+    data = ["--trainset", "synthetic", "--train_data_path", root, "--test_data_path", root]
+    python = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+    where = ["--model_dir", folder, "--experiment_name", "run"]
+    return [sys.executable, *map(str, [*python, ROOT / "train_slot.py", *data, *SMALL, *SHORT, *where, *flags])]
+
+
+def shell(*arguments, torchrun=()):
+    return subprocess.run(command(*arguments, torchrun=torchrun), capture_output=True, text=True, timeout=300)
+
+
+def ending(folder):
+    """All that must be the same however often a run was stopped."""
+    state = load_checkpoint(folder / "run" / "latest.pth")
+    best = load_checkpoint(folder / "run" / "best.pth")
+    log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    results = json.loads((folder / "run" / "results" / "synthetic" / "results.json").read_text())
+    return {
+        **{key: state[key] for key in ("model", "optimizer", "scaler", "random", "epoch", "step", "best")},
+        "best epoch": best["epoch"],
+        "best model": best["model"],
+        "log": [{key: value for key, value in line.items() if key not in MEASURED} for line in log],
+        "figures": results["maps"],
+    }
+
+
+def difference(one, other, where="") -> str:
+    """The first place where two nested values differ; empty when they are the same to the bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        if one.keys() != other.keys():
+            return f"{where}: {sorted(one.keys() ^ other.keys(), key=str)}"
+        return next((d for key in one if (d := difference(one[key], other[key], f"{where}/{key}"))), "")
+    if isinstance(one, list | tuple):
+        if len(one) != len(other):
+            return f"{where}: {len(one)} and {len(other)} items"
+        return next((d for i, pair in enumerate(zip(one, other)) if (d := difference(*pair, f"{where}/{i}"))), "")
+    same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other or (one != one and other != other)
+    return "" if same else f"{where}: {one} and {other}"
+
+
+def test_a_difference_is_seen_wherever_it_is():
+    state = {"a": [torch.zeros(2), {"b": 1.0}], "c": float("nan")}
+    assert not difference(state, {"a": [torch.zeros(2), {"b": 1.0}], "c": float("nan")})
+    for other in ({"a": [torch.zeros(2), {"b": 1.1}], "c": float("nan")}, {"a": [torch.ones(2), {"b": 1.0}], "c": 0}):
+        assert difference(state, other)
+
+
+@pytest.fixture(scope="module")
+def whole(synthetic_root, tmp_path_factory, train):
+    """Four epochs in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = train(synthetic_root, folder, *EVERYTHING)
+    assert done.returncode == 0, done.stderr
+    return ending(folder)
+
+
+def stop_in_step(monkeypatch, number):
+    """SIGTERM while the optimisation step of this number, counted from now, is under way."""
+    count, step = iter(range(1, 1000)), Optimisation.step
+
+    def interrupted(self, *arguments):
+        if next(count) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Optimisation, "step", interrupted)
+
+
+def test_a_run_that_is_told_to_stop_saves_within_a_step_and_goes_on_exactly(
+    synthetic_root, tmp_path, train, monkeypatch, whole
+):
+    stop_in_step(monkeypatch, 17)
+    done = train(synthetic_root, tmp_path, *EVERYTHING)
+    assert done.returncode == 0 and "--resume" in done.stdout, done.stderr
+    state = load_checkpoint(tmp_path / "run" / "latest.pth")
+    assert (state["epoch"], state["step"]) == (1, 7)
+    done = train(synthetic_root, tmp_path, *EVERYTHING, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert not difference(whole, ending(tmp_path))
+
+
+def test_two_and_two_epochs_are_four(synthetic_root, tmp_path, train, monkeypatch, whole):
+    """Interrupted as soon as the end of the second epoch is on disk."""
+    write = utils.save_checkpoint
+
+    def keep(path, state):
+        write(path, state)
+        if (state["epoch"], state["step"]) == (2, 0) and path.name == "latest.pth":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_checkpoint", keep)
+    assert train(synthetic_root, tmp_path, *EVERYTHING).returncode == 130
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "run" / "latest.pth")["epoch"] == 2
+    assert train(synthetic_root, tmp_path, *EVERYTHING, "--resume").returncode == 0
+    assert not difference(whole, ending(tmp_path))
+
+
+def test_a_random_state_that_is_not_restored_is_noticed(synthetic_root, tmp_path, train, monkeypatch, whole):
+    """The comparison of these tests would find it out: what they compare depends on that state."""
+    stop_in_step(monkeypatch, 17)
+    train(synthetic_root, tmp_path, *EVERYTHING)
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "restore_random_states", lambda states: None)
+    assert train(synthetic_root, tmp_path, *EVERYTHING, "--resume").returncode == 0
+    assert difference(whole, ending(tmp_path))
+
+
+def wait_for(process, folder, epoch, step):
+    """Until the run has saved that place, or ended."""
+    path = folder / "run" / "latest.pth"
+    while process.poll() is None:
+        if path.exists():
+            state = load_checkpoint(path)
+            if (state["epoch"], state["step"]) >= (epoch, step):
+                return
+        time.sleep(0.02)
+
+
+KILLS_ITSELF = """
+import os, runpy, signal, sys
+from model_slot import JointSlotModel
+from training.step import Inputs, NotFinite, Optimisation, loss_weights
+
+step, count = Optimisation.step, iter(range(1, 1000))
+
+def killed(self, *arguments):
+    if next(count) == 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *arguments)
+
+Optimisation.step = killed
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_run_killed_within_an_epoch_ends_like_one_in_one_go(synthetic_root, tmp_path, train, whole):
+    python, *arguments = command(synthetic_root, tmp_path, *EVERYTHING)
+    killed = subprocess.run([python, "-c", KILLS_ITSELF, *arguments], capture_output=True, cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    state = load_checkpoint(tmp_path / "run" / "latest.pth")
+    assert (state["epoch"], state["step"]) == (1, 3)  # the last multiple of three before the fifth step
+    (tmp_path / "run" / ".latest.abc.pth").write_bytes(b"half written")
+    assert train(synthetic_root, tmp_path, *EVERYTHING, "--resume").returncode == 0
+    assert not difference(whole, ending(tmp_path))
+    assert not list((tmp_path / "run").glob(".*.pth"))
+
+
+def test_a_run_told_to_stop_while_it_writes_finishes_writing(synthetic_root, tmp_path, train, monkeypatch, whole):
+    """At the end of the first epoch, when nothing else is on disk yet."""
+    write, flags = utils.save_checkpoint, [*EVERYTHING, "--save_every_steps", "0"]
+
+    def interrupted(path, state):
+        if (state["epoch"], state["step"]) == (0, 10):
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(path, state)
+
+    monkeypatch.setattr(training, "save_checkpoint", interrupted)
+    assert train(synthetic_root, tmp_path, *flags).returncode == 0
+    monkeypatch.undo()
+    state = load_checkpoint(tmp_path / "run" / "latest.pth")
+    assert (state["epoch"], state["step"], state["lines"]) == (0, 10, [])
+    assert train(synthetic_root, tmp_path, *flags, "--resume").returncode == 0
+    assert not difference(whole, ending(tmp_path))
+
+
+def test_a_run_told_to_stop_while_it_scores_ends_at_once(synthetic_root, tmp_path, train, monkeypatch, whole):
+    def interrupted(*arguments, **settings):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(training, "evaluate", interrupted)
+    assert train(synthetic_root, tmp_path, *EVERYTHING).returncode == 0
+    monkeypatch.undo()
+    assert train(synthetic_root, tmp_path, *EVERYTHING, "--resume").returncode == 0
+    assert not difference(whole, ending(tmp_path))
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_points_change_nothing(synthetic_root, tmp_path, whole):
+    chance, kills = random.Random(0), 0
+    flags = [*EVERYTHING, "--save_every_steps", "1"]
+    while kills < 20:
+        resume = ["--resume"] if (tmp_path / "run" / "latest.pth").exists() else []
+        process = subprocess.Popen(
+            command(synthetic_root, tmp_path, *flags, *resume),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for line in process.stdout:
+            if line.startswith(("training pairs", "resumed")):
+                break
+        time.sleep(chance.uniform(0, 2.5))
+        if process.poll() is not None:
+            assert process.returncode == 0, process.stderr.read()
+            shutil.rmtree(tmp_path / "run")  # it reached the end: again from the start
+            continue
+        process.kill()
+        process.wait()
+        kills += 1
+        for path in (tmp_path / "run").glob("[!.]*.pth"):
+            assert load_checkpoint(path)["model"]
+    resume = ["--resume"] if (tmp_path / "run" / "latest.pth").exists() else []
+    done = shell(synthetic_root, tmp_path, *flags, *resume)
+    assert done.returncode == 0, done.stderr
+    assert not difference(whole, ending(tmp_path))
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    """A limit on the size of files stands for a full disk."""
+    path = tmp_path / "latest.pth"
+    save_checkpoint(path, {"model": {"w": torch.zeros(3)}})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"latest.pth cannot be written .*the one before is kept"):
+            save_checkpoint(path, {"model": {"w": torch.ones(1_000_000)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert torch.equal(load_checkpoint(path)["model"]["w"], torch.zeros(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["latest.pth"]
+
+
+def test_two_runs_do_not_write_into_one_folder(synthetic_root, tmp_path, train):
+    folder = str(tmp_path / "run")
+    holding = f"from pathlib import Path; from training.resume import hold; lock = hold(Path({folder!r})); input(1)"
+    with subprocess.Popen(
+        [sys.executable, "-c", holding], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        other.stdout.read(1)
+        done = train(synthetic_root, tmp_path, "--epochs", "1")
+        other.communicate("\n")
+    assert done.returncode == 2 and "another process is training" in done.stderr
+    assert train(synthetic_root, tmp_path, "--epochs", "1").returncode == 0
+
+
+def test_every_kth_epoch_is_kept(synthetic_root, tmp_path, train):
+    assert train(synthetic_root, tmp_path, "--epochs", "4", "--keep_every", "2").returncode == 0
+    kept = sorted(path.name for path in (tmp_path / "run").glob("*.pth"))
+    assert kept == ["best.pth", "epoch_0002.pth", "epoch_0004.pth", "latest.pth"]
+    assert load_checkpoint(tmp_path / "run" / "epoch_0002.pth")["epoch"] == 2
+
+
+def test_a_resume_with_other_data_or_settings_needs_force(synthetic_root, tmp_path, train):
+    data = tmp_path / "data"
+    shutil.copytree(synthetic_root, data)
+    assert train(data, tmp_path, "--epochs", "1").returncode == 0
+    ids = (data / "train.txt").read_text().splitlines()
+    (data / "train.txt").write_text("\n".join(ids[:-1]) + "\n")
+    done = train(data, tmp_path, "--resume", "--lr", "2e-3")
+    assert done.returncode == 2 and "--force" in done.stderr
+    assert (
+        "training pairs 70 ids" in done.stderr and "-> 69 ids" in done.stderr and "--lr 0.001 -> 0.002" in done.stderr
+    )
+    done = train(data, tmp_path, "--resume", "--lr", "2e-3", "--force")
+    assert done.returncode == 0 and "other settings" in done.stdout, done.stderr
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in log] == pytest.approx([1e-3, 2e-3])
+
+
+def test_a_run_of_code_without_some_flags_goes_on_where_they_are_off(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_slot.py", "--experiment_name", "run"])
+    args = train_slot.parse_args()
+    state = {"args": {k: v for k, v in vars(args).items() if k not in ("silence", "infer_smoothing")}, "marks": {}}
+    args.infer_sharpening, args.infer_smoothing = 1.0, 0.1  # tests do not change what is trained
+    assert resuming.differences(state, args, {}) == []
+    args.silence, args.select = 1.0, "test"
+    assert sorted(resuming.differences(state, args, {})) == [
+        "--infer_sharpening 0.1 -> 1.0", "--infer_smoothing None -> 0.1", "--select retrieval -> test",
+        "--silence None -> 1.0",
+    ]  # fmt: skip
+
+
+def test_a_forced_resume_with_another_way_of_testing_forgets_the_best_that_tests_chose(synthetic_root, tmp_path, train):
+    flags = ["--testset", "synthetic", "--select", "test"]
+    assert train(synthetic_root, tmp_path, *flags, "--epochs", "1").returncode == 0
+    path = tmp_path / "run" / "latest.pth"
+    save_checkpoint(path, load_checkpoint(path) | {"best": 2.0})  # better than any
+    done = train(synthetic_root, tmp_path, *flags, "--resume", "--force", "--infer_smoothing", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert load_checkpoint(tmp_path / "run" / "best.pth")["epoch"] == 2
+
+
+def test_a_forced_resume_with_another_measure_forgets_the_old_best(synthetic_root, tmp_path, train):
+    flags = ["--testset", "synthetic"]
+    assert train(synthetic_root, tmp_path, *flags, "--epochs", "1").returncode == 0
+    done = train(synthetic_root, tmp_path, *flags, "--resume", "--force", "--select", "test")
+    assert done.returncode == 0, done.stderr
+    best = load_checkpoint(tmp_path / "run" / "best.pth")
+    assert best["epoch"] == 2 and "test set synthetic" in best["selected_by"]
+
+
+def test_micro_batches_train_and_go_on_exactly(synthetic_root, tmp_path, train, monkeypatch):
+    flags = ["--micro_batch", "5", "--clip", "1"]
+    for name in ("whole", "halves"):
+        (tmp_path / name).mkdir()
+    assert train(synthetic_root, tmp_path / "whole", *flags).returncode == 0
+    stop_in_step(monkeypatch, 6)
+    assert train(synthetic_root, tmp_path / "halves", *flags).returncode == 0
+    monkeypatch.undo()
+    assert train(synthetic_root, tmp_path / "halves", *flags, "--resume").returncode == 0
+    whole, halves = (load_checkpoint(tmp_path / name / "run" / "latest.pth") for name in ("whole", "halves"))
+    for key in ("model", "optimizer", "random"):
+        assert not difference(whole[key], halves[key], key)
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(synthetic_root, tmp_path, train):
+    assert train(synthetic_root, tmp_path, "--epochs", "1", "--wandb", "offline").returncode == 0
+    before = load_checkpoint(tmp_path / "run" / "latest.pth")["wandb_run"]
+    assert train(synthetic_root, tmp_path, "--resume", "--wandb", "offline").returncode == 0
+    folders = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    assert len(folders) == 2 and all(name.endswith(f"-{before}") for name in folders)
+
+
+def test_a_scaler_that_finds_no_scale_ends_the_run(monkeypatch):
+    """fp16: a step whose scaled gradient overflows is left out and counted; one that no scale helps is an error."""
+    model = JointSlotModel("small", 16, 2, 3, 32, 0.4, reciprocal_k=0).train()
+    inputs = Inputs(torch.randn(2, 3, 32, 32), torch.randn(2, 1, 257, 41), model.draw_masks(2))
+    optimisation = Optimisation(model, torch.device("cpu"), 1e-3, amp=torch.float16)
+    weights, before = loss_weights(0, 0, 0.1, 0.1, 100.0), model.slot_attn.slots.clone()
+
+    def overflowing(*arguments):
+        losses = Optimisation.backward(optimisation, *arguments)
+        model.slot_attn.slots.grad.fill_(float("inf"))
+        return losses
+
+    monkeypatch.setattr(optimisation, "backward", overflowing)
+    found = optimisation.step(inputs, 2, weights, 1.0)
+    assert (found["grad_norm"], found["skipped_steps"]) == (0.0, 1.0) and torch.equal(model.slot_attn.slots, before)
+    with pytest.raises(NotFinite, match="grad_norm inf"):
+        for _ in range(20):
+            optimisation.step(inputs, 2, weights, 1.0)
+
+
+def test_skipped_steps_are_logged_and_lower_no_average(synthetic_root, tmp_path, train, monkeypatch):
+    step, count = Optimisation.step, iter(range(100))
+
+    def sometimes(self, *arguments):
+        skipped = next(count) % 4 == 3
+        return step(self, *arguments) | {"grad_norm": 0.0 if skipped else 2.0, "skipped_steps": float(skipped)}
+
+    monkeypatch.setattr(Optimisation, "step", sometimes)
+    assert train(synthetic_root, tmp_path, "--epochs", "1").returncode == 0
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert line["skipped_steps"] == 1 and line["grad_norm"] == pytest.approx(2.0)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_state_before_the_step(synthetic_root, tmp_path, train, monkeypatch):
+    count, matching = iter(range(1000)), training.Optimisation.backward
+
+    def broken(self, *arguments):
+        losses = matching(self, *arguments)
+        return losses | {"info_nce": losses["info_nce"] / (next(count) != 6)}
+
+    monkeypatch.setattr(training.Optimisation, "backward", broken)
+    done = train(synthetic_root, tmp_path)
+    assert done.returncode == 2
+    assert "not finite in step 3 of epoch 2" in done.stderr and "train_0000" in done.stderr
+    ids = (tmp_path / "run" / "failed_ids.txt").read_text().split()
+    assert len(ids) == 16 and all(name.startswith("train_") for name in ids)
+    failed, latest = (load_checkpoint(tmp_path / "run" / f"{name}.pth") for name in ("failed", "latest"))
+    assert (failed["epoch"], failed["step"]) == (1, 2) and (latest["epoch"], latest["step"]) == (1, 0)
+    assert all(value.isfinite().all() for value in failed["model"].values())
+
+
+# ---------------------------------------------------------------- several processes
+
+
+SHARED = ["--batch_size", "15", "--testset", "synthetic", "--save_every_steps", "1"]  # 8 and 7 pairs a process
+
+
+def torchrun(count, *more):
+    return ["--standalone", "--nproc_per_node", count, *more]
+
+
+def test_only_the_same_start_of_torchrun_goes_on_by_itself(synthetic_root, tmp_path, train, monkeypatch):
+    """Not one that was refused or began to overwrite, however often it is started again."""
+    assert train(synthetic_root, tmp_path, "--epochs", "1").returncode == 0
+    args = Namespace(resume=False, overwrite=False, dry_run=False)
+    monkeypatch.setattr(resuming, "launched", lambda: True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="--overwrite replaces it"):
+        resuming.goes_on(tmp_path / "run", args)
+    assert not resuming.goes_on(tmp_path / "run", Namespace(**vars(args) | {"overwrite": True}))
+    (tmp_path / "run" / resuming.LAUNCH).write_text(resuming.launch_name())
+    assert resuming.goes_on(tmp_path / "run", args)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert str(os.getppid()) in resuming.launch_name()
+
+
+def test_two_processes_train_on_one_global_batch_and_score_every_pair_once(synthetic_root, tmp_path, cli):
+    done = shell(synthetic_root, tmp_path, *SHARED, torchrun=torchrun(2))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("processes: 2") == 1 and done.stdout.count("20 of 20 pairs scored") == 1
+    state = load_checkpoint(tmp_path / "run" / "latest.pth")
+    assert {int(entry["step"]) for entry in state["optimizer"]["state"].values()} == {2 * (70 // 15)}
+    one = json.loads((tmp_path / "run" / "results" / "synthetic" / "results.json").read_text())
+    again = cli(
+        "test_model", "--model_dir", tmp_path, "--experiment_name", "run", "--testset", "synthetic", "--gpu", "cpu",
+        "--test_data_path", synthetic_root, "--out_dir", tmp_path / "one", "--imagenet_weights", "none",
+        "--batch_size", "15", "--num_workers", "0",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    two = json.loads((tmp_path / "one" / "synthetic" / "results.json").read_text())
+    for part in ("maps", "intervals", "references", "retrieval", "by_class", "by_size", "pairs"):
+        assert not difference(two[part], one[part], part)
+    rows = (tmp_path / "run" / "results" / "synthetic" / "per_sample.csv").read_text().splitlines()
+    assert len(rows) == 21 and len(set(rows)) == 21
+
+
+@pytest.mark.slow
+def test_a_killed_worker_comes_back_from_the_last_checkpoint(synthetic_root, tmp_path):
+    flags = [*SHARED, "--epochs", "6"]
+    process = subprocess.Popen(
+        command(synthetic_root, tmp_path, *flags, torchrun=torchrun(2, "--max-restarts", "2")),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(process, tmp_path, 1, 2)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert "resumed after epoch" in stdout
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [1, 2, 3, 4, 5, 6]
+    (tmp_path / "whole").mkdir()
+    assert shell(synthetic_root, tmp_path / "whole", *flags, torchrun=torchrun(2)).returncode == 0
+    assert not difference(ending(tmp_path / "whole"), ending(tmp_path))
+
+
+@pytest.mark.slow
+def test_two_nodes_on_one_machine_train_like_one_node_of_two(synthetic_root, tmp_path):
+    (tmp_path / "nodes").mkdir()
+    (tmp_path / "node").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for number in (0, 1):
+        node = ["--nnodes", 2, "--node_rank", number, "--nproc_per_node", 1]
+        node += ["--master_addr", "127.0.0.1", "--master_port", port]
+        processes.append(
+            subprocess.Popen(
+                command(synthetic_root, tmp_path / "nodes", *SHARED, torchrun=node),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    assert shell(synthetic_root, tmp_path / "node", *SHARED, torchrun=torchrun(2)).returncode == 0
+    assert not difference(ending(tmp_path / "node"), ending(tmp_path / "nodes"))
+
+
+@pytest.mark.slow
+def test_several_processes_told_to_stop_save_and_go_on(synthetic_root, tmp_path):
+    flags = [*SHARED, "--epochs", "6", "--save_every_steps", "0", "--testset", "synthetic"]
+    (tmp_path / "whole").mkdir()
+    assert shell(synthetic_root, tmp_path / "whole", *flags, torchrun=torchrun(2)).returncode == 0
+    process = subprocess.Popen(
+        command(synthetic_root, tmp_path, *flags, "--eval_every", "0", torchrun=torchrun(2)),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(process, tmp_path, 1, 0)
+    process.terminate()
+    stdout, stderr = process.communicate(timeout=120)
+    assert "stopped by SIGTERM" in stdout, stderr
+    state = load_checkpoint(tmp_path / "run" / "latest.pth")
+    assert (1, 0) <= (state["epoch"], state["step"]) < (6, 0)
+    done = shell(synthetic_root, tmp_path, *flags, "--resume", torchrun=torchrun(2))
+    assert done.returncode == 0, done.stderr
+    weights = (load_checkpoint(folder / "run" / "latest.pth") for folder in (tmp_path / "whole", tmp_path))
+    whole, halves = ({key: state[key] for key in ("model", "optimizer", "random")} for state in weights)
+    assert not difference(whole, halves)
+
+
+def test_a_batch_smaller_than_the_processes_is_refused(synthetic_root, tmp_path, monkeypatch, train):
+    monkeypatch.setattr("train_slot.world_size", lambda: 32)
+    done = train(synthetic_root, tmp_path)
+    assert done.returncode == 2 and "without a pair" in done.stderr
+
+
+def test_batch_norm_over_processes_is_refused_where_there_is_none(synthetic_root, tmp_path, train):
+    done = train(synthetic_root, tmp_path, "--sync_bn")
+    assert done.returncode == 2 and "CUDA" in done.stderr

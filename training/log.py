@@ -1,0 +1,127 @@
+"""The log of a training run: `log.jsonl`, `curves.png`, and Weights & Biases where wanted."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from audio_io import load_resampler
+from reports.pictures import plot_curves
+from utils import provenance, strict_json, write_text
+
+COUNTS = ("samples", "empty", "images", "tied_half", "tied_adaptive")  # numbers of a test set that are no figures
+
+
+class RunLog:
+    """What a training run tells the world while it goes on.
+
+    wandb: "true" (offline, with a line that says so, where nobody is logged in), "offline" or "false".
+    lines: of the epochs that the resumed checkpoint has behind it, as `write` left them in `self.lines`. log.jsonl and
+    curves.png are made of them again at once: they always show the run of the checkpoint, never epochs to come.
+    run_id: wandb's id of the run that is resumed, `self.run_id` of then; None starts another. Online the run goes on;
+    offline every start leaves a folder of its own under one id, which `wandb sync` sends as one run.
+
+    In wandb the x axis of everything is `step`, the optimisation steps done, a number in every row: wandb's own counter
+    must only grow and would drop the steps that a resumed run does again. That counter just numbers the rows, and after
+    a resume it starts above the checkpoint's rows, for an offline folder does not know the one before it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        wandb: str,
+        name: str,
+        config: Mapping[str, Any],
+        lines: Sequence[dict[str, Any]] = (),
+        run_id: str | None = None,
+    ) -> None:
+        self.folder, self.lines, self.run_id = folder, list(lines), run_id
+        self.sheets: dict[str, Path] = {}
+        self.logged = False
+        self._write_files()
+        self.wandb = None if wandb == "false" else _start_wandb(folder, wandb, name, config, run_id)
+        if self.wandb:
+            self.run_id = self.wandb.id
+
+    def step(self, step: int, figures: Mapping[str, float]) -> None:
+        """One optimisation step, for wandb alone; step: how many are done."""
+        self._log({f"train/{name}": value for name, value in figures.items()}, step)
+
+    def write(self, line: dict[str, Any], step: int) -> None:
+        """One epoch's numbers; a figure of a test set is `set/map/metric`, and more of it is better."""
+        self.lines.append(line | {"step": step})
+        self._write_files()
+        self._log(line | best_figures(self.lines) | self._pictures("maps"), step)
+        self.sheets = {}
+
+    def add_sheet(self, name: str, path: Path) -> None:
+        """Heat maps of a test set's fixed samples, drawn for the next line, or for the end."""
+        self.sheets[name] = path
+
+    def finish(self, scores: Mapping[str, float]) -> None:
+        """The chosen checkpoint's scores, which become wandb's summary, and the pictures drawn with it."""
+        if self.wandb:
+            self._log(self._pictures("chosen_maps"), self.lines[-1]["step"] if self.lines else 0)
+            self.wandb.summary.update(dict(scores))
+            self.wandb.finish()
+
+    def _write_files(self) -> None:
+        log, curves = self.folder / "log.jsonl", self.folder / "curves.png"
+        if self.lines:
+            write_text(log, "".join(strict_json(line) + "\n" for line in self.lines))
+            plot_curves(self.lines, curves)
+        else:
+            log.unlink(missing_ok=True)
+            curves.unlink(missing_ok=True)
+
+    def _log(self, row: dict[str, Any], step: int) -> None:
+        if self.wandb:
+            first = {} if self.logged else {"step": max(self.wandb.step, step + len(self.lines)), "commit": True}
+            self.wandb.log(row | {"step": step}, **first)
+            self.logged = True
+
+    def _pictures(self, kind: str) -> dict[str, Any]:
+        if not self.wandb:
+            return {}
+        import wandb
+
+        return {f"{name}/{kind}": wandb.Image(Image.open(path), file_type="jpg") for name, path in self.sheets.items()}
+
+
+def best_figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The largest value so far of each figure of a test set -> {"best/set/map/metric": value}."""
+    best = {}
+    for line in lines:
+        for name, value in line.items():
+            if name.count("/") == 2 and name.rpartition("/")[2] not in COUNTS and _is_number(value):
+                best[f"best/{name}"] = max(value, best.get(f"best/{name}", value))
+    return best
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _start_wandb(folder: Path, mode: str, name: str, config: Mapping[str, Any], run_id: str | None):
+    load_resampler()  # wandb watches imports, and that breaks in the loader processes
+    import wandb
+
+    if mode == "true" and not wandb.api.api_key and os.environ.get("WANDB_MODE") is None:
+        print("wandb: nobody is logged in, so the run is recorded offline (wandb login, then wandb sync sends it)")
+        mode = "offline"
+    run = wandb.init(
+        project="joint-slot-attention",
+        name=name,
+        id=run_id,
+        resume="allow" if run_id else None,
+        dir=str(folder),
+        config={**config, **provenance()},
+        mode="offline" if mode == "offline" else None,
+        settings=wandb.Settings(silent=True),
+    )
+    run.define_metric("step", hidden=True)
+    run.define_metric("*", step_metric="step")
+    return run
