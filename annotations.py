@@ -13,7 +13,7 @@ from defusedxml import ElementTree
 from defusedxml.common import DefusedXmlException
 from PIL import Image
 
-from scoring.metrics import MAP_SIZE
+from maps import MAP_SIZE
 from utils import Absent, UserError
 
 FLICKR_BOX_UNITS = 256

@@ -27,7 +27,7 @@ from annotations import (
     read_silent_pairs,
 )
 from audio_io import AUDIO_SUFFIXES, load_spectrogram, sourceless_spectrogram
-from scoring.metrics import MAP_SIZE
+from maps import MAP_SIZE
 from transforms import eval_transform, load_image, mask_spectrogram, train_transform
 from utils import Absent, Undecodable, UserError, as_user_error
 

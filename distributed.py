@@ -17,14 +17,14 @@ from utils import pick_device
 PATIENCE = timedelta(hours=1)  # the others wait while the first process scores and writes
 
 
-def launched() -> bool:
+def under_torchrun() -> bool:
     """Whether torchrun started this process, alone or as one of several."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def own_device(gpu: str) -> torch.device:
     """ "cpu" or the number of a CUDA device -> device; under torchrun each process takes that of its own number."""
-    device = pick_device(os.environ["LOCAL_RANK"] if launched() and gpu != "cpu" else gpu)
+    device = pick_device(os.environ["LOCAL_RANK"] if under_torchrun() and gpu != "cpu" else gpu)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else pinned memory and collectives open every process's context on device 0
     return device
@@ -51,7 +51,7 @@ def hidden_bar() -> bool | None:
 @contextmanager
 def process_group(device: torch.device):
     """Join the other processes, nccl between CUDA devices, gloo between CPUs. Only the first goes on printing."""
-    if not launched():
+    if not under_torchrun():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -60,7 +60,7 @@ def process_group(device: torch.device):
     if not is_main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     yield
-    wait_for_all()
+    barrier()
     dist.destroy_process_group()
 
 
@@ -85,7 +85,7 @@ def shares(total: int) -> list[int]:
     return [each + (number < more) for number in range(world_size())]
 
 
-def own_rows(total: int) -> slice:
+def local_slice(total: int) -> slice:
     """The rows of a batch of `total` that are this process's."""
     counts = shares(total)
     start = sum(counts[: rank()])
@@ -95,7 +95,7 @@ def own_rows(total: int) -> slice:
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: torch.Tensor, total: int) -> torch.Tensor:
-        ctx.own = own_rows(total)
+        ctx.own = local_slice(total)
         whole = rows.new_zeros(total, *rows.shape[1:])
         whole[ctx.own] = rows
         dist.all_reduce(whole)
@@ -128,24 +128,24 @@ def average(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def anyone(flag: bool, device: torch.device) -> bool:
+def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any process."""
     return bool(average(torch.tensor(float(flag), device=device)) > 0) if world_size() > 1 else flag
 
 
-def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
+def broadcast_buffers(tensors: Iterable[torch.Tensor]) -> None:
     """Fill the tensors with those of the first process: a step moves batch-norm statistics by a process's own rows."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
 
 
-def all_objects(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """Every process's value, in their order, on every process."""
     values = [value] * world_size()
     if world_size() > 1:
@@ -153,13 +153,13 @@ def all_objects(value: Any) -> list[Any]:
     return values
 
 
-def own_share(items: Sequence) -> Sequence:
+def shard(items: Sequence) -> Sequence:
     """Items that processes take in turns: process r has r, r + W, r + 2 W, ..."""
     return items[rank() :: world_size()]
 
 
 def gather_in_order(own: Iterable, count: int) -> Iterator:
-    """What each process made of its `own_share` of `count` items -> on the first process all, in order; elsewhere none.
+    """What each process made of its `shard` of `count` items -> on the first process all, in order; elsewhere none.
 
     Every process has to walk through it.
     """

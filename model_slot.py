@@ -15,7 +15,6 @@ from torch import nn
 
 from audio_io import num_frames
 from resnet import AudioEncoder, ImageEncoder, get_recipe, tokens_along
-from scoring.metrics import MAP_SIZE, normalize_maps, upsample_maps
 from utils import UserError, check_weights, load_checkpoint
 
 ModelClass = TypeVar("ModelClass", bound=nn.Module)
@@ -373,31 +372,6 @@ def presence_confidence(image: SlotState, audio: SlotState) -> torch.Tensor:
     """
     share = slot_share(audio.query, image.keys)[:, TARGET]  # (B, N)
     return _mean_of_best(share)
-
-
-def fuse_maps(
-    audio_map: torch.Tensor,
-    image_map: torch.Tensor | None = None,
-    object_prior: torch.Tensor | None = None,
-    alpha: float = 0.6,
-    size: int = MAP_SIZE,
-) -> torch.Tensor:
-    """n(alpha AUD + (1 - alpha) rest), the rest shared equally between what is given: IQR, OGL or IQR_OGL.
-
-    Each map (B, h, w), of any resolution -> (B, size, size) in 0..1; every map is upsampled and normalised first.
-    """
-    rest = [n_map for n_map in (image_map, object_prior) if n_map is not None]
-    if not rest:
-        raise ValueError("fuse_maps needs an image map or an object prior beside the audio map")
-    return mix_maps(*(normalize_maps(upsample_maps(x, size)) for x in (audio_map, *rest)), alpha=alpha)
-
-
-def mix_maps(audio_map: torch.Tensor, *rest: torch.Tensor, alpha: float = 0.6) -> torch.Tensor:
-    """`fuse_maps` of maps (B, H, W) that are of one size and normalised already."""
-    mixed = alpha * audio_map
-    for other in rest:
-        mixed = mixed + (1 - alpha) / len(rest) * other
-    return normalize_maps(mixed)
 
 
 # ---------------------------------------------------------------- the model

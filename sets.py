@@ -1,14 +1,29 @@
-"""Test sets by name: the table of all of them, the command line's flags for them, what is there and what is not."""
+"""Sets by name: the test sets and their flags, what is there of them, what is broken in them or shared with training.
 
-from collections.abc import Callable
+N pairs.
+"""
 
-from annotations import GroundTruth
-from dataset import TEST_SETS, EvaluationPairs, build_ground_truth, build_test_set
-from dataset_avs import AVS_SETS, build_avs_set, build_avs_truth
-from inspection import undecodable
-from utils import Absent, UserError, boolean
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from annotations import GroundTruth, first_ids, load_boxes, load_frames, read_ids, read_silent_pairs
+from audio_io import HOP, SAMPLE_RATE, load_audio, load_power, load_spectrogram
+from dataset import TEST_SETS, EvaluationPairs, Pair, build_ground_truth, build_test_set
+from dataset_avs import AVS_SETS, build_avs_set, build_avs_truth, read_videos
+from distributed import hidden_bar
+from transforms import load_image
+from utils import Absent, Undecodable, UserError, boolean
 
 ALL_SETS = TEST_SETS | AVS_SETS
+SHORT_SECONDS = 5.0  # what the model hears
+SAME_VIDEO = "s4 (same video, perhaps another part)"
 
 
 def add_test_set_flags(group, default: str | None) -> None:
@@ -84,3 +99,104 @@ def build_each(args, build: Callable) -> dict:
     if not built:
         raise UserError("--testset all: the data of no test set are there")
     return built
+
+
+# ---------------------------------------------------------------- what is broken
+
+
+class Facts(NamedTuple):
+    """What decoding one pair showed."""
+
+    error: str  # why it cannot be decoded; empty when it can
+    silent: bool  # digital zero throughout
+    seconds: float
+    digest: str  # of what is seen and heard; empty when it cannot be decoded
+
+
+class _Inspected(Dataset):
+    def __init__(self, pairs: Sequence[Pair], truth_of: Callable | None) -> None:
+        self.pairs, self.truth_of = pairs, truth_of
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Facts:
+        pair = self.pairs[index]
+        try:
+            picture = load_image(pair.image)
+            if self.truth_of:
+                self.truth_of(pair.id)
+            if pair.audio.endswith(".npy"):
+                heard = load_power(pair.audio)
+                seconds = (heard.shape[2] - 1) * HOP / SAMPLE_RATE
+            else:
+                heard = load_audio(pair.audio)
+                seconds = len(heard) / SAMPLE_RATE
+            load_spectrogram(pair.audio, SHORT_SECONDS)
+            content = picture.tobytes() + heard.tobytes()  # what is seen and heard, whatever the files say besides
+        except (ValueError, OSError, UserError) as error:
+            return Facts(" ".join(str(error).split()), False, math.nan, "")
+        return Facts("", not heard.any(), seconds, hashlib.sha1(content).hexdigest())
+
+
+def inspect_pairs(pairs: Sequence[Pair], workers: int = 0, truth_of: Callable | None = None) -> list[Facts]:
+    """Decode every pair, and its ground truth where truth_of is given, in several processes -> its facts, in order."""
+    loader = DataLoader(_Inspected(pairs, truth_of), batch_size=None, num_workers=workers)
+    return list(tqdm(loader, "decoding every pair", len(pairs), leave=False, unit="pair", disable=hidden_bar()))
+
+
+def undecodable(pairs: Sequence[Pair], workers: int = 0, truth_of: Callable | None = None) -> dict[str, str]:
+    """{id: reason} of the pairs that cannot be decoded."""
+    found = zip(pairs, inspect_pairs(pairs, workers, truth_of), strict=True)
+    return {pair.id: facts.error for pair, facts in found if facts.error}
+
+
+@contextmanager
+def count_undecodable(pairs: Sequence[Pair], workers: int = 0, truth_of: Callable | None = None):
+    """Where a pair cannot be decoded in the block, look at all of them: UserError with their count and first ids."""
+    try:
+        yield
+    except Undecodable as error:
+        broken = undecodable(pairs, workers, truth_of)
+        if not broken:
+            raise
+        raise UserError(
+            f"{len(broken)} of {len(pairs)} pairs cannot be decoded: {first_ids(list(broken))}. "
+            f"The first: {next(iter(broken.values()))} (--allow_missing true goes on without them and counts them)"
+        ) from error
+
+
+# ---------------------------------------------------------------- what is shared with training
+
+
+def known_test_ids(metadata: str | Path) -> dict[str, set[str]]:
+    """Ids of every known test set whose list or annotation lies in the folder of metadata: {set: ids}.
+
+    S4's videos come from YouTube as VGG-Sound's do: under "s4 (same video ...)" stand YouTube ids.
+    """
+    known: dict[str, set[str]] = {}
+    for name, row in TEST_SETS.items():
+        path = Path(metadata) / (row.ids or row.annotation or "absent")
+        if row.lists_in_root or not path.is_file():
+            continue
+        if row.ids:
+            known[name] = set(read_ids(path))
+        else:
+            known[name] = set(load_boxes(path) if row.kind == "boxes" else load_frames(path, row.kind == "masks"))
+        if row.silent and (Path(metadata) / row.silent).is_file():
+            known[name].update(*read_silent_pairs(Path(metadata) / row.silent).values())
+    s4 = Path(metadata) / AVS_SETS["s4"].ids
+    if s4.is_file():
+        known[SAME_VIDEO] = {video.name for video in read_videos(s4)}
+    return known
+
+
+def overlap_with_tests(ids: Sequence[str], metadata: str | Path) -> dict[str, list[str]]:
+    """Training ids that are also test ids, by test set, as far as its list is in the folder of metadata.
+
+    VGG-Sound's ids are <youtube id>_<start>; S4's videos are compared by YouTube id alone.
+    """
+    return {
+        name: [i for i in ids if (i.rpartition("_")[0] if name == SAME_VIDEO else i) in tested]
+        for name, tested in known_test_ids(metadata).items()
+    }

@@ -16,7 +16,8 @@ import torch
 
 from annotations import first_ids, read_ids
 from dataset import TRAIN_SETS, EvaluationPairs, TrainingPairs, select_training_pairs
-from distributed import anyone, is_main, launched, own_device, process_group
+from distributed import any_rank, is_main, own_device, process_group, under_torchrun
+from maps import MAP_SIZE
 from models import Model, load_model
 from reports.diagnose import check_slots, diagnose
 from reports.page import Gallery
@@ -34,7 +35,6 @@ from scoring.accumulate import ScoredBatch
 from scoring.compare import compare
 from scoring.evaluate import Evaluation, OnBatch, evaluate, evaluate_stored, match_ids
 from scoring.maps_file import MapWriter, StoredMaps
-from scoring.metrics import MAP_SIZE
 from scoring.summary import RESAMPLES
 from sets import add_test_set_flags, build_ground_truths, build_test_sets
 from utils import (
@@ -150,7 +150,7 @@ def score_on(device: torch.device, args) -> None:
     state = load_checkpoint(path)
     test_sets = build_test_sets(args, model.shape["image_size"], model.shape["audio_seconds"])
     saliency = load_saliency(args.imagenet_weights, device)
-    if anyone(saliency is None, device):  # a download that failed for one process leaves the prior out for all
+    if any_rank(saliency is None, device):  # a download that failed for one process leaves the prior out for all
         saliency = None
     asked_with = own_inference(state)
     asked_with |= {name: getattr(args, name) for name in asked_with if getattr(args, name) is not None}
@@ -294,7 +294,7 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    if launched() and (args.compare or args.maps is not None):
+    if under_torchrun() and (args.compare or args.maps is not None):
         raise UserError("--compare and --maps run in one process: start them without torchrun")
     if args.compare:
         if args.maps is not None or args.report or args.save_maps or args.diagnose or args.out_dir:

@@ -16,10 +16,9 @@ import torch
 
 from dataset import TRAIN_SETS, TrainingPairs, hold_out, select_training_pairs
 from distributed import own_device, process_group, world_size
-from inspection import overlap_with_tests, undecodable
 from models import OBJECTIVES, Model
 from resnet import RECIPES, load_imagenet_weights
-from sets import ALL_SETS, add_test_set_flags, build_test_sets, parse_testsets
+from sets import ALL_SETS, add_test_set_flags, build_test_sets, overlap_with_tests, parse_testsets, undecodable
 from training.resume import goes_on
 from training.run import Run, TrainingData
 from training.step import LR_DECAY, MAP_LOSSES, with_sync_bn

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from annotations import GroundTruth, box_map
 from audio_io import SAMPLE_RATE, load_audio, num_frames, num_samples, power_spectrogram
 from dataset import Pair, Sample, TrainingPairs, make_loader
-from distributed import own_rows
+from distributed import local_slice
 from model_slot import JointSlotModel, TokenMasks
 from scoring.accumulate import enlarge, in_parts
 from scoring.evaluate import evaluate_stored
@@ -110,7 +110,9 @@ def our_step(batch: int, micro_batch: int | None = None) -> Callable[[], object]
     model = full_model().to(memory_format=torch.channels_last)
     optimisation = Optimisation(model, device, 5e-5, amp=choose_amp("auto", device), micro_batch=micro_batch)
     inputs = random_inputs(model, batch)
-    inputs = Inputs(*(x[own_rows(batch)] for x in inputs[:2]), TokenMasks(*(x[own_rows(batch)] for x in inputs.masks)))
+    inputs = Inputs(
+        *(x[local_slice(batch)] for x in inputs[:2]), TokenMasks(*(x[local_slice(batch)] for x in inputs.masks))
+    )
     return lambda: optimisation.step(inputs, batch, LOSS_WEIGHTS, 1.0)
 
 

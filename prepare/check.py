@@ -1,11 +1,15 @@
 """Are the data of a set complete, whole and apart from the tests? The work of `prepare_data.py check`."""
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dataset import TRAIN_SETS, EvaluationPairs, select_training_pairs
-from inspection import SHORT_SECONDS, annotation_problems, check_table, inspect_pairs, overlap_with_tests
-from scoring.metrics import MAP_SIZE
-from sets import ALL_SETS, build_each, build_pairs
+import numpy as np
+
+from annotations import HUGE, first_ids, read_entries
+from dataset import TRAIN_SETS, EvaluationPairs, Pair, SetRow, select_training_pairs
+from maps import MAP_SIZE
+from sets import ALL_SETS, SHORT_SECONDS, Facts, build_each, build_pairs, inspect_pairs, overlap_with_tests
 from utils import Absent, UserError, number
 
 
@@ -67,3 +71,65 @@ def problems_of(name: str, args) -> dict[str, int]:
     folder = Path(args.test_data_path or row.root) if row.lists_in_root else Path(args.metadata)
     path = args.test_gt_path or (row.annotation and folder / row.annotation)
     return annotation_problems(row, Path(path)) if path else {}
+
+
+# ---------------------------------------------------------------- what the table shows
+
+
+def annotation_problems(row: SetRow, path: Path) -> dict[str, int]:
+    """Boxes of a JSON that are clipped, count as empty or cannot be read: {what: how many}; {} for other kinds."""
+    if row.kind not in ("boxes", "pixels"):
+        return {}
+    side = 1.0 if row.kind == "boxes" else float(MAP_SIZE)
+    entries = [entry for entry in read_entries(path) if isinstance(entry, dict)]
+    drawn = [entry.get("bbox") or () if row.kind == "boxes" else [entry.get("gt_box")] for entry in entries]
+    problems = dict.fromkeys(("not a number", "outside the picture", "beyond a million", "without area"), 0)
+    for box in (box for boxes in drawn for box in boxes):
+        try:
+            values = np.array([float(v) for v in box])
+        except (TypeError, ValueError):
+            values = np.full(4, np.nan)
+        if values.shape != (4,) or np.isnan(values).any():
+            problems["not a number"] += 1
+            continue
+        pixels = (np.clip(values / side, 0, 1) * MAP_SIZE).astype(int)
+        problems["outside the picture"] += bool((values < 0).any() or (values > side).any())
+        problems["beyond a million"] += bool((np.abs(values) > HUGE).any())
+        problems["without area"] += bool((pixels[2:] <= pixels[:2]).any())
+    return problems
+
+
+def check_table(
+    name: str,
+    expected: int,
+    pairs: Sequence[Pair],
+    missing: Sequence[str],
+    facts: Sequence[Facts],
+    problems: Mapping[str, int],
+    overlap: Mapping[str, Sequence[str]],
+) -> str:
+    """What `prepare_data.py check` prints: counts, and the first ids of whatever is not as it should be."""
+
+    def of(wanted) -> list[str]:
+        return [pair.id for pair, fact in zip(pairs, facts, strict=True) if wanted(fact)]
+
+    digests = Counter(fact.digest for fact in facts if fact.digest)
+    broken = of(lambda fact: fact.error)
+    rows: list[tuple[str, int, Sequence[str]]] = [
+        ("expected", expected, ()),
+        ("present", len(pairs), ()),
+        ("missing", max(expected - len(pairs), len(missing)), missing),
+        ("decodable", len(pairs) - len(broken), ()),
+        ("not decodable", len(broken), broken),
+        ("silent (digital zero)", *_counted(of(lambda fact: fact.silent))),
+        (f"shorter than {SHORT_SECONDS:g} s", *_counted(of(lambda fact: fact.seconds < SHORT_SECONDS - 0.01))),
+        ("same content as another", *_counted(of(lambda fact: digests[fact.digest] > 1))),
+        *((f"boxes {what}", count, ()) for what, count in problems.items()),
+        *((f"also in test set {tested}", len(ids), ids) for tested, ids in overlap.items()),
+    ]
+    lines = [f"{name}", "", *(f"{what:32} {count:>9,}   {first_ids(ids)}".rstrip() for what, count, ids in rows)]
+    return "\n".join([*lines, "", *(fact.error for fact in facts if fact.error)]).rstrip()
+
+
+def _counted(ids: list[str]) -> tuple[int, list[str]]:
+    return len(ids), ids

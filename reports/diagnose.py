@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from audio_io import HOP, SAMPLE_RATE
 from dataset import Sample, make_loader
+from maps import MAP_SIZE, upsample_maps
 from model_slot import TARGET, JointSlotModel, default_reciprocal_k, false_negative_keep_mask
 from reports.pictures import LINE_COLOURS, denormalize, overlay
 from resnet import get_recipe
-from scoring.metrics import MAP_SIZE, upsample_maps
 from transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils import UserError, atomic_path, random_states, restore_random_states
 

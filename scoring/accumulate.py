@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from annotations import GroundTruth
-from model_slot import mix_maps
+from maps import enlarge
 from scoring.maps_file import SCALARS
-from scoring.metrics import JACCARD_THRESHOLDS, interactive_groups, normalize_maps, upsample_maps
+from scoring.metrics import JACCARD_THRESHOLDS, interactive_groups
 from scoring.summary import (
     SIZES,
     Columns,
@@ -52,17 +52,6 @@ def in_parts(work: Callable[[slice], Result], count: int) -> Iterator[Result]:
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield from pool.map(work, slices)
     torch.set_num_threads(threads)  # what a thread of the pool sets is the default of threads to come
-
-
-def enlarge(raw: Mapping[str, torch.Tensor], interpolation: str, alpha: float | None) -> dict[str, torch.Tensor]:
-    """Maps (B, h, w) by name -> (B, 224, 224) in 0..1; with alpha also the sums IQR, OGL, IQR_OGL that they allow."""
-    maps = {name: normalize_maps(upsample_maps(values, interpolation=interpolation)) for name, values in raw.items()}
-    if alpha is None or "AUD" not in maps:
-        return maps
-    for name, rest in {"IQR": ["IMG_QUERY"], "OGL": ["OBJ_PRIOR"], "IQR_OGL": ["IMG_QUERY", "OBJ_PRIOR"]}.items():
-        if all(part in maps for part in rest):
-            maps[name] = mix_maps(maps["AUD"], *(maps[part] for part in rest), alpha=alpha)
-    return maps
 
 
 class SetScores:

@@ -14,14 +14,15 @@ from tqdm import tqdm
 
 from annotations import GroundTruth, first_ids, repeated
 from dataset import EvaluationPairs, Sample, in_order, make_loader
-from distributed import gather_in_order, hidden_bar, is_main, own_share
-from inspection import count_undecodable
+from distributed import gather_in_order, hidden_bar, is_main, shard
+from maps import smooth_maps
 from models import Model
 from resnet import ObjectSaliency
 from scoring.accumulate import WRONG, Result, ScoredBatch, SetScores, in_parts
 from scoring.maps_file import StoredMaps
-from scoring.metrics import RULES, THRESHOLD, smooth_maps
+from scoring.metrics import RULES, THRESHOLD
 from scoring.retrieval import derangement, retrieval_recall
+from sets import count_undecodable
 from utils import UserError, as_user_error
 
 NOT_SCORED = "picture, sound or mask not found or not decodable"
@@ -141,7 +142,7 @@ def evaluate(
     """
     paired = WithWrongSound(dataset, seed)
     batches = in_order(len(paired), batch_size)[:max_batches]
-    loader = counted_batches(make_loader(paired, batch_size, workers, own_share(batches)), dataset, workers)
+    loader = counted_batches(make_loader(paired, batch_size, workers, shard(batches)), dataset, workers)
     scores, embeddings = SetScores(dataset.ground_truth), []
     was_training = model.training
     model.eval()
@@ -226,7 +227,7 @@ def embed_set(
         return [model.embedding(state).cpu() for state in states]
 
     batches = in_order(len(dataset), batch_size)
-    loader = make_loader(dataset, batch_size, workers, own_share(batches))
+    loader = make_loader(dataset, batch_size, workers, shard(batches))
     was_training = model.training
     model.eval()
     try:

@@ -19,17 +19,8 @@ from tqdm import tqdm
 
 from annotations import box_map, load_boxes
 from audio_io import load_audio, log_spectrogram
-from scoring.metrics import (
-    MAP_SIZE,
-    Groups,
-    consensus_iou,
-    every,
-    interactive_groups,
-    normalize_maps,
-    pointing,
-    region_fixed,
-    success_rate,
-)
+from maps import MAP_SIZE, normalize_maps
+from scoring.metrics import Groups, consensus_iou, every, interactive_groups, pointing, region_fixed, success_rate
 from synthetic.kinds import KINDS
 from transforms import load_image
 from utils import UserError, as_user_error

@@ -3,13 +3,18 @@
 import contextlib
 import importlib
 import io
+import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+import soundfile
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"  # reference numbers, with their own README
@@ -82,3 +87,25 @@ def train(cli):
         return cli("train_slot", *flags)
 
     return run
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Six pairs: whole, a broken picture, a broken sound, silence, 1 s of sound, a copy of the first."""
+    rng = np.random.default_rng(0)
+    for folder in ("frames", "audio"):
+        (tmp_path / folder).mkdir()
+    for name in "abcdef":
+        Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(tmp_path / "frames" / f"{name}.png")
+        length = 16000 if name == "e" else 80000
+        wave = np.zeros(length) if name == "d" else rng.uniform(-0.5, 0.5, length)
+        soundfile.write(tmp_path / "audio" / f"{name}.wav", wave, 16000)
+    (tmp_path / "frames" / "b.png").write_bytes(b"")
+    (tmp_path / "audio" / "c.wav").write_bytes(b"RIFF")
+    with Image.open(tmp_path / "frames" / "a.png") as picture:
+        picture.save(tmp_path / "frames" / "f.png", compress_level=1)  # the same picture in another file
+    shutil.copy(tmp_path / "audio" / "a.wav", tmp_path / "audio" / "f.wav")
+    boxes = [{"file": i, "class": "x", "bbox": [[0.1, 0.1, 0.5, 0.5]]} for i in "abcdefg"]
+    boxes[1]["bbox"] = [[-2.9e16, 0, 0.5, 1], [0.5, 0.5, 0.5, 0.9]]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    return tmp_path

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import distributed
-from distributed import average, gather_in_order, own_rows, own_share, shares
+from distributed import average, gather_in_order, local_slice, shard, shares
 from model_maxpool import MaxPoolModel
 from model_slot import JointSlotModel, TokenMasks
 from training.step import Inputs, Optimisation, weights_of
@@ -42,7 +42,7 @@ def gradients(micro_batch=None, pairs=PAIRS, reciprocal_k=3, frozen=True, weight
     spectrogram = torch.from_numpy(rng.standard_normal((pairs, 1, 257, 81)))
     if weights.get("silence"):
         spectrogram = torch.cat([spectrogram, torch.from_numpy(rng.standard_normal((pairs, 1, 257, 81)))], dim=1)
-    masks, rows = model.draw_masks(pairs), own_rows(pairs)
+    masks, rows = model.draw_masks(pairs), local_slice(pairs)
     inputs = Inputs(image[rows], spectrogram[rows], TokenMasks(*(mask[rows] for mask in masks)))
     weights = weights_of(model.losses, weights)
     all_weights = all(weights.values())
@@ -176,7 +176,7 @@ def test_weights_without_a_gradient_have_none_on_several_processes_either(tmp_pa
 
 def shared_items():
     items = [f"item {i}" for i in range(7)]
-    return list(gather_in_order(iter(own_share(items)), len(items)))
+    return list(gather_in_order(iter(shard(items)), len(items)))
 
 
 def test_shared_items_come_back_once_each_and_in_order(tmp_path):
@@ -191,7 +191,7 @@ def test_rows_are_shared_without_overlap_or_gap(total, world, monkeypatch):
     rows = []
     for rank in range(world):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        rows += range(total)[own_rows(total)]
+        rows += range(total)[local_slice(total)]
     assert rows == list(range(total)) and max(shares(total)) - min(shares(total)) <= 1
 
 
@@ -208,5 +208,5 @@ def test_a_step_leaves_the_statistics_of_one_pass_not_of_two():
 def test_nobody_is_launched_without_torchrun(monkeypatch):
     for name in ("RANK", "LOCAL_RANK"):  # some schedulers set them for every job
         monkeypatch.setitem(os.environ, name, "1")
-    assert not distributed.launched() and distributed.is_main()
+    assert not distributed.under_torchrun() and distributed.is_main()
     assert distributed.own_device("cpu") == CPU

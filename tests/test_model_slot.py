@@ -484,20 +484,6 @@ def test_slots_and_losses_stay_fp32_under_bf16_autocast():
     sum(losses.values()).backward()
 
 
-def test_fused_maps_are_normalised_sums_of_normalised_maps():
-    torch.manual_seed(0)
-    aud, img, prior = (torch.rand(2, 7, 7) * scale for scale in (1.0, 5.0, 0.1))
-
-    def n(x):
-        x = F.interpolate(x[:, None], (224, 224), mode="bicubic")[:, 0] if x.shape[-1] == 7 else x
-        low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
-        return (x - low) / (high - low)
-
-    assert torch.allclose(model_slot.fuse_maps(aud, img), n(0.6 * n(aud) + 0.4 * n(img)), atol=1e-6)
-    both = n(0.3 * n(aud) + 0.35 * n(img) + 0.35 * n(prior))
-    assert torch.allclose(model_slot.fuse_maps(aud, img, prior, alpha=0.3), both, atol=1e-6)
-
-
 # ---------------------------------------------------------------- checkpoints
 
 

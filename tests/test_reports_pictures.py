@@ -8,8 +8,8 @@ import torch
 import reports.pictures as visualize
 import reports.table as report
 from dataset import build_test_set
+from maps import normalize_maps, smooth_maps, upsample_maps
 from model_slot import JointSlotModel
-from scoring.metrics import normalize_maps, smooth_maps, upsample_maps
 from utils import UserError, save_checkpoint
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

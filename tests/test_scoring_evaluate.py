@@ -12,8 +12,8 @@ from torchvision.models import resnet18
 
 import scoring.evaluate as evaluation
 from dataset import EvaluationPairs, build_test_set
+from maps import smooth_maps
 from model_slot import JointSlotModel
-from scoring.metrics import smooth_maps
 from utils import save_checkpoint
 
 SIZES = {"image_size": 64, "audio_seconds": 0.8}

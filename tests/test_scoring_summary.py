@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import scoring.metrics as metrics
 import scoring.summary as scores
 from annotations import GroundTruth
+from maps import normalize_maps, upsample_maps
 from scoring.accumulate import SetScores
-from scoring.metrics import normalize_maps, upsample_maps
 from scoring.summary import Figure, Table, figures_of, map_columns
 
 SEEDS = st.integers(0, 2**32 - 1)

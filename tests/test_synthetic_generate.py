@@ -15,7 +15,7 @@ import dataset
 import synthetic.generate as synthetic
 import synthetic.kinds as synthetic_kinds
 import synthetic.probe as synthetic_probe
-from scoring.metrics import MAP_SIZE
+from maps import MAP_SIZE
 from synthetic.generate import SIDE, SPLITS
 from synthetic.kinds import KINDS
 

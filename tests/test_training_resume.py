@@ -417,7 +417,7 @@ def test_only_the_same_start_of_torchrun_goes_on_by_itself(synthetic_root, tmp_p
     """Not one that was refused or began to overwrite, however often it is started again."""
     assert train(synthetic_root, tmp_path, "--epochs", "1").returncode == 0
     args = Namespace(resume=False, overwrite=False, dry_run=False)
-    monkeypatch.setattr(resuming, "launched", lambda: True)
+    monkeypatch.setattr(resuming, "under_torchrun", lambda: True)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(UserError, match="--overwrite replaces it"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset import Pair
-from distributed import all_objects, launched, world_size
+from distributed import all_gather_object, under_torchrun, world_size
 from utils import UserError
 
 MAY_CHANGE = {  # when a run goes on; its other flags belong to it
@@ -52,7 +52,7 @@ def differences(state: Mapping[str, Any], args, marks: Mapping[str, str]) -> lis
 
 def launch_name() -> str:
     """What all processes that one start of torchrun brings up have in common, those of its restarts too, else ""."""
-    if not launched():
+    if not under_torchrun():
         return ""
     name = os.environ["TORCHELASTIC_RUN_ID"]
     return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name
@@ -65,8 +65,8 @@ def goes_on(folder: Path, args) -> bool:
     nothing to resume.
     """
     there, launch = (folder / "latest.pth").exists(), folder / LAUNCH
-    own = there and launched() and launch.is_file() and launch.read_text(encoding="utf-8") == launch_name()
-    there, own = all_objects((there, own))[0]
+    own = there and under_torchrun() and launch.is_file() and launch.read_text(encoding="utf-8") == launch_name()
+    there, own = all_gather_object((there, own))[0]
     if args.resume and not there:
         raise UserError(f"there is nothing to resume in {folder}: no latest.pth")
     if there and not (own or args.resume or args.overwrite or args.dry_run):

@@ -16,14 +16,23 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from dataset import EvaluationPairs, TrainingPairs, make_loader, training_batches
-from distributed import all_objects, anyone, copy_from_main, hidden_bar, is_main, own_rows, wait_for_all, world_size
-from inspection import count_undecodable
+from distributed import (
+    all_gather_object,
+    any_rank,
+    barrier,
+    broadcast_buffers,
+    hidden_bar,
+    is_main,
+    local_slice,
+    world_size,
+)
 from model_slot import TokenMasks
 from models import Model
 from reports.table import Drawer, describe_checkpoint, pictures_of, publish, training_overlap
 from scoring.evaluate import embed_set, evaluate
 from scoring.retrieval import retrieval_recall, retrieval_score
 from scoring.summary import RESAMPLES
+from sets import count_undecodable
 from training.log import RunLog
 from training.resume import INFERENCE, LAUNCH, StopSignal, differences, fingerprint, hold, launch_name
 from training.step import Inputs, NotFinite, Optimisation, choose_amp, loss_weights, lr_factor, weights_of
@@ -174,7 +183,7 @@ class Run:
         args, train = self.args, self.data.train
         train.epoch = self.epoch
         batches = training_batches(len(train), args.batch_size, args.seed, self.epoch)[:max_steps]
-        own = [batch[own_rows(args.batch_size)] for batch in batches[self.step :]]
+        own = [batch[local_slice(args.batch_size)] for batch in batches[self.step :]]
         loader = make_loader(train, args.batch_size, args.num_workers, own)
         all_weights = loss_weights(
             self.epoch,
@@ -207,7 +216,7 @@ class Run:
                 shown = {name: f"{self.sums[name] / self.step:.3g}" for name in names}
                 bar.set_postfix(shown | {"pairs/s": f"{self.speed()['pairs_per_second']:.0f}"}, refresh=False)
                 self.save_between_steps(len(batches))
-        copy_from_main(self.model.buffers())
+        broadcast_buffers(self.model.buffers())
         sums = {name: value / self.step for name, value in self.sums.items() if name not in UNAVERAGED}
         if self.sums["skipped_steps"]:
             sums |= {"skipped_steps": self.sums["skipped_steps"]}
@@ -218,7 +227,7 @@ class Run:
     def train_step(self, batch, weights: Mapping[str, float]) -> dict[str, float]:
         """One step on this process's rows of a batch. A loss that is not finite is kept for study and ends the run."""
         before = random_states()
-        rows = own_rows(self.args.batch_size)
+        rows = local_slice(self.args.batch_size)
         inputs = Inputs(
             batch.image.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last),
             batch.spectrogram.to(self.device, non_blocking=True),
@@ -227,7 +236,7 @@ class Run:
         try:
             return self.optimisation.step(inputs, self.args.batch_size, weights, self.lr_factor(self.step))
         except NotFinite as error:
-            ids = [name for part in all_objects(batch.id) for name in part]
+            ids = [name for part in all_gather_object(batch.id) for name in part]
             where = f"step {self.step + 1} of epoch {self.epoch + 1}"
             message = f"the loss or its gradient is not finite in {where} ({error}): ids {', '.join(ids[:8])} ..."
             if self.log:
@@ -261,7 +270,7 @@ class Run:
 
     def save_between_steps(self, steps: int) -> None:
         """Save every so many steps and after the last one; end the run, saved, if it was asked to."""
-        stop = anyone(self.stop.asked, self.device)
+        stop = any_rank(self.stop.asked, self.device)
         every = self.args.save_every_steps
         if stop or self.step == steps or (every and self.step % every == 0):
             self.save("latest")  # at the end: a sound that cannot be read while scoring does not cost the epoch
@@ -344,7 +353,7 @@ class Run:
         with self.stop.listening():
             while self.epoch < args.epochs:
                 self.whole_epoch()
-            wait_for_all()
+            barrier()
             with self.stop.anywhere():
                 best = load_checkpoint(self.folder / "best.pth")
                 self.model.load_state_dict(best["model"])
@@ -376,5 +385,5 @@ class Run:
         shown = ("loss", "info_nce", *weighed, "pairs_per_second", "data_wait", "val/retrieval_score")
         figures = ", ".join(f"{name} {line[name]:.4g}" for name in shown if name in line)
         print(f"epoch {number}/{args.epochs}: {figures}", flush=True)
-        if anyone(self.stop.asked, self.device):
+        if any_rank(self.stop.asked, self.device):
             self.stop.leave()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed import average, gather_rows, own_rows, shares, world_size
+from distributed import average, gather_rows, local_slice, shares, world_size
 from model_slot import TokenMasks
 from models import Model
 from utils import UserError, bf16_is_fast
@@ -243,7 +243,7 @@ class Optimisation:
         rewind()
         losses = self.model.batch_losses(type(contrasted)(*whole))
         gradients = torch.autograd.grad(weighted(losses, weights_of(losses, weights)), whole, materialize_grads=True)
-        own = (world_size() * gradient[own_rows(total)] for gradient in gradients)
+        own = (world_size() * gradient[local_slice(total)] for gradient in gradients)
         sizes = [len(part.image) for part in parts]
         caches = list(zip(*(gradient.split(sizes) for gradient in own), strict=True))
         return {name: loss.detach() for name, loss in losses.items()}, caches
