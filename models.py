@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from model_maxpool import OBJECTIVE, MaxPoolModel
+from model_maxpool import MaxPoolModel
 from model_slot import JointSlotModel
 from utils import UserError, load_checkpoint
 
 Model = JointSlotModel | MaxPoolModel
-OBJECTIVES: dict[str, type[Model]] = {"joint_slot": JointSlotModel, OBJECTIVE: MaxPoolModel}
+OBJECTIVES: dict[str, type[Model]] = {"paper": JointSlotModel, "listen": JointSlotModel, "maxpool": MaxPoolModel}
+OLD_NAMES = {"joint_slot": "paper", "maxpool_contrastive": "maxpool"}  # in checkpoints
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
@@ -24,7 +25,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
     UserError as of the class's `from_checkpoint`, and where the objective is not known.
     """
     config = load_checkpoint(path).get("model_config")
-    name = config.get("objective", "joint_slot") if isinstance(config, dict) else "joint_slot"
+    name = config.get("objective", "paper") if isinstance(config, dict) else "paper"
+    name = OLD_NAMES.get(name, name)
     if name not in OBJECTIVES:
         raise UserError(f"{path} is of objective {name!r}, and known are {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name].from_checkpoint(path, device)

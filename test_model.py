@@ -36,7 +36,7 @@ from scoring.compare import compare
 from scoring.evaluate import Evaluation, OnBatch, evaluate, evaluate_stored, match_ids
 from scoring.maps_file import MapWriter, StoredMaps
 from scoring.summary import RESAMPLES
-from sets import add_test_set_flags, build_ground_truths, build_test_sets
+from sets import add_run_data_flags, add_test_set_flags, build_ground_truths, build_test_sets
 from utils import (
     ArgumentParser,
     UserError,
@@ -263,6 +263,7 @@ def parse_args():
     group.add_argument("--compare_map", help="with --compare: this map only (default: AUD and IQR)")
     group = parser.add_argument_group("data")
     add_test_set_flags(group, default="synthetic")
+    add_run_data_flags(group)
     group.add_argument("--num_workers", type=number(int, low=0), default=2, help="loader processes")
     group = parser.add_argument_group("maps of a model")
     group.add_argument("--alpha", type=number(float, low=0, high=1), help="weight of AUD in IQR and OGL (default: 0.6)")

@@ -26,7 +26,7 @@ from dataset import Sample, make_loader
 from maps import MAP_SIZE, upsample_maps
 from model_slot import TARGET, JointSlotModel, default_reciprocal_k, false_negative_keep_mask
 from reports.pictures import LINE_COLOURS, denormalize, overlay
-from resnet import get_recipe
+from resnet import get_architecture
 from transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils import UserError, atomic_path, random_states, restore_random_states
 
@@ -179,7 +179,7 @@ def trace_attention(model: JointSlotModel, image: Tensor, spectrogram: Tensor) -
 
 def token_edges(arch: str, tokens: int) -> np.ndarray:
     """(T + 1,) seconds: the receptive field of token t is centred between edges t and t + 1, and wider than that."""
-    recipe = get_recipe(arch)
+    recipe = get_architecture(arch)
     before = 0.5 if recipe.aligned else recipe.stride / 2  # frames
     return (np.arange(tokens + 1) * recipe.stride - before) * HOP / SAMPLE_RATE
 

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_distributed import assert_same, gradients, max_pool
+from processes import gradients, max_pool
+from test_training_step import assert_same
 from torchvision.models import resnet18
 
 import models
@@ -20,7 +21,7 @@ from utils import UserError, load_checkpoint, save_checkpoint
 SIZES = {"image_size": 64, "audio_seconds": 0.8}
 SMALL = {"arch": "small", "dim": 16, **SIZES}
 CPU = torch.device("cpu")
-OBJECTIVE = "maxpool_contrastive"
+OBJECTIVE = "maxpool"
 
 
 @pytest.fixture
@@ -141,7 +142,7 @@ def test_a_training_run_is_scored_by_the_map_that_there_is(trained):
     state = load_checkpoint(folder / "best.pth")
     assert state["selected_by"] == "cIoU of AUD on test set synthetic" in done.stdout
     assert state["best"] == line["synthetic/AUD/cIoU"]
-    assert state["model_config"]["objective"] == OBJECTIVE
+    assert state["model_config"]["objective"] == "maxpool_contrastive"
     assert (folder / "curves.png").stat().st_size > 0
 
 
@@ -152,8 +153,8 @@ def test_a_resumed_run_ends_with_the_weights_of_one_in_one_go_and_takes_no_other
     assert train(synthetic_root, tmp_path / "whole", *own).returncode == 0
     assert train(synthetic_root, tmp_path, *own, "--epochs", "1").returncode == 0
     done = train(synthetic_root, tmp_path, "--resume")
-    assert done.returncode == 2 and f"--objective {OBJECTIVE} -> joint_slot" in done.stderr
-    done = train(synthetic_root, tmp_path, "--resume", "--force")
+    assert done.returncode == 2 and f"--objective {OBJECTIVE} -> paper" in done.stderr
+    done = train(synthetic_root, tmp_path, "--resume", "force")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert train(synthetic_root, tmp_path, *own, "--resume").returncode == 0
     whole, halves = (load_checkpoint(tmp_path / folder / "latest.pth")["model"] for folder in ("whole/run", "run"))
@@ -163,8 +164,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_in_one_go_and_takes_no_other
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--map_contrast", "1"], "--map_contrast"),
-        (["--silence", "1", "--share_contrast", "1"], "--share_contrast, --silence"),
+        (["--weights", "silence=1", "share_contrast=1"], "--weights share_contrast, --weights silence"),
         (["--reciprocal_k", "3"], "--reciprocal_k"),
     ],
 )
@@ -214,7 +214,7 @@ def test_retrieval_takes_the_best_token(trained, synthetic_root):
 
 
 def test_the_diagnosis_of_slots_is_refused_before_anything_is_written(model, trained, synthetic_root, tmp_path, cli):
-    with pytest.raises(UserError, match=f"--objective {OBJECTIVE} has none"):
+    with pytest.raises(UserError, match="--objective maxpool_contrastive has none"):
         diagnose(model, [], CPU, tmp_path)
     done = cli(
         "test_model", "--checkpoint", trained[0] / "best.pth", "--testset", "synthetic", "--gpu", "cpu",
