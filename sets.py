@@ -19,7 +19,7 @@ from dataset import TEST_SETS, EvaluationPairs, Pair, build_ground_truth, build_
 from dataset_avs import AVS_SETS, build_avs_set, build_avs_truth, read_videos
 from distributed import hidden_bar
 from transforms import load_image
-from utils import Absent, Undecodable, UserError, boolean
+from utils import Absent, Undecodable, UserError, add_boolean
 
 ALL_SETS = TEST_SETS | AVS_SETS
 SHORT_SECONDS = 5.0  # what the model hears
@@ -33,9 +33,7 @@ def add_test_set_flags(group, default: str | None) -> None:
     group.add_argument("--test_gt_path", help="annotation: a JSON of boxes, for flickr the folder of XML files")
     group.add_argument("--test_list", help="list of ids in the place of the set's own")
     group.add_argument("--metadata", default="./metadata", help="folder of the public lists and annotations")
-    group.add_argument(
-        "--allow_missing", type=boolean, default=False, help="true: go on without missing or broken pairs, counted"
-    )
+    add_boolean(group, "--allow_missing", help="go on without pairs that are missing or broken, and count them")
 
 
 def parse_testsets(text: str) -> list[str]:
