@@ -31,11 +31,11 @@ from reports.table import (
     training_overlap,
 )
 from resnet import ObjectSaliency
-from scoring.accumulate import ScoredBatch
+from scoring.bootstrap import RESAMPLES
 from scoring.compare import compare
 from scoring.evaluate import Evaluation, OnBatch, evaluate, evaluate_stored, match_ids
 from scoring.maps_file import MapWriter, StoredMaps
-from scoring.summary import RESAMPLES
+from scoring.summary import ScoredBatch
 from sets import add_test_set_flags, build_ground_truths, build_test_sets
 from utils import (
     ArgumentParser,

@@ -17,8 +17,8 @@ from dataset import EvaluationPairs, Pair, build_test_set
 from maps import MAP_SIZE
 from models import load_model
 from reports.pictures import contact_sheet, sample_panel
-from scoring.accumulate import ScoredBatch
 from scoring.evaluate import Evaluation, evaluate
+from scoring.summary import ScoredBatch
 from transforms import load_image
 from utils import UserError, as_user_error, load_checkpoint, provenance, write_json, write_text
 

@@ -89,12 +89,12 @@ def test_the_models_own_maps_are_smoothed_and_nothing_else(checkpoint, synthetic
 
 def test_wrong_sounds_are_of_another_class_whatever_the_order_of_the_list(synthetic_root):
     dataset = build(synthetic_root)
-    paired = evaluation.WithWrongSound(dataset, seed=0)
+    paired = evaluation.WithWrongAudio(dataset, seed=0)
     assert sorted(paired.partner) == list(range(len(dataset)))
     assert all(dataset.class_names[i] != dataset.class_names[j] for i, j in enumerate(paired.partner))
     assert torch.equal(paired[2][1], dataset.spectrogram(int(paired.partner[2])))
     other = EvaluationPairs(dataset.pairs[::-1], dataset.ground_truth, [], **SIZES)
-    partner = evaluation.WithWrongSound(other, seed=0).partner
+    partner = evaluation.WithWrongAudio(other, seed=0).partner
     assert other.pairs[partner[-1]] == dataset.pairs[paired.partner[0]]
 
 

@@ -29,9 +29,9 @@ from distributed import (
 from model_slot import TokenMasks
 from models import Model
 from reports.table import Drawer, describe_checkpoint, pictures_of, publish, training_overlap
+from scoring.bootstrap import RESAMPLES
 from scoring.evaluate import embed_set, evaluate
 from scoring.retrieval import retrieval_recall, retrieval_score
-from scoring.summary import RESAMPLES
 from sets import count_undecodable
 from training.log import RunLog
 from training.resume import INFERENCE, LAUNCH, StopSignal, differences, fingerprint, hold, launch_name
