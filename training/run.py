@@ -27,8 +27,9 @@ from distributed import (
     world_size,
 )
 from model_slot import TokenMasks
-from models import Model
-from reports.table import Drawer, describe_checkpoint, pictures_of, publish, training_overlap
+from models import Model, describe_checkpoint
+from reports.pictures import Drawer, images_of
+from reports.table import publish, training_overlap
 from scoring.bootstrap import RESAMPLES
 from scoring.evaluate import embed_set, evaluate
 from scoring.retrieval import retrieval_recall, retrieval_score
@@ -51,7 +52,7 @@ from utils import (
 
 SELECTED_BY = {
     "retrieval": "retrieval on held-out training pairs (no boxes)",
-    "test": "cIoU of {answer} on test set {first}",
+    "test": "cIoU of {primary_map} on test set {first}",
     "last": "last epoch (no pairs were held out)",
 }
 UNAVERAGED = ("seconds", "waiting", "skipped_steps")  # among the sums of an epoch
@@ -102,7 +103,7 @@ class Run:
         self.stop = StopSignal()
         self.log: RunLog | None = None  # of the first process, and of no dry run
         self.resumed: dict[str, Any] = {}  # what the log goes on from
-        self.selected_by = SELECTED_BY[self.select].format(first=self.first_set, answer=model.answer)
+        self.selected_by = SELECTED_BY[self.select].format(first=self.first_set, primary_map=model.primary_map)
 
     # ------------------------------------------------------------ what is kept
 
@@ -299,7 +300,7 @@ class Run:
         """Score every test set -> {"set/map/metric": value}; best: a finished run's checkpoint, to be published."""
         scores = {}
         for name, dataset in self.test_sets.items():
-            results, picture_of = self.folder / "results" / name, pictures_of(dataset.pairs)
+            results, picture_of = self.folder / "results" / name, images_of(dataset.pairs)
             sheet = results / "contact_sheet.png"
             drawer = Drawer(sheet, dataset.ground_truth, len(dataset), picture_of) if self.log else None
             evaluation = evaluate(
@@ -370,7 +371,7 @@ class Run:
             line |= self.validate()
             if args.eval_every and number % args.eval_every == 0:
                 line |= self.score()
-        on_test = f"{self.first_set}/{self.model.answer}/cIoU"
+        on_test = f"{self.first_set}/{self.model.primary_map}/cIoU"
         measures = {"retrieval": "val/retrieval_score", "test": on_test, "last": "epoch"}
         score = line.get(measures[self.select], -math.inf)
         is_best = score >= self.best and score > -math.inf
