@@ -6,7 +6,6 @@ B batch, D channels, h x w image grid, N = h * w image tokens, T audio tokens, F
 """
 
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from audio_io import num_frames
-from model_slot import Compared, Maps, TokenMasks, at_least_fp32, contrast_both_ways, restored
+from model_slot import Compared, Maps, TokenMasks, at_least_fp32, contrast_both_ways
 from resnet import AudioEncoder, ImageEncoder, get_architecture, tokens_along
-from utils import UserError, load_checkpoint
 
 OBJECTIVE = "maxpool_contrastive"
 
@@ -51,7 +49,7 @@ class MaxPoolModel(nn.Module):
     arch, dim, image_size, audio_seconds, tau: as in `JointSlotModel`; ValueError where they leave no token.
     """
 
-    answer = "AUD"  # the map that the model is judged by
+    primary_map = "AUD"  # the map that the model is judged by
     losses = ("info_nce",)
 
     def __init__(
@@ -144,12 +142,3 @@ class MaxPoolModel(nn.Module):
     def embedding(state: torch.Tensor) -> torch.Tensor:
         """What retrieval compares of a modality: the state itself, so that it ranks by the score of training."""
         return state
-
-    @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "MaxPoolModel":
-        """Read one of our checkpoints; returns the model in evaluation mode. UserError where it is of another kind."""
-        state = load_checkpoint(path)
-        config = dict(state.get("model_config") or {})
-        if config.pop("objective", None) != OBJECTIVE:
-            raise UserError(f"{path} is no checkpoint of objective {OBJECTIVE}: `models.load_model` reads every kind")
-        return restored(cls, config, state["model"], path, device)

@@ -4,11 +4,8 @@ B batch, K slots, D channels, h x w image grid, N = h * w image tokens, T audio 
 Slot TARGET holds what is seen and heard, slot OFF_TARGET the rest. Weight names are those of the released checkpoints.
 """
 
-import inspect
-import json
 from collections.abc import Callable, Collection
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +13,7 @@ from torch import nn
 
 from audio_io import num_frames
 from resnet import AudioEncoder, ImageEncoder, get_architecture, tokens_along
-from utils import UserError, check_weights, load_checkpoint
 
-ModelClass = TypeVar("ModelClass", bound=nn.Module)
 TARGET, OFF_TARGET = 0, 1
 ATTENTION_FLOOR = 1e-8
 PAPER_LOSSES = ("info_nce", "reconstruction", "slot_divergence", "attention_matching")
@@ -339,7 +334,7 @@ class JointSlotModel(nn.Module):
     scales 20 per 256 with the batch, 0 turns the false-negative rule off.
     """
 
-    answer = "IQR"  # the map that the model is judged by
+    primary_map = "IQR"  # the map that the model is judged by
     losses = (
         "info_nce", "reconstruction", "slot_divergence", "attention_matching",
         "share_contrast", "foreign_claims", "silence",
@@ -362,7 +357,7 @@ class JointSlotModel(nn.Module):
         if dim % 2:
             raise ValueError(f"dim {dim} must be even: half of it encodes columns, half rows")
         self.tau, self.mask_ratio, self.reciprocal_k = tau, mask_ratio, reciprocal_k
-        self.shape = {  # what `from_checkpoint` needs to build the same network
+        self.shape = {  # what builds the same network again
             "arch": arch,
             "dim": dim,
             "num_slots": num_slots,
@@ -543,47 +538,3 @@ class JointSlotModel(nn.Module):
                 )
             losses.append(reconstruction_loss(decoded, tokens))
         return losses[0] + losses[1]
-
-    @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "JointSlotModel":
-        """Read one of our checkpoints or one of the paper's released ones; returns the model in evaluation mode.
-
-        A released one is a dict with `model`, whose keys may carry the prefix `module.`; its settings come from a
-        `configs.json` beside it (names as in this constructor), else the paper's defaults, said aloud.
-        Raises UserError, listing the keys, when weights are missing, unexpected or of another shape.
-        """
-        state = load_checkpoint(path)
-        return restored(cls, state.get("model_config") or _released_config(Path(path)), state["model"], path, device)
-
-
-def restored(
-    kind: type[ModelClass],
-    config: dict[str, Any],
-    weights: dict[str, torch.Tensor],
-    path: str | Path,
-    device: str | torch.device,
-) -> ModelClass:
-    """A model of this class, settings and weights, in evaluation mode. UserError, naming path, where they misfit."""
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    try:
-        model = kind(**config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the settings of the checkpoint {path} build no model: {error}") from error
-    check_weights(weights, model.state_dict(), path)
-    model.load_state_dict(weights)
-    return model.to(device).eval()
-
-
-def _released_config(path: Path) -> dict[str, Any]:
-    """Settings of a checkpoint that carries none: those in `configs.json` beside it that the constructor knows."""
-    beside = path.with_name("configs.json")
-    if not beside.is_file():
-        print(f"{path} carries no settings and has no configs.json beside it: the paper's defaults are taken")
-        return {}
-    try:
-        settings = json.loads(beside.read_text(encoding="utf-8"))
-        known = {name: settings[name] for name in inspect.signature(JointSlotModel).parameters if name in settings}
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"cannot read {beside}: {error}") from error
-    print(f"settings of {path} from {beside}: {known or 'none of ours, so the defaults of the paper'}")
-    return known

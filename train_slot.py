@@ -201,7 +201,7 @@ def print_end(args, path: Path) -> None:
 def selection(args, data: TrainingData, model: Model, test_sets: Mapping) -> tuple[str, str]:
     """What best.pth is chosen by, in words, and the figure that decides."""
     select = args.select if args.select == "test" or len(data.held_out) else "last"
-    return tuple(text.format(map=model.answer, first=next(iter(test_sets), "")) for text in SELECTED_BY[select])
+    return tuple(text.format(map=model.primary_map, first=next(iter(test_sets), "")) for text in SELECTED_BY[select])
 
 
 def weights_in(epoch: int, args) -> dict[str, float]:

@@ -32,12 +32,13 @@ from annotations import GroundTruth, box_map
 from audio_io import SAMPLE_RATE, load_audio, num_frames, num_samples, power_spectrogram
 from dataset import Pair, Sample, TrainingPairs, make_loader
 from distributed import local_slice
+from maps import enlarge
 from model_slot import JointSlotModel, TokenMasks
-from scoring.accumulate import enlarge, in_parts
+from scoring.bootstrap import RESAMPLES
 from scoring.evaluate import evaluate_stored
 from scoring.maps_file import StoredMaps
-from scoring.metrics import area_under_curve, consensus_iou, region_fixed, success_rate
-from scoring.summary import RESAMPLES
+from scoring.metrics import consensus_iou, region_fixed
+from scoring.summary import area_under_success, in_parts, success
 from training.step import MAP_LOSSES, Inputs, Optimisation, choose_amp, loss_weights, wants_maps, weighted
 from utils import ArgumentParser, bf16_is_fast, number, peak_memory_gib, provenance, run_cli, strict_json
 
@@ -401,8 +402,8 @@ def our_scoring(raw: dict[str, torch.Tensor], truth: torch.Tensor) -> dict[str, 
         return {name: consensus_iou(region_fixed(values), truth[rows]) for name, values in maps.items()}
 
     parts = list(in_parts(score, len(truth)))
-    ious = {name: torch.cat([part[name] for part in parts]) for name in SIX_MAPS}
-    return {name: (success_rate(values), area_under_curve(values)) for name, values in ious.items()}
+    ious = {name: torch.cat([part[name] for part in parts]).numpy() for name in SIX_MAPS}
+    return {name: (success(values).mean(), area_under_success(values).mean()) for name, values in ious.items()}
 
 
 def score_stored_set(pairs: int) -> tuple[float, int]:

@@ -18,9 +18,8 @@ import numpy as np
 
 from annotations import read_ids
 from dataset import TEST_SETS
-from reports.pictures import contact_sheet
-from reports.table import side_by_side_on_synthetic
-from scoring.metrics import interactive_groups
+from reports.pictures import contact_sheet, side_by_side_on_synthetic
+from scoring.summary import interactive_groups
 from synthetic.probe import oracle_scores
 from transforms import load_image
 from utils import ArgumentParser, UserError, load_checkpoint, number, run_cli, save_checkpoint

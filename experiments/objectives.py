@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from reports.table import side_by_side_on_synthetic
+from reports.pictures import side_by_side_on_synthetic
 from scoring.compare import NO_EFFECT
 from utils import ArgumentParser, UserError, number, run_cli, write_json
 

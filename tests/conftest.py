@@ -98,6 +98,36 @@ def train(cli):
     return run
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A small untrained joint-slot model."""
+    import torch
+
+    from model_slot import JointSlotModel
+
+    torch.manual_seed(0)
+    model = JointSlotModel("small", 16, image_size=64, audio_seconds=0.8)
+    state = {"model": model.state_dict(), "model_config": model.config, "epoch": 0, "selected_by": "nothing"}
+    path = tmp_path_factory.mktemp("model") / "untrained.pth"
+    utils.save_checkpoint(path, state)
+    return path
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The checkpoint files that were read since, in order."""
+    import torch
+
+    files, load = [], torch.load
+
+    def count(path, **settings):
+        files.append(Path(path))
+        return load(path, **settings)
+
+    monkeypatch.setattr(torch, "load", count)
+    return files
+
+
 @pytest.fixture
 def damaged(tmp_path):
     """Six pairs: whole, a broken picture, a broken sound, silence, 1 s of sound, a copy of the first."""

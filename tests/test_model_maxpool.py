@@ -13,10 +13,9 @@ from torchvision.models import resnet18
 import models
 from dataset import build_test_set
 from model_maxpool import MaxPoolModel, max_pool_contrast_loss, max_pool_scores
-from model_slot import JointSlotModel
 from reports.diagnose import diagnose
 from scoring.evaluate import embed_set
-from utils import UserError, load_checkpoint, save_checkpoint
+from utils import UserError, load_checkpoint
 
 SIZES = {"image_size": 64, "audio_seconds": 0.8}
 SMALL = {"arch": "small", "dim": 16, **SIZES}
@@ -88,7 +87,7 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole(micro_batch):
     assert_same(gradients(micro_batch, make=max_pool), (losses, found))
 
 
-# ---------------------------------------------------------------- maps and loading
+# ---------------------------------------------------------------- maps
 
 
 def test_map_confidence_and_retrieval_agree_with_the_score_of_training(model):
@@ -104,30 +103,6 @@ def test_map_confidence_and_retrieval_agree_with_the_score_of_training(model):
     assert torch.allclose(model.confidences(tokens, sounds)["confidence"], scores, atol=1e-6)
     longer = model.attend_audio(torch.cat([spectrogram, spectrogram], 3))
     assert longer.shape == (3, 16)  # one vector, however long the sound
-
-
-def test_a_checkpoint_is_loaded_as_the_class_that_it_is_of(model, tmp_path):
-    joint = JointSlotModel(**SMALL)
-    assert "objective" not in joint.config
-    for name, one in (("max.pth", model), ("joint.pth", joint)):
-        save_checkpoint(tmp_path / name, {"model": one.state_dict(), "model_config": one.config})
-        loaded = models.load_model(tmp_path / name)
-        assert type(loaded) is type(one) and loaded.config == one.config and not loaded.training
-        for key, value in one.state_dict().items():
-            assert torch.equal(loaded.state_dict()[key], value), key
-    with pytest.raises(UserError, match="load_model"):
-        MaxPoolModel.from_checkpoint(tmp_path / "joint.pth")
-    with pytest.raises(UserError, match="build no model"):
-        JointSlotModel.from_checkpoint(tmp_path / "max.pth")
-    save_checkpoint(tmp_path / "max.pth", {"model": {}, "model_config": model.config | {"objective": "none"}})
-    with pytest.raises(UserError, match="objective 'none'"):
-        models.load_model(tmp_path / "max.pth")
-
-
-def test_a_released_checkpoint_without_settings_is_a_joint_slot_model(tmp_path):
-    (tmp_path / "configs.json").write_text(json.dumps(SMALL))
-    torch.save({"model": JointSlotModel(**SMALL).state_dict()}, tmp_path / "released.pth")
-    assert type(models.load_model(tmp_path / "released.pth")) is JointSlotModel
 
 
 # ---------------------------------------------------------------- through the scripts

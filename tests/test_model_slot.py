@@ -1,6 +1,5 @@
-"""The method: reference numbers, properties of slot attention, losses, checkpoints."""
+"""The method: reference numbers, properties of slot attention, losses."""
 
-import argparse
 import json
 import zlib
 
@@ -12,7 +11,7 @@ from conftest import GOLDEN
 
 import model_slot
 from model_slot import TARGET, JointSlotModel, MlpDecoder
-from utils import UserError, save_checkpoint
+from models import load_model
 
 SMALL = {"arch": "small", "dim": 16, "image_size": 64, "audio_seconds": 0.8}
 
@@ -50,7 +49,7 @@ def golden_model(golden, tmp_path_factory):
     weights = {f"module.{key}": value for key, value in golden_weights(golden[0]["shapes"]).items()}
     torch.save({"model": weights, "epoch": 3, "best_cIoU": np.float64(0.5)}, folder / "best.pth")
     (folder / "configs.json").write_text(json.dumps({"tau": 0.03, "reciprocal_k": 3, "mask_ratio": 0.0, "gpu": 7}))
-    return JointSlotModel.from_checkpoint(folder / "best.pth")
+    return load_model(folder / "best.pth")
 
 
 @pytest.fixture(scope="module")
@@ -426,44 +425,3 @@ def test_slots_and_losses_stay_fp32_under_bf16_autocast():
     assert {value.dtype for value in losses.values()} == {torch.float32}
     assert state.slots.dtype == torch.float32
     sum(losses.values()).backward()
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def test_a_checkpoint_brings_back_model_and_settings(tmp_path):
-    torch.manual_seed(0)
-    model = JointSlotModel(**SMALL, tau=0.05, mask_ratio=0.2, reciprocal_k=2).eval()
-    save_checkpoint(tmp_path / "a.pth", {"model": model.state_dict(), "model_config": model.config})
-    loaded = JointSlotModel.from_checkpoint(tmp_path / "a.pth")
-    assert not loaded.training
-    assert loaded.config == model.config
-    inputs = torch.randn(2, 3, 64, 64), torch.randn(2, 1, 257, 81)
-    assert torch.equal(loaded.localize(*inputs).audio_map, model.localize(*inputs).audio_map)
-
-
-def test_a_released_checkpoint_without_settings_takes_the_defaults_aloud(tmp_path, capsys):
-    torch.save({"model": JointSlotModel().state_dict()}, tmp_path / "released.pth")
-    model = JointSlotModel.from_checkpoint(tmp_path / "released.pth")
-    assert model.config == JointSlotModel().config
-    assert "defaults" in capsys.readouterr().out
-
-
-def test_weights_that_do_not_fit_are_all_listed(tmp_path):
-    weights = JointSlotModel(**SMALL).state_dict()
-    weights["slot_attn.slots"] = torch.zeros(1, 5, 16)
-    del weights["imgnet.conv1.weight"]
-    weights["stranger"] = torch.zeros(1)
-    torch.save({"model": weights, "model_config": JointSlotModel(**SMALL).config}, tmp_path / "a.pth")
-    with pytest.raises(UserError) as caught:
-        JointSlotModel.from_checkpoint(tmp_path / "a.pth")
-    for piece in ("a.pth", "1 missing: imgnet.conv1.weight", "1 unexpected: stranger", "slot_attn.slots (1, 5, 16)"):
-        assert piece in str(caught.value)
-
-
-def test_a_checkpoint_that_runs_code_or_is_broken_is_refused(tmp_path):
-    torch.save({"model": {}, "args": argparse.Namespace(a=1)}, tmp_path / "code.pth")
-    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut")
-    for name in ("code.pth", "cut.pth", "absent.pth"):
-        with pytest.raises(UserError, match=name):
-            JointSlotModel.from_checkpoint(tmp_path / name)

@@ -17,7 +17,7 @@ from conftest import MEASURED, ROOT, SHORT, SMALL, shared_folder
 
 import recipes
 import train_slot
-from model_slot import JointSlotModel
+from models import load_model
 from utils import load_checkpoint
 
 
@@ -75,7 +75,7 @@ def test_the_checkpoint_says_how_it_was_chosen_and_loads_by_itself(finished):
     state = load_checkpoint(finished[0] / "best.pth")
     settings, place = {"model_config", "args", "marks", "selected_by"}, {"epoch", "step", "sums", "lines", "random"}
     assert settings | place | {"model", "optimizer", "scaler"} <= state.keys()
-    model = JointSlotModel.from_checkpoint(finished[0] / "best.pth")
+    model = load_model(finished[0] / "best.pth")
     assert model.config["arch"] == "small" and model.config["image_size"] == 64
 
 

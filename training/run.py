@@ -15,11 +15,12 @@ from tqdm import tqdm
 from dataset import EvaluationPairs, TrainingPairs, make_loader, training_batches
 from distributed import all_gather_object, broadcast_buffers, hidden_bar, local_slice
 from model_slot import TokenMasks
-from models import Model
-from reports.table import Drawer, describe_checkpoint, pictures_of, publish, training_overlap
+from models import Model, describe_checkpoint
+from reports.pictures import Drawer, images_of
+from reports.table import publish, training_overlap
+from scoring.bootstrap import RESAMPLES
 from scoring.evaluate import OnBatch, embed_set, evaluate
 from scoring.retrieval import retrieval_recall, retrieval_score
-from scoring.summary import RESAMPLES
 from sets import count_undecodable
 from training.resume import RunFolder
 from training.step import Inputs, NotFinite, Optimisation
@@ -155,7 +156,7 @@ def score_sets(
         results = folder.path / "results" / name
         sheet, drawer = results / "contact_sheet.png", None
         if folder.log:
-            drawer = Drawer(sheet, dataset.ground_truth, len(dataset), pictures_of(dataset.pairs))
+            drawer = Drawer(sheet, dataset.ground_truth, len(dataset), images_of(dataset.pairs))
         resamples, shown = RESAMPLES if chosen else 0, [*on_batch, *([drawer] if drawer else [])]
         evaluation = evaluate(model, dataset, device, resamples=resamples, on_batch=shown, **settings)
         if evaluation is None:
