@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=number(int, low=0, high=2**32 - 1), nargs="+", default=[0], help="two trainings each"
     )
-    parser.add_argument("--export", help="write the first seed's best published model here, and demo.png")
+    parser.add_argument("--export", help="write the first seed's best published model here, and docs/demo.png")
     args = parser.parse_args()
     call(sys.executable, "-m", "synthetic.generate", "--out", str(DATA))
     folders = [train(seed, "demo", OBJECTIVE="paper") for seed in args.seeds]
@@ -148,7 +148,7 @@ def main() -> None:
     side_by_side_on_synthetic(checkpoints, DATA, SIDE_BY_SIDE)
     if args.export:
         export(folders[0] / "best.pth", Path(args.export))
-        draw(Path(args.export), Path("demo.png"))
+        draw(Path(args.export), Path("docs/demo.png"))
     print("\nlook at the tables and pictures:")
     for folder in (folders[0], listening[0]):
         for split in SPLITS:
