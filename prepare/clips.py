@@ -92,10 +92,10 @@ def convert(task: Task, out: Path, source: str) -> Outcome:
 def convert_all(tasks: Sequence[Task], workers: int, work: Callable[[Task], Outcome]) -> Iterator[tuple[Task, Outcome]]:
     """Each task with its outcome, as they come. A clip on which a process dies or hangs costs that clip only."""
     waiting = iter(tasks)
-    with stops_blocked():  # a worker is born with them blocked, until it knows what to do on them
-        pool = ProcessPool(workers, initializer=signal.pthread_sigmask, initargs=(signal.SIG_UNBLOCK, STOPS))
-        running = {pool.schedule(work, [task], timeout=CLIP_TIMEOUT): task for task in islice(waiting, workers)}
+    pool = ProcessPool(workers, initializer=signal.pthread_sigmask, initargs=(signal.SIG_UNBLOCK, STOPS))
     try:
+        with stops_blocked():  # a worker starts with them blocked, until it knows what to do on them
+            running = {pool.schedule(work, [task], timeout=CLIP_TIMEOUT): task for task in islice(waiting, workers)}
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), outcome_of(future)
