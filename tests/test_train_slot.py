@@ -255,7 +255,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_ids(synthetic_root, tm
     "script, readers",
     [
         ("train_slot.py", ("training/run.py", "training/resume.py")),
-        *((name, ()) for name in ("test_model.py", "sets.py", "experiments/demo.py", "experiments/benchmark.py")),
+        *((name, ()) for name in ("test_model.py", "sets.py", "experiments/objectives.py", "experiments/benchmark.py")),
         ("synthetic/generate.py", ()),
     ],
 )
