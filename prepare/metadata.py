@@ -18,7 +18,7 @@ import requests
 from tabulate import tabulate
 from tqdm import tqdm
 
-from utils import UserError, boolean, number
+from utils import UserError, add_boolean, number
 
 SOURCES = Path(__file__).resolve().parents[1] / "metadata" / "sources.json"
 CHUNK = 1 << 16  # bytes
@@ -146,15 +146,7 @@ def add_flags(parser: ArgumentParser) -> None:
     origin = parser.add_mutually_exclusive_group()
     origin.add_argument("--from", type=Path, dest="from_folder", metavar="DIR", help="copy them from this folder")
     origin.add_argument("--base_url", type=address, metavar="URL", help="fetch them all from URL/NAME: a mirror")
-    parser.add_argument(
-        "--force",
-        type=boolean,
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="true|false",
-        help="replace files that are there with another content",
-    )
+    add_boolean(parser, "--force", "replace files that are there with another content")
     parser.add_argument(
         "--retries", type=number(int, low=0), default=4, metavar="N", help="further tries after a broken transfer"
     )

@@ -40,7 +40,7 @@ from synthetic.kinds import (
     make_sound,
 )
 from synthetic.probe import probe, probe_table
-from utils import UserError, as_user_error, atomic_path, boolean, number, write_json, write_text
+from utils import UserError, add_boolean, as_user_error, atomic_path, number, write_json, write_text
 
 FORMAT_VERSION = 1
 SIDE = 128  # pixels
@@ -291,7 +291,6 @@ def preview(path: Path, seed: int, columns: int = 6) -> None:
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    switch = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
     parser.add_argument("--out", type=Path, default=Path("data/synthetic"), metavar="DIR", help="folder of the set")
     parser.add_argument(
         "--seed", type=number(int, low=0, high=2**32 - 1), help="seed of the set and of the preview (default: 0)"
@@ -306,8 +305,8 @@ def add_flags(parser: ArgumentParser) -> None:
         help="images of train and val hold 1 to N objects of which one sounds (default: 1, at most "
         f"{MOST_OBJECTS}); a set other than the default one: give it a folder of its own, --out data/synthetic_3",
     )
-    parser.add_argument("--force", **switch, help="rewrite the synthetic set that is in the folder")
-    parser.add_argument("--probe", **switch, help="print how far one gets on the set without learning")
+    add_boolean(parser, "--force", "rewrite the synthetic set that is in the folder")
+    add_boolean(parser, "--probe", "print how far one gets on the set without learning")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers of the probe here")
     parser.add_argument("--preview", type=Path, metavar="FILE.png", help="draw each kind and its sound; writes no set")
 

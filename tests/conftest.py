@@ -25,7 +25,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two small threads that share a busy core 
 
 SMALL = ["--arch", "small", "--dim", "16", "--image_size", "64", "--audio_seconds", "0.8", "--imagenet_weights", "none"]
 SHORT = ["--epochs", "2", "--batch_size", "16", "--lr", "1e-3", "--num_workers", "0", "--gpu", "cpu"]
-MEASURED_COUNTS = {"train": 100, "val": 20, "test": 150, "distractor": 200, "interactive": 60, "offscreen": 180}
 MEASURED = ("pairs_per_second", "data_wait", "memory_gib")  # of a line of the log: what no other run repeats
 
 import utils  # noqa: E402  (found through the path set above)
@@ -47,16 +46,6 @@ def synthetic_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("synthetic") / "data"
     counts = {"train": 70, "val": 10, "test": 20, "distractor": 20, "interactive": 10, "offscreen": 20}
     generate(root, seed=0, counts=counts)
-    return root
-
-
-@pytest.fixture(scope="session")
-def measured_root(tmp_path_factory) -> Path:
-    """A synthetic set of MEASURED_COUNTS, large enough to measure something on; tests only read it."""
-    from synthetic.generate import generate
-
-    root = tmp_path_factory.mktemp("measured") / "data"
-    generate(root, seed=3, counts=MEASURED_COUNTS)
     return root
 
 
@@ -120,3 +109,16 @@ def damaged(tmp_path):
     boxes[1]["bbox"] = [[-2.9e16, 0, 0.5, 1], [0.5, 0.5, 0.5, 0.9]]
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     return tmp_path
+
+
+MEASURED_COUNTS = {"train": 100, "val": 20, "test": 150, "distractor": 200, "interactive": 60, "offscreen": 180}
+
+
+@pytest.fixture(scope="session")
+def measured_root(tmp_path_factory) -> Path:
+    """A synthetic set of MEASURED_COUNTS, large enough to measure something on; tests only read it."""
+    from synthetic.generate import generate
+
+    root = tmp_path_factory.mktemp("measured") / "data"
+    generate(root, seed=3, counts=MEASURED_COUNTS)
+    return root
