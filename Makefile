@@ -12,9 +12,10 @@ help:
 	@echo "make demo        set up, make the built-in data, train two objectives, score, draw (minutes on 2 cores)"
 	@echo "make test        set up, run ruff and all but the heavy checks"
 	@echo "make test-slow   the heavy proofs"
-	@echo "make demo-table  the demo with seeds 0, 1 and 2: the table of the README and checkpoints/demo.pth"
-	@echo "make objectives  train every objective on the built-in data, seeds 0, 1 and 2 (an hour): one table, one picture"
-	@echo "make clean       remove what demo, demo-table and objectives made, but for what the README shows"
+	@echo "make demo-table  the demo with seeds 0, 1 and 2: its table in docs/, checkpoints/demo.pth and docs/demo.png"
+	@echo "make objectives  train every objective, seeds 0, 1 and 2 (an hour): its tables and docs/objectives.png"
+	@echo "make setup       the virtual environment alone"
+	@echo "make clean       remove what demo, demo-table and objectives made, but for what the pages show"
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 with its venv module is needed, and none was found"; exit 1; }
@@ -25,13 +26,15 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt
 setup: $(VENV)/.ready
 
 demo: setup
-	$(RUN) -m experiments.demo --seeds 0
+	$(RUN) -m experiments.objectives --demo
 
 demo-table: setup
-	$(RUN) -m experiments.demo --seeds 0 1 2 --export checkpoints/demo.pth
+	$(RUN) -m experiments.objectives --demo --seeds 0 1 2 --export checkpoints/demo.pth
+	$(RUN) -m experiments.objectives --seeds 0 1 2 --write_docs
 
 objectives: setup
-	$(RUN) -m experiments.objectives --seeds 0 1 2
+	$(RUN) -m experiments.objectives --seeds 0 1 2 --picture docs/objectives.png
+	$(RUN) -m experiments.objectives --seeds 0 1 2 --write_docs
 
 test: setup
 	$(VENV)/bin/ruff check .

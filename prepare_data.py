@@ -1,9 +1,10 @@
-"""Get ready what training and testing read: the field's public lists, and pairs made of downloaded clips.
+"""Get ready what training and testing read: public lists, pairs made of downloaded clips, the built-in data.
 
     python prepare_data.py metadata                              fetch the lists and annotations into metadata/
     python prepare_data.py metadata --from /path/to/copies       take them from a folder instead
     python prepare_data.py clips /path/to/videos --out pairs     videos -> pairs/frames/<id>.jpg, pairs/audio/<id>.wav
     python prepare_data.py check --testset vggss                 is it complete and whole? One table
+    python prepare_data.py synthetic                             make the built-in data in data/synthetic
 
 `--help` after a sub-command lists its flags.
 """
@@ -13,20 +14,22 @@ from collections.abc import Sequence
 import prepare.check as prepare_check
 import prepare.clips as prepare_clips
 import prepare.metadata as prepare_metadata
+import synthetic.generate as synthetic_generate
 from utils import ArgumentParser, run_cli
 
 COMMANDS = {
     "metadata": (prepare_metadata, "fetch the public lists and annotations, each checked against its checksum"),
-    "clips": (prepare_clips, "turn a folder of downloaded clips into pairs of picture and sound"),
+    "clips": (prepare_clips, "turn a folder of downloaded clips into pairs of image and audio"),
     "check": (
         prepare_check,
         "decode every pair of a set and say what is missing, broken, silent, repeated, overlapping",
     ),
+    "synthetic": (synthetic_generate, "make the built-in data: drawn objects of ten kinds, each with its sound"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(description="Fetch the public lists, turn downloaded clips into pairs, check data.")
+    parser = ArgumentParser(description="Fetch public lists, turn clips into pairs, check data, make data.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, what) in COMMANDS.items():
         module.add_flags(commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + "."))

@@ -105,11 +105,6 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: fl
     return parse
 
 
-def add_boolean(group, flag: str, help: str, default: bool = False) -> None:
-    """A flag that takes true or false; the bare flag means true."""
-    group.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="true|false", help=help)
-
-
 def boolean(text: str) -> bool:
     """An argparse type: true or false, nothing else."""
     if text not in ("true", "false"):

@@ -8,26 +8,25 @@ and the first sample. Every clip ends as a pair or as a line of failures.csv.
 
 import csv
 import errno
-import fcntl
 import io
-import multiprocessing
 import os
 import re
 import signal
-import sys
-import time
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from concurrent.futures import FIRST_COMPLETED, TimeoutError, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import islice
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 import soundfile
+from filelock import FileLock, Timeout
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from PIL import Image
 from tqdm import tqdm
 
@@ -90,81 +89,43 @@ def convert(task: Task, out: Path, source: str) -> Outcome:
 # ---------------------------------------------------------------- processes
 
 
-class Worker:
-    """A process that converts one clip after another. If it dies or hangs, that costs one clip and not the run."""
-
-    def __init__(self, work: Callable[[Task], Outcome]) -> None:
-        self.work, self.task, self.since = work, None, 0.0
-        self._start()
-
-    def _start(self) -> None:
-        self.connection, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.Process(target=serve, args=(theirs, self.work, os.getpid()), daemon=True)
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until `serve` knows what to do on them
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-        theirs.close()  # so that the pipe ends with the process
-
-    def give(self, task: Task | None) -> None:
-        self.task, self.since = task, time.monotonic()
-        if task is not None:
-            with suppress(ConnectionError):  # `outcome` finds out that the process has died
-                self.connection.send(task)
-
-    def outcome(self) -> Outcome | None:
-        """What became of the clip; None while the work goes on."""
-        try:
-            if self.connection.poll():
-                return self.connection.recv()
-            if time.monotonic() - self.since < CLIP_TIMEOUT:
-                return None
-            outcome = Outcome(f"hang: not done after {CLIP_TIMEOUT} s")
-        except (EOFError, ConnectionError):
-            self.process.join()
-            outcome = Outcome(f"crash: the process ended with status {self.process.exitcode}")
-        self.end()
-        self._start()
-        return outcome
-
-    def end(self) -> None:
-        self.process.terminate()
-        self.process.join(5)
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-
-def serve(connection: Connection, work: Callable[[Task], Outcome], parent: int) -> None:
-    """What a Worker's process does, until it is ended or its parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent then ends its workers
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of `atomic_path`, which removes its half file
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-    while True:
-        while not connection.poll(1):
-            if os.getppid() != parent:
-                return
-        connection.send(work(connection.recv()))
-
-
 def convert_all(tasks: Sequence[Task], workers: int, work: Callable[[Task], Outcome]) -> Iterator[tuple[Task, Outcome]]:
-    """Each task with its outcome, as they come."""
-    waiting, pool = iter(tasks), []
+    """Each task with its outcome, as they come. A clip on which a process dies or hangs costs that clip only."""
+    waiting = iter(tasks)
+    pool = ProcessPool(workers, initializer=signal.pthread_sigmask, initargs=(signal.SIG_UNBLOCK, STOPS))
     try:
-        for task in islice(waiting, workers):
-            pool.append(Worker(work))
-            pool[-1].give(task)
-        while busy := [worker for worker in pool if worker.task]:
-            wait([worker.connection for worker in busy], timeout=1)
-            for worker in busy:
-                outcome = worker.outcome()
-                if outcome is not None:
-                    yield worker.task, outcome
-                    worker.give(next(waiting, None))
+        with stops_blocked():  # a worker starts with them blocked, until it knows what to do on them
+            running = {pool.schedule(work, [task], timeout=CLIP_TIMEOUT): task for task in islice(waiting, workers)}
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), outcome_of(future)
+                for task in islice(waiting, 1):
+                    running[pool.schedule(work, [task], timeout=CLIP_TIMEOUT)] = task
     finally:
-        for worker in pool:
-            worker.end()
+        pool.stop()
+        pool.join()
+
+
+@contextmanager
+def stops_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def outcome_of(future: ProcessFuture) -> Outcome:
+    try:
+        return future.result()
+    except TimeoutError:
+        return Outcome(f"hang: not done after {CLIP_TIMEOUT} s")
+    except ProcessExpired as error:
+        return Outcome(f"crash: the process ended with status {error.exitcode}")
+    except BrokenProcessPool as error:
+        return Outcome(f"the processes cannot be kept running ({error}): the same command goes on", fatal=True)
+    except Exception as error:  # whatever else a decoder raises
+        return Outcome(f"crash: {' '.join(repr(error).split())}")
 
 
 # ---------------------------------------------------------------- the folder
@@ -186,20 +147,20 @@ def find_clips(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def only_run(out: Path) -> Iterator[None]:
+def lock_folder(out: Path) -> Iterator[None]:
     """Keep a second run off the folder, and it free of half-written files. SIGTERM interrupts as Ctrl-C does."""
     for folder in (out / "frames", out / "audio"):
         folder.mkdir(parents=True, exist_ok=True)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with open(out / ".lock", "w") as lock:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however that ends
-            except (BlockingIOError, PermissionError):
-                raise UserError(f"another run is writing into {out}") from None
+        with FileLock(out / ".lock", timeout=0):
             remove_half_written(out)
-            yield
-            remove_half_written(out)  # of a process that crashed
+            try:
+                yield
+            finally:
+                remove_half_written(out)  # of a process that was ended
+    except Timeout:
+        raise UserError(f"another run is writing into {out}") from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -289,7 +250,7 @@ def run(args: Namespace) -> None:
     classes = read_vggsound_csv(args.vggsound_csv) if args.vggsound_csv else {}
     names = name_clips(args.folder, args.source, classes)
     load_resampler()
-    with only_run(args.out):
+    with lock_folder(args.out):
         there = finished_ids(args.out)
         todo = [task for task in names.tasks if task.id not in there]
         failures, early = list(names.refused), []

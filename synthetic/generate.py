@@ -1,9 +1,9 @@
 """A small synthetic set of sounding objects in the VGG-Sound layout, made from a seed in under a minute.
 
-    python -m synthetic.generate --out data/synthetic    write the set
-    python -m synthetic.generate --out data/synthetic --probe    how far one gets on it without learning anything
-    python -m synthetic.generate --out data/synthetic_3 --train_objects 3 pictures to train on hold silent objects, too
-    python -m synthetic.generate --preview synthetic.png    contact sheet: pictures and a sound of each kind
+    python prepare_data.py synthetic                        write the set into data/synthetic
+    python prepare_data.py synthetic --probe                how far one gets on it without learning anything
+    python prepare_data.py synthetic --preview sheet.png    contact sheet: images and a sound of each kind
+    python prepare_data.py synthetic --out data/synthetic_3 --train_objects 3    training images show silent objects
 
 Ten kinds of objects, each with a look (shape, texture, range of colours) and a sound, both varied within the kind.
 Splits: train, val, test (one object in view), distractor (the sounding object among one or two silent ones of other
@@ -14,7 +14,7 @@ random stream, (seed, split, index): nothing is shared between splits, and the n
 
 import json
 import multiprocessing
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +40,7 @@ from synthetic.kinds import (
     make_sound,
 )
 from synthetic.probe import probe, probe_table
-from utils import ArgumentParser, UserError, as_user_error, atomic_path, number, run_cli, write_json, write_text
+from utils import UserError, add_boolean, as_user_error, atomic_path, number, write_json, write_text
 
 FORMAT_VERSION = 1
 SIDE = 128  # pixels
@@ -261,7 +261,7 @@ def write_lists(root: Path, entries: Mapping[str, Sequence[Entry]]) -> None:
     write_text(root / "objects.json", json.dumps(objects))
 
 
-# ---------------------------------------------------------------- preview and command line
+# ---------------------------------------------------------------- preview and the sub-command
 
 
 def preview(path: Path, seed: int, columns: int = 6) -> None:
@@ -290,9 +290,8 @@ def preview(path: Path, seed: int, columns: int = 6) -> None:
         figure.savefig(temporary, dpi=120)
 
 
-def parse_args(arguments: Sequence[str] | None) -> Namespace:
-    parser = ArgumentParser(description="A synthetic set of sounding objects.")
-    parser.add_argument("--out", type=Path, default=Path("data/synthetic"), help="folder of the set")
+def add_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("data/synthetic"), metavar="DIR", help="folder of the set")
     parser.add_argument(
         "--seed", type=number(int, low=0, high=2**32 - 1), help="seed of the set and of the preview (default: 0)"
     )
@@ -303,23 +302,21 @@ def parse_args(arguments: Sequence[str] | None) -> Namespace:
         "--train_objects",
         type=number(int, low=1, high=MOST_OBJECTS),
         metavar="N",
-        help="pictures of train and val hold 1 to N objects of which one sounds (default: 1, at most "
-        f"{MOST_OBJECTS}); another set than the default one: give it a folder of its own, --out data/synthetic_3",
+        help="images of train and val hold 1 to N objects of which one sounds (default: 1, at most "
+        f"{MOST_OBJECTS}); a set other than the default one: give it a folder of its own, --out data/synthetic_3",
     )
-    parser.add_argument("--force", action="store_true", help="rewrite the synthetic set that is in the folder")
-    parser.add_argument("--probe", action="store_true", help="print how far one gets on the set without learning")
+    add_boolean(parser, "--force", "rewrite the synthetic set that is in the folder")
+    add_boolean(parser, "--probe", "print how far one gets on the set without learning")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers of the probe here")
     parser.add_argument("--preview", type=Path, metavar="FILE.png", help="draw each kind and its sound; writes no set")
-    args = parser.parse_args(arguments)
+
+
+def run(args: Namespace) -> None:
+    """`prepare_data.py synthetic`. Raises UserError."""
     if args.json and not args.probe:
-        parser.error("--json writes the numbers of --probe: give both")
+        raise UserError("--json writes the numbers of --probe: give both")
     if args.preview and args.preview.suffix != ".png":
-        parser.error(f"--preview {args.preview}: the name must end in .png")
-    return args
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    args = parse_args(arguments)
+        raise UserError(f"--preview {args.preview}: the name must end in .png")
     seed, counts = args.seed or 0, {"train": args.train} if args.train else {}
     as_it_is = args.probe and not args.force and args.seed is args.train is args.train_objects is None
     with as_user_error(OSError, soundfile.LibsndfileError):
@@ -333,7 +330,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(probe_table(numbers))
         if args.json:
             write_json(args.json, numbers)
-
-
-if __name__ == "__main__":
-    run_cli(main)

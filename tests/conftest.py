@@ -148,3 +148,16 @@ def damaged(tmp_path):
     boxes[1]["bbox"] = [[-2.9e16, 0, 0.5, 1], [0.5, 0.5, 0.5, 0.9]]
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     return tmp_path
+
+
+MEASURED_COUNTS = {"train": 100, "val": 20, "test": 150, "distractor": 200, "interactive": 60, "offscreen": 180}
+
+
+@pytest.fixture(scope="session")
+def measured_root(tmp_path_factory) -> Path:
+    """A synthetic set of MEASURED_COUNTS, large enough to measure something on; tests only read it."""
+    from synthetic.generate import generate
+
+    root = tmp_path_factory.mktemp("measured") / "data"
+    generate(root, seed=3, counts=MEASURED_COUNTS)
+    return root

@@ -1,4 +1,4 @@
-"""The synthetic set: reproducible, balanced, and not to be had without hearing."""
+"""The built-in data: reproducible, balanced, apart; sources in view or not; what the sub-command writes and refuses."""
 
 import collections
 import hashlib
@@ -9,26 +9,17 @@ import cv2
 import numpy as np
 import pytest
 import soundfile
+from conftest import MEASURED_COUNTS
 from scipy import stats
 
 import dataset
 import synthetic.generate as synthetic
 import synthetic.kinds as synthetic_kinds
-import synthetic.probe as synthetic_probe
-from maps import MAP_SIZE
+from audio_io import log_spectrogram
 from synthetic.generate import SIDE, SPLITS
 from synthetic.kinds import KINDS
 
-COUNTS = {"train": 100, "val": 20, "test": 150, "distractor": 200, "interactive": 60, "offscreen": 60}
 TINY = {"train": 12, "val": 2, "test": 2, "distractor": 11, "interactive": 2, "offscreen": 6}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A set large enough to measure something on; tests only read it."""
-    folder = tmp_path_factory.mktemp("synthetic") / "set"
-    synthetic.generate(folder, seed=3, counts=COUNTS)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +31,8 @@ def other_root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def objects(root):
-    return json.loads((root / "objects.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def numbers(root):
-    return synthetic_probe.probe(root)
+def objects(measured_root):
+    return json.loads((measured_root / "objects.json").read_text())
 
 
 def digests(folder):
@@ -83,18 +69,18 @@ def test_same_seed_same_bytes_for_any_number_of_processes(other_root, tmp_path):
     assert digests(tmp_path) == digests(other_root)
 
 
-def test_other_seed_shares_no_picture_and_no_sound(root, other_root):
+def test_other_seed_shares_no_picture_and_no_sound(measured_root, other_root):
     made = [
         {digest for path, digest in digests(folder).items() if path.startswith(("frames", "audio"))}
-        for folder in (root, other_root)
+        for folder in (measured_root, other_root)
     ]
     assert all(made) and len(made[0] & made[1]) == 1  # digital silence
 
 
-def test_a_sample_does_not_depend_on_how_many_there_are(root, tmp_path):
+def test_a_sample_does_not_depend_on_how_many_there_are(measured_root, tmp_path):
     synthetic.generate(tmp_path, seed=3, counts=TINY, processes=1)
     for name in ("frames/test_000001.jpg", "audio/distractor_000000.wav", "audio/offscreen_000005.wav"):
-        assert (tmp_path / name).read_bytes() == (root / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (measured_root / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -115,17 +101,17 @@ def test_a_new_split_or_flag_leaves_the_other_splits_as_they_were(other_root, sp
     assert picture.mean() == pytest.approx(grey, abs=0.05)  # another OpenCV may round otherwise
 
 
-def test_no_id_picture_or_sound_is_in_two_splits(root):
-    ids = [ids_of(root, split) for split in SPLITS]
+def test_no_id_picture_or_sound_is_in_two_splits(measured_root):
+    ids = [ids_of(measured_root, split) for split in SPLITS]
     every = list(itertools.chain(*ids))
-    assert len(set(every)) == len(every) == sum(COUNTS.values()) + COUNTS["interactive"]
+    assert len(set(every)) == len(every) == sum(MEASURED_COUNTS.values()) + MEASURED_COUNTS["interactive"]
     splits_of = collections.defaultdict(set)
-    for path, digest in digests(root).items():
+    for path, digest in digests(measured_root).items():
         if path.startswith(("frames", "audio")):
             splits_of[digest].add(path.split("/")[1].split("_")[0])
     assert all(len(splits) == 1 for splits in splits_of.values())
-    sounds = [digest for path, digest in digests(root).items() if path.startswith("audio")]
-    silent = list(heard_in(root, "offscreen").values()).count(synthetic.SILENCE)
+    sounds = [digest for path, digest in digests(measured_root).items() if path.startswith("audio")]
+    silent = list(heard_in(measured_root, "offscreen").values()).count(synthetic.SILENCE)
     assert len(sounds) == len(every) and len(set(sounds)) == len(sounds) - silent + 1
 
 
@@ -143,18 +129,9 @@ def test_boxes_are_inside_and_of_25_to_50_percent(objects):
 
 def test_objects_in_view_never_overlap(objects):
     pairs = [(a["bbox"], b["bbox"]) for view in objects.values() for a, b in itertools.combinations(view, 2)]
-    assert len(pairs) >= COUNTS["distractor"] + COUNTS["interactive"]
+    assert len(pairs) >= MEASURED_COUNTS["distractor"] + MEASURED_COUNTS["interactive"]
     for a, b in pairs:
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_box_is_tight_around_what_is_drawn(kind):
-    for size in (32, 51):
-        rgb, opacity = synthetic_kinds.draw_object(kind, size, np.random.default_rng(size))
-        assert max(opacity.shape) == size and rgb.shape == (*opacity.shape, 3)
-        edges = opacity[0], opacity[-1], opacity[:, 0], opacity[:, -1]
-        assert all(edge.max() > 0.01 for edge in edges) and opacity.max() < 1 + 1e-6
 
 
 def test_picture_shows_the_object_in_its_box_and_nowhere_else(monkeypatch):
@@ -164,10 +141,6 @@ def test_picture_shows_the_object_in_its_box_and_nowhere_else(monkeypatch):
     inside = picture[top:bottom, left:right].astype(int).copy()
     picture[top:bottom, left:right] = 0
     assert inside.mean() > 60 and picture.max() < 25
-
-
-def test_kinds_are_many_and_named_for_ids():
-    assert 8 <= len(KINDS) <= 10 and all(kind.isascii() and kind.isalnum() for kind in KINDS)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -189,7 +162,7 @@ def test_views_hold_the_promised_objects(objects):
         assert sum(thing["sounding"] for thing in view) == 1 or name.startswith("offscreen")
         counts[name.split("_")[0]][len(view)] += 1
     assert counts["train"] == {1: 100} and counts["interactive"] == {2: 120}
-    assert counts["distractor"] == {2: 100, 3: 100} and counts["offscreen"] == {1: 20, 2: 20, 3: 20}
+    assert counts["distractor"] == {2: 100, 3: 100} and counts["offscreen"] == {1: 60, 2: 60, 3: 60}
 
 
 def test_place_and_size_tell_nothing_about_the_kind_or_who_sounds(objects):
@@ -208,32 +181,23 @@ def test_place_and_size_tell_nothing_about_the_kind_or_who_sounds(objects):
 # ---------------------------------------------------------------- sounds
 
 
-def test_sounds_are_16_khz_mono_16_bit_and_not_clipped(root):
-    for path in (root / "audio").iterdir():
+def test_sounds_are_16_khz_mono_16_bit_and_not_clipped(measured_root):
+    for path in (measured_root / "audio").iterdir():
         sound = soundfile.info(path)
         assert (sound.samplerate, sound.channels, sound.subtype, sound.frames) == (16000, 1, "PCM_16", 25600)
         assert np.abs(soundfile.read(path)[0]).max() < 0.99
 
 
-def test_loudness_tells_nothing_about_the_kind(root):
+def test_loudness_tells_nothing_about_the_kind(measured_root):
     levels = collections.defaultdict(list)
-    for name, heard in itertools.chain.from_iterable(heard_in(root, split).items() for split in SPLITS):
+    for name, heard in itertools.chain.from_iterable(heard_in(measured_root, split).items() for split in SPLITS):
         if heard != synthetic.SILENCE:
-            waveform, _ = soundfile.read(root / "audio" / f"{name}.wav")
+            waveform, _ = soundfile.read(measured_root / "audio" / f"{name}.wav")
             levels[heard].append(20 * np.log10(waveform.std()))
     assert len(levels) == len(KINDS) + 1  # and noise
     assert stats.kruskal(*levels.values()).pvalue > 1e-3
     low, high = np.percentile(list(itertools.chain(*levels.values())), (1, 99))
     assert -37 < low < -33 and -23 < high < -19
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_noise_lies_10_to_20_db_below_and_sounds_vary(kind):
-    sounds, noises = zip(*(synthetic_kinds.make_sound(kind, np.random.default_rng(i)) for i in range(8)))
-    ratios = [10 * np.log10(np.mean(a**2) / np.mean(b**2)) for a, b in zip(sounds, noises)]
-    assert min(ratios) > 9.99 and max(ratios) < 20.01 and np.ptp(ratios) > 2
-    correlation = np.corrcoef(np.stack(sounds))
-    assert np.isfinite(correlation).all() and np.abs(correlation[np.triu_indices(8, 1)]).max() < 0.9
 
 
 def test_interactive_entries_share_the_picture_and_hear_their_own_kind(tmp_path, monkeypatch):
@@ -250,14 +214,81 @@ def test_interactive_entries_share_the_picture_and_hear_their_own_kind(tmp_path,
         assert soundfile.read(tmp_path / "audio" / f"{name}.wav")[0][0] == pytest.approx(loudness[kind], abs=1e-3)
 
 
+# ---------------------------------------------------------------- source in view or not
+
+
+def test_half_have_their_source_in_view_and_the_others_a_third_each_for_any_number_of_objects(measured_root, objects):
+    reasons = collections.Counter()
+    for name, heard in heard_in(measured_root, "offscreen").items():
+        sounding = [thing["kind"] for thing in objects[name] if thing["sounding"]]
+        assert sounding in ([heard], []) and (sounding or heard not in {thing["kind"] for thing in objects[name]})
+        reasons["in view" if sounding else "absent" if heard in KINDS else heard, len(objects[name])] += 1
+    assert reasons == {
+        (reason, count): 30 if reason == "in view" else 10
+        for reason in ("in view", "absent", "silence", "noise")
+        for count in (1, 2, 3)
+    }
+
+
+def test_what_is_in_view_tells_nothing_about_presence(measured_root, objects):
+    names = ids_of(measured_root, "offscreen")
+    views = [[thing["kind"] for thing in objects[name]] for name in names]
+    assert views[::2] == views[1::2]
+    there = [any(thing["sounding"] for thing in objects[name]) for name in names]
+    assert there == [True, False] * 90
+    absent = [heard for heard, source in zip(heard_in(measured_root, "offscreen").values(), there) if not source]
+    assert {absent.count(kind) for kind in KINDS} == {3}
+
+
+def test_silence_is_digital_zero_and_noise_is_no_kind(measured_root):
+    heard = heard_in(measured_root, "offscreen")
+    for name, sound in heard.items():
+        waveform, _ = soundfile.read(measured_root / "audio" / f"{name}.wav", dtype="int16")
+        assert len(waveform) == synthetic_kinds.SAMPLES and waveform.any() == (sound != synthetic.SILENCE)
+    spread = collections.defaultdict(list)
+    for name, sound in heard.items():
+        spectrogram = log_spectrogram(soundfile.read(measured_root / "audio" / f"{name}.wav")[0])[0]
+        spread["kind" if sound in KINDS else sound].append(spectrogram.std().item())
+    assert max(spread["silence"]) < 1e-5 and max(spread["noise"]) < np.median(spread["kind"])
+
+
+def test_pairs_without_a_source_have_no_box_and_are_told_to_the_metrics(measured_root, objects):
+    truth = dataset.build_ground_truth("synthetic_offscreen", str(measured_root), None, "metadata")
+    names = ids_of(measured_root, "offscreen")
+    assert truth.ids == names and truth.silent == set(names[1::2])
+    for name in names[:6]:
+        assert truth.truth_of(name).any() == (name not in truth.silent)
+
+
+# ---------------------------------------------------------------- silent objects in training
+
+
+@pytest.mark.parametrize("most", [2, 3])
+def test_pictures_to_train_on_hold_as_many_objects_as_asked_for_and_nothing_else_changes(tmp_path, most):
+    counts = {**dict.fromkeys(SPLITS, 2), "train": 10 * most, "val": 10 * most}
+    one, several = tmp_path / "one", tmp_path / "several"
+    synthetic.generate(one, counts=counts)
+    synthetic.generate(several, counts=counts, train_objects=most)
+    objects = json.loads((several / "objects.json").read_text())
+    for split in ("train", "val"):
+        views = [view for name, view in objects.items() if name.startswith(split)]
+        assert collections.Counter(map(len, views)) == dict.fromkeys(range(1, most + 1), 10)
+        assert all([thing["sounding"] for thing in view] == [True] + [False] * (len(view) - 1) for view in views)
+        for kinds in kinds_by_role(objects, split):
+            assert set(kinds) == set(KINDS) and len(set(kinds.values())) == 1
+    changed = {path for path, digest in digests(several).items() if digests(one)[path] != digest}
+    assert all(path.split("/")[-1].startswith(("train", "val", "objects", "synthetic")) for path in changed)
+    assert "frames/train_000010.jpg" in changed and "frames/train_000009.jpg" not in changed
+
+
 # ---------------------------------------------------------------- the loaders of the real sets
 
 
 @pytest.mark.parametrize("split", ["test", "distractor", "interactive", "offscreen"])
-def test_the_loader_of_the_real_sets_reads_it(root, objects, split):
+def test_the_loader_of_the_real_sets_reads_it(measured_root, objects, split):
     name = "synthetic" if split == "test" else f"synthetic_{split}"
-    pairs = dataset.build_test_set(name, str(root), None, "metadata", 112, synthetic_kinds.AUDIO_SECONDS)
-    assert [pair.id for pair in pairs.pairs] == ids_of(root, split) and not pairs.missing
+    pairs = dataset.build_test_set(name, str(measured_root), None, "metadata", 112, synthetic_kinds.AUDIO_SECONDS)
+    assert [pair.id for pair in pairs.pairs] == ids_of(measured_root, split) and not pairs.missing
     sample = pairs[2]
     (thing,) = [thing for thing in objects[sample.id] if thing["sounding"]]
     left, top, right, bottom = thing["bbox"]
@@ -265,65 +296,125 @@ def test_the_loader_of_the_real_sets_reads_it(root, objects, split):
     assert sample.truth.mean().item() == pytest.approx((right - left) * (bottom - top), rel=0.1)
 
 
-def test_the_training_loader_reads_it(root):
-    pairs = dataset.select_training_pairs("synthetic", str(root), "metadata").pairs
-    train, held_out = dataset.hold_out("synthetic", pairs, str(root), None, 0.1, 0)
-    assert (len(train), len(held_out)) == (COUNTS["train"], COUNTS["val"])
+def test_the_training_loader_reads_it(measured_root):
+    pairs = dataset.select_training_pairs("synthetic", str(measured_root), "metadata").pairs
+    train, held_out = dataset.hold_out("synthetic", pairs, str(measured_root), None, 0.1, 0)
+    assert (len(train), len(held_out)) == (MEASURED_COUNTS["train"], MEASURED_COUNTS["val"])
 
 
-# ---------------------------------------------------------------- how hard it is
+# ---------------------------------------------------------------- the sub-command
 
 
-def test_what_does_not_hear_points_wrong_at_least_half_the_time(numbers):
-    for split in ("distractor", "interactive"):
-        for pointer, scores in numbers[split].items():
-            assert scores["pointing"] <= 0.5, (split, pointer)
-            assert scores.get("both_pointing", 0) <= 0.25, (split, pointer)
-    assert numbers["offscreen"]["saliency"]["pointing"] <= 0.35
-    assert set(numbers["interactive"]["saliency"]) == {"pointing", "cIoU", "both_pointing", "IIoU"}
+@pytest.fixture
+def make(cli, monkeypatch):
+    """make(flags...) runs `prepare_data.py synthetic`, by default with few images."""
+    monkeypatch.setattr(synthetic, "COUNTS", TINY)
+
+    def run(*flags):
+        done = cli("prepare_data", "synthetic", *flags)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
-def test_the_deaf_oracle_guesses_among_the_objects_in_view(numbers):
-    assert numbers["test"]["oracle"] == pytest.approx({"pointing": 1, "cIoU": 1})
-    assert numbers["distractor"]["oracle"]["pointing"] == pytest.approx((1 / 2 + 1 / 3) / 2)
-    assert numbers["offscreen"]["oracle"]["pointing"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3 / 2)
-    assert numbers["interactive"]["oracle"] == pytest.approx(
-        {"pointing": 0.5, "cIoU": 0.5, "both_pointing": 0.25, "IIoU": 0.25}
-    )
+@pytest.fixture
+def failure(cli):
+    """The one line with which the command fails; exit status 2 and nothing on the standard output."""
+
+    def run(*flags):
+        done = cli("prepare_data", "synthetic", *flags)
+        lines = [line for line in done.stderr.splitlines() if "picture/s" not in line]
+        assert done.returncode == 2 and len(lines) == 1 and not done.stdout
+        return lines[0]
+
+    return run
 
 
-def test_neither_colour_nor_spectrum_alone_gives_the_kind_away(numbers):
-    accuracy = numbers["class_accuracy"]
-    assert 0.5 < accuracy["colour"] <= 0.95 and 0.15 < accuracy["spectrum"] <= 0.8
+def test_the_set_is_written_once_then_there_is_nothing_to_do(tmp_path, make):
+    arguments = ["--out", tmp_path / "set", "--seed", "1", "--train", "13"]
+    assert "written" in make(*arguments) and len(ids_of(tmp_path / "set", "train")) == 13
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*")}
+    assert "nothing to do" in make(*arguments)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*")}
 
 
-def test_neither_sense_alone_tells_whether_the_source_is_in_view(numbers):
-    presence = numbers["presence_AP"]
-    assert presence["objects"] == pytest.approx(0.5) and 0.4 < presence["saliency"] < 0.6
-    assert presence["ear"] == pytest.approx(0.75) and presence["loudness"] < 0.75 and presence["peaks"] < 0.85
+def test_other_settings_are_refused_unless_forced(tmp_path, make, failure, monkeypatch):
+    out = tmp_path / "set"
+    make("--out", out)
+    (out / "frames" / "mine.jpg").write_bytes(b"not of the set")
+    assert "--force" in failure("--out", out, "--seed", 1)
+    assert "--force" in failure("--out", out, "--train", 5, "--probe")
+    assert "--force" in failure("--out", out, "--train_objects", 3, "--probe")
+    for constant in synthetic_kinds.difficulty():
+        with monkeypatch.context() as change:
+            change.setattr(synthetic_kinds, constant, 0.9)
+            assert "--force" in failure("--out", out), constant
+    make("--out", out, "--train", "5", "--force")
+    images = {path.stem for path in (out / "frames").glob("*.jpg")}
+    assert {name for name in images if name.startswith("train")} == set(ids_of(out, "train")) and "mine" in images
+    assert len(ids_of(out, "train")) == 5
 
 
-def test_probe_scores_a_right_and_a_wrong_map():
-    boxes = [[[0.25, 0.25, 0.75, 0.75]]] * 2
-    right = np.zeros((MAP_SIZE, MAP_SIZE))
-    right[56:168, 56:168] = 1
-    wrong = synthetic_probe.blob(0.05, 0.95)
-    assert synthetic_probe.score_maps([right, right], boxes, {"a": [0, 1]}) == {
-        "pointing": 1,
-        "cIoU": 1,
-        "both_pointing": 1,
-        "IIoU": 1,
-    }
-    assert synthetic_probe.score_maps([right, wrong], boxes, {"a": [0, 1]}) == {
-        "pointing": 0.5,
-        "cIoU": 0.5,
-        "both_pointing": 0,
-        "IIoU": 0,
-    }
+def test_a_folder_with_other_things_is_left_alone(tmp_path, failure):
+    (tmp_path / "thesis.tex").write_text("words")
+    assert "--force" in failure("--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_saliency_finds_a_patch_on_a_plain_ground():
-    picture = np.full((SIDE, SIDE, 3), 120, np.uint8)
-    picture[20:60, 70:110] = np.random.default_rng(0).integers(0, 255, (40, 40, 3))
-    box = [70 / SIDE, 20 / SIDE, 110 / SIDE, 60 / SIDE]
-    assert synthetic_probe.score_maps([synthetic_probe.contrast_saliency(picture)], [[box]], {})["pointing"] == 1
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--seed", "-1"], "--seed"),
+        (["--seed", "one"], "--seed"),
+        (["--train", "0"], "--train"),
+        (["--train", "2.5"], "--train"),
+        (["--train_objects", "0"], "--train_objects"),
+        (["--train_objects", "4"], "--train_objects"),
+        (["--json", "numbers.json"], "--probe"),
+        (["--preview", "sheet.gif"], ".png"),
+        (["--force", "maybe"], "maybe"),
+        (["--prob"], "--prob"),
+        (["--out"], "--out"),
+    ],
+)
+def test_wrong_flags_end_with_one_line(tmp_path, failure, arguments, named):
+    assert named in failure("--out", tmp_path / "set", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_probe_makes_the_set_prints_a_table_and_writes_the_numbers(tmp_path, make, failure, monkeypatch):
+    monkeypatch.setitem(TINY, "test", 10)
+    out, path = tmp_path / "set", tmp_path / "numbers.json"
+    table = make("--out", out, "--seed", "2", "--probe", "--json", path)
+    numbers = json.loads(path.read_text())
+    assert f"{100 * numbers['test']['saliency']['pointing']:.1f}" in table and "by mean colour" in table
+    assert f"from silence and noise: {100 * numbers['presence_AP']['ear']:.1f}" in table
+    assert make("--out", out, "--probe") in table  # takes the set as it is, whatever its seed
+    (out / "frames" / "test_000001.jpg").unlink()
+    assert "test_000001.jpg" in failure("--out", out, "--probe")
+    (out / "objects.json").write_text("{")
+    assert "objects.json" in failure("--out", out, "--probe")
+
+
+def test_preview_draws_a_sheet_and_no_set(tmp_path, make):
+    make("--out", tmp_path / "set", "--preview", tmp_path / "sheet.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+    assert cv2.imread(str(tmp_path / "sheet.png")).shape[0] > 500
+
+
+def test_generate_refuses_unknown_and_empty_splits(tmp_path):
+    for counts in ({"valid": 3}, {"test": 0}):
+        with pytest.raises(ValueError, match="counts"):
+            synthetic.generate(tmp_path / "set", counts=counts)
+
+
+def test_an_interrupted_set_is_made_anew(tmp_path):
+    counts = dict.fromkeys(SPLITS, 1)
+    synthetic.generate(tmp_path / "whole", counts=counts)
+    synthetic.generate(tmp_path / "broken", counts=counts)
+    (tmp_path / "broken" / "unfinished").touch()
+    (tmp_path / "broken" / "frames" / "train_000000.jpg").write_bytes(b"half")
+    assert synthetic.generate(tmp_path / "broken", counts=counts)
+    for path in (tmp_path / "whole").rglob("*.*"):
+        assert (tmp_path / "broken" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
