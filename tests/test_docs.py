@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
+import recipes
 import synthetic.generate
 import utils
 
@@ -290,8 +291,12 @@ def test_the_model_can_be_used_from_python_as_shown(workplace, synthetic_root):
 
 @pytest.mark.slow
 def test_the_commands_run(workplace, synthetic_root, monkeypatch, capfd):
-    """In the order of the pages, each once, on built-in data of few pairs; the user's own pairs are some of those."""
+    """In the order of the pages, each once, on built-in data of few pairs and with a recipe of one epoch.
+
+    The user's own pairs are some of the built-in ones.
+    """
     monkeypatch.setattr(synthetic.generate, "COUNTS", TINY)
+    monkeypatch.setitem(recipes.RECIPES["small"], "epochs", 1)
     (workplace / "pairs").symlink_to(synthetic_root)
     shutil.copy(synthetic_root / "test.json", workplace / "boxes.json")
     done = set()
@@ -320,6 +325,11 @@ def run_in_process(command: Command, monkeypatch, capfd) -> None:
                 if stop.code:
                     said = "\n".join(capfd.readouterr().err.splitlines()[-5:])
                     pytest.fail(f"{command.place}: {command}\n{said}", pytrace=False)
+
+
+def test_mps_is_refused_in_one_line(cli):
+    done = cli("test_model", "--checkpoint", ROOT / "checkpoints" / "demo.pth", "--gpu", "mps")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--gpu mps" in done.stderr
 
 
 # ---------------------------------------------------------------- what is named, and what stands twice
