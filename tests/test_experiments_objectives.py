@@ -21,6 +21,7 @@ from experiments.objectives import ROWS
 from experiments.runs import SPLITS, Row
 from experiments.tables import CLASS_RECALL, TABLES
 from model_slot import JointSlotModel
+from models import load_model
 from synthetic.generate import generate
 from synthetic.probe import probe
 from utils import ArgumentParser, load_checkpoint, save_checkpoint
@@ -250,7 +251,7 @@ def test_an_exported_model_keeps_what_testing_needs_and_nothing_of_resuming(tmp_
     save_checkpoint(tmp_path / "best.pth", state)
     objectives.export(tmp_path / "best.pth", tmp_path / "demo.pth")
     assert set(load_checkpoint(tmp_path / "demo.pth")) == {"model", "model_config", "epoch"}
-    assert JointSlotModel.from_checkpoint(tmp_path / "demo.pth").config == model.config
+    assert load_model(tmp_path / "demo.pth").config == model.config
 
 
 @pytest.mark.parametrize(
@@ -304,7 +305,7 @@ def test_tables_of_finished_trainings_go_into_the_pages(demo, compare, stub, tmp
 
 def test_the_committed_model_is_small_loads_and_is_the_one_that_the_readme_names():
     assert CHECKPOINT.stat().st_size <= 4e6
-    assert JointSlotModel.from_checkpoint(CHECKPOINT).shape["arch"] == "small"
+    assert load_model(CHECKPOINT).shape["arch"] == "small"
     assert hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest() in (ROOT / "README.md").read_text()
 
 
