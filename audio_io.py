@@ -120,7 +120,7 @@ def log_spectrogram(waveform: np.ndarray | torch.Tensor) -> torch.Tensor:
     return compress(power_spectrogram(waveform))
 
 
-def sourceless_spectrogram(seconds: float) -> torch.Tensor:
+def silence_spectrogram(seconds: float) -> torch.Tensor:
     """What nothing in view can cause, drawn by PyTorch's CPU generator -> (1, F, L) log power spectrogram.
 
     Half of the draws are digital silence. The others are noise whose power falls with frequency f as f^-a, a in 0..2

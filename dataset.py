@@ -26,7 +26,7 @@ from annotations import (
     read_ids,
     read_silent_pairs,
 )
-from audio_io import AUDIO_SUFFIXES, load_spectrogram, sourceless_spectrogram
+from audio_io import AUDIO_SUFFIXES, load_spectrogram, silence_spectrogram
 from maps import MAP_SIZE
 from transforms import eval_transform, load_image, mask_spectrogram, train_transform
 from utils import Absent, Undecodable, UserError, as_user_error
@@ -212,7 +212,7 @@ def find_pairs(
 class TrainingPairs(Dataset):
     """Augmented pairs. What is drawn depends on (seed, epoch, index) alone, not on workers or order.
 
-    augment: "hard", "plain" or "none" (held-out pairs: as in evaluation). sourceless: spectrograms are (2, F, L), the
+    augment: "hard", "plain" or "none" (held-out pairs: as in evaluation). silence: spectrograms are (2, F, L), the
     second of silence or noise.
     """
 
@@ -223,12 +223,12 @@ class TrainingPairs(Dataset):
         audio_seconds: float,
         augment: str = "hard",
         seed: int = 0,
-        sourceless: bool = False,
+        silence: bool = False,
     ) -> None:
         self.pairs, self.audio_seconds, self.augment, self.seed, self.epoch = pairs, audio_seconds, augment, seed, 0
         self.transform = eval_transform(image_size) if augment == "none" else train_transform(image_size, augment)
         self.short_side = None if augment == "none" else 2 * image_size
-        self.sourceless = sourceless
+        self.silence = silence
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -243,8 +243,8 @@ class TrainingPairs(Dataset):
             if self.augment == "hard":
                 spectrogram = mask_spectrogram(spectrogram)
             image = self.transform(load_image(pair.image, self.short_side))
-            if self.sourceless:  # last: what else is drawn stays what it was
-                spectrogram = torch.cat([spectrogram, sourceless_spectrogram(self.audio_seconds)])
+            if self.silence:  # last: what else is drawn stays what it was
+                spectrogram = torch.cat([spectrogram, silence_spectrogram(self.audio_seconds)])
             return Sample(image, spectrogram, torch.empty(0), pair.id, "")
 
 

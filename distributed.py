@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.nn.functional import all_gather
 
 from utils import pick_device
 
@@ -55,8 +56,7 @@ def process_group(device: torch.device):
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-    dist.init_process_group(backend, store=_store_of_this_attempt(**place), timeout=PATIENCE, **place)
+    dist.init_process_group(backend, timeout=PATIENCE)
     if not is_main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     yield
@@ -64,57 +64,27 @@ def process_group(device: torch.device):
     dist.destroy_process_group()
 
 
-def _store_of_this_attempt(rank: int, world_size: int) -> dist.Store:
-    """Where the processes find each other. Restarted ones may get the old store, with the addresses of the dead in it.
-
-    The count of restarts is each machine's own, so it tells attempts apart on a single one only.
-    """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serve = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(host, port, world_size, serve, timedelta(minutes=5))
-    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if os.environ["GROUP_WORLD_SIZE"] == "1" else ""
-    return dist.PrefixStore(f"attempt {attempt}", store)
-
-
 # ---------------------------------------------------------------- rows of a batch
 
 
-def shares(total: int) -> list[int]:
-    """Rows of a batch of `total` that each process holds, as equal as can be; the first ones hold one more."""
-    each, more = divmod(total, world_size())
-    return [each + (number < more) for number in range(world_size())]
-
-
 def local_slice(total: int) -> slice:
-    """The rows of a batch of `total` that are this process's."""
-    counts = shares(total)
-    start = sum(counts[: rank()])
-    return slice(start, start + counts[rank()])
+    """The rows of a batch of `total` that are this process's; the processes share it evenly."""
+    each = total // world_size()
+    return slice(rank() * each, (rank() + 1) * each)
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: torch.Tensor, total: int) -> torch.Tensor:
-        ctx.own = local_slice(total)
-        whole = rows.new_zeros(total, *rows.shape[1:])
-        whole[ctx.own] = rows
-        dist.all_reduce(whole)
-        return whole
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient[ctx.own], None
-
-
-def gather_rows(rows: torch.Tensor, total: int) -> torch.Tensor:
-    """This process's rows of a batch -> all `total` rows, (total, ...), on every process.
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """This process's rows of a batch, (b, ...) -> those of all processes in their order, (world_size * b, ...).
 
     With gradient: what any process's loss says of our rows comes back as a sum over processes, which the mean of
     DistributedDataParallel then makes the gradient of one loss over the global batch.
     """
-    return rows if world_size() == 1 else _GatherRows.apply(rows, total)
+    if world_size() == 1:
+        return rows
+    whole = torch.cat(all_gather(rows))
+    if whole.requires_grad:  # the backward of all_gather mixes up the values of a gradient stored by columns
+        whole.register_hook(torch.Tensor.contiguous)
+    return whole
 
 
 # ---------------------------------------------------------------- numbers and objects

@@ -34,7 +34,7 @@ def smooth_maps(maps: Tensor, smoothing: float) -> Tensor:
 
     Values count from the smallest of their map, and beyond the edges there is nothing. Where an object covers the two
     outer tokens, the outermost one gets less than the one inside; were it the best, bicubic enlargement would let the
-    map peak between it and the edge of the picture, outside of most boxes. A single high token at an edge stays the
+    map peak between it and the edge of the image, outside of most boxes. A single high token at an edge stays the
     best. smoothing: s in 0..1/3, ValueError beyond; 0 changes nothing. Half-precision maps become float32. Not of the
     paper.
     """

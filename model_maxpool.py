@@ -5,7 +5,7 @@ well as it fits the picture's best token. It offers what `JointSlotModel` offers
 B batch, D channels, h x w image grid, N = h * w image tokens, T audio tokens, F bins, L frames.
 """
 
-from pathlib import Path
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from audio_io import num_frames
-from model_slot import Maps, TokenMasks, at_least_fp32, contrast_both_ways, restored
-from resnet import AudioEncoder, ImageEncoder, get_recipe, tokens_along
-from utils import UserError, load_checkpoint
+from model_slot import Compared, Maps, TokenMasks, at_least_fp32, contrast_both_ways
+from resnet import AudioEncoder, ImageEncoder, get_architecture, tokens_along
 
 OBJECTIVE = "maxpool_contrastive"
 
@@ -50,7 +49,7 @@ class MaxPoolModel(nn.Module):
     arch, dim, image_size, audio_seconds, tau: as in `JointSlotModel`; ValueError where they leave no token.
     """
 
-    answer = "AUD"  # the map that the model is judged by
+    primary_map = "AUD"  # the map that the model is judged by
     losses = ("info_nce",)
 
     def __init__(
@@ -62,7 +61,7 @@ class MaxPoolModel(nn.Module):
         tau: float = 0.03,
     ) -> None:
         super().__init__()
-        dim, self.tau = dim or get_recipe(arch).dim, tau
+        dim, self.tau = dim or get_architecture(arch).dim, tau
         if min(tokens_along(image_size, arch), tokens_along(num_frames(audio_seconds), arch)) < 1:
             raise ValueError(f"{image_size} px and {audio_seconds} s leave arch {arch} no token: enlarge them")
         self.shape = {"arch": arch, "dim": dim, "image_size": image_size, "audio_seconds": audio_seconds}
@@ -81,29 +80,29 @@ class MaxPoolModel(nn.Module):
         return TokenMasks(*torch.zeros(2, batch, 0, dtype=torch.bool))
 
     def forward(
-        self, image: torch.Tensor, spectrogram: torch.Tensor, masks: TokenMasks | None = None
+        self,
+        image: torch.Tensor,
+        spectrogram: torch.Tensor,
+        masks: TokenMasks | None = None,
+        wanted: Collection[str] = ("info_nce",),
+        compare: Callable[[Compared], dict[str, torch.Tensor]] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The loss by name, {"info_nce": scalar}. masks have no effect."""
-        return self.batch_losses(self.represent(image, spectrogram, masks))
+        """The loss by name, {"info_nce": scalar}; compare: as in `JointSlotModel`. masks and wanted have no effect."""
+        return (compare or self.batch_losses)(self.compared(self.represent(image, spectrogram)))
 
     def represent(self, image: torch.Tensor, spectrogram: torch.Tensor, masks: TokenMasks | None = None) -> MaxPooled:
         """Pictures (B, 3, H, W), spectrograms (B, 1, F, L) -> their unit vectors, in fp32. masks have no effect."""
         return MaxPooled(self.attend_image(image)[0], self.attend_audio(spectrogram))
 
     @staticmethod
-    def contrasted(pairs: MaxPooled, maps: bool = False) -> MaxPooled:
-        """All of it; `maps`, the wish for the losses of the slots' map, has no effect."""
-        return pairs
+    def compared(pairs: MaxPooled, wanted: Collection[str] = ("info_nce",)) -> Compared:
+        """All of it, by name."""
+        return pairs._asdict()
 
-    def batch_losses(self, batch: MaxPooled) -> dict[str, torch.Tensor]:
+    def batch_losses(self, batch: Compared) -> dict[str, torch.Tensor]:
         """`max_pool_contrast_loss`, under the name that the contrastive loss has in every objective."""
-        with torch.autocast(batch.image_tokens.device.type, enabled=False):
-            return {"info_nce": max_pool_contrast_loss(*batch, self.tau)}
-
-    @staticmethod
-    def pair_losses(pairs: MaxPooled) -> dict[str, torch.Tensor]:
-        """No loss is of a pair by itself."""
-        return {}
+        with torch.autocast(batch["image_tokens"].device.type, enabled=False):
+            return {"info_nce": max_pool_contrast_loss(**batch, tau=self.tau)}
 
     # ------------------------------------------------------------ inference
 
@@ -143,12 +142,3 @@ class MaxPoolModel(nn.Module):
     def embedding(state: torch.Tensor) -> torch.Tensor:
         """What retrieval compares of a modality: the state itself, so that it ranks by the score of training."""
         return state
-
-    @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "MaxPoolModel":
-        """Read one of our checkpoints; returns the model in evaluation mode. UserError where it is of another kind."""
-        state = load_checkpoint(path)
-        config = dict(state.get("model_config") or {})
-        if config.pop("objective", None) != OBJECTIVE:
-            raise UserError(f"{path} is no checkpoint of objective {OBJECTIVE}: `models.load_model` reads every kind")
-        return restored(cls, config, state["model"], path, device)

@@ -4,24 +4,24 @@ B batch, K slots, D channels, h x w image grid, N = h * w image tokens, T audio 
 Slot TARGET holds what is seen and heard, slot OFF_TARGET the rest. Weight names are those of the released checkpoints.
 """
 
-import inspect
-import json
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from audio_io import num_frames
-from resnet import AudioEncoder, ImageEncoder, get_recipe, tokens_along
-from utils import UserError, check_weights, load_checkpoint
+from resnet import AudioEncoder, ImageEncoder, get_architecture, tokens_along
 
-ModelClass = TypeVar("ModelClass", bound=nn.Module)
 TARGET, OFF_TARGET = 0, 1
 ATTENTION_FLOOR = 1e-8
-MAP_TAU = 0.07
+PAPER_LOSSES = ("info_nce", "reconstruction", "slot_divergence", "attention_matching")
+MAP_LOSSES = {"share_contrast", "foreign_claims"}  # ours; they compare shares of all images over the batch
 BEST_SHARE = 0.1  # of a picture's tokens: those that fit a sound best, 5 of 49
+
+
+Compared = dict[str, torch.Tensor]  # what losses over a batch need of each pair, by name
 
 
 class SlotState(NamedTuple):
@@ -56,17 +56,7 @@ class Represented(NamedTuple):
     audio: SlotState
     image_tokens: torch.Tensor  # (B, N, D) of the encoder, before masking
     audio_tokens: torch.Tensor  # (B, T, D) of the encoder, before masking
-    sourceless: SlotState | None = None  # of silence or noise, where training wants it
-
-
-class Contrasted(NamedTuple):
-    """What the losses over a whole batch need of each pair: all that many processes or parts of a batch exchange."""
-
-    image_target: torch.Tensor  # (B, D) target slots, unit length
-    audio_target: torch.Tensor  # (B, D)
-    audio_query: torch.Tensor | None = None  # (B, K, D); this and the rest only where a loss of the map wants them
-    image_keys: torch.Tensor | None = None  # (B, N, D)
-    image_attention: torch.Tensor | None = None  # (B, N) intra attention of the target slot, without gradient
+    silence: SlotState | None = None  # of silence or noise, where training wants it
 
 
 # ---------------------------------------------------------------- joint slot attention
@@ -249,33 +239,9 @@ def attention_matching_loss(image: SlotState, audio: SlotState) -> torch.Tensor:
     return losses[0] + losses[1]
 
 
-def map_scores(audio_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
-    """How well each picture's best tokens fit each sound: queries (M, K, D), keys (B, N, D) -> (B, M) in -1..1.
-
-    The map of sound m follows (q_target - q_off) . key. With d_m that difference at unit length (several off-target
-    queries count by their mean) and the keys at unit length, a score is the mean of d_m . key_ni over the tenth of the
-    tokens i where it is largest.
-    """
-    target, off_target = audio_query[:, TARGET], audio_query[:, OFF_TARGET:]
-    direction = F.normalize(target - off_target.sum(1) / max(off_target.shape[1], 1), dim=1)  # (M, D)
-    cosine = torch.einsum("md,nid->nmi", direction, F.normalize(image_keys, dim=2))  # (B, M, N)
-    return _mean_of_best(cosine)
-
-
 def _mean_of_best(values: torch.Tensor) -> torch.Tensor:
     """(..., N) -> (...): mean over the tenth of the tokens where the value is largest."""
     return values.topk(max(1, round(BEST_SHARE * values.shape[-1])), dim=-1).values.mean(-1)
-
-
-def map_contrast_loss(
-    audio_query: torch.Tensor, image_keys: torch.Tensor, tau: float = MAP_TAU, keep: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Contrast `map_scores` of queries (B, K, D) and keys (B, N, D) both ways over the batch, like the target slots.
-
-    CE(S / tau, i) + CE(S^T / tau, i) with S (B, B) the scores; pairs where `keep` (B, B) is False are left out. It asks
-    each sound's map to rise on some part of its own picture, more than on any part of another picture.
-    """
-    return contrast_both_ways(map_scores(audio_query, image_keys) / tau, keep)
 
 
 def shares_of_others(audio_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
@@ -318,29 +284,12 @@ def _mean_of_foreign(values: torch.Tensor, keep: torch.Tensor | None) -> torch.T
     return values[counted].sum() / counted.sum().clamp(min=1)
 
 
-def foreign_token_loss(
-    shares: torch.Tensor, image_attention: torch.Tensor, keep: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Attention matching in which the tokens of another picture compete: what a sound finds there, its own loses.
-
-    `shares_of_others` (B, K, B, N), intra attention of the target slot (B, N), detached here. For sound m and each
-    other picture n, with P the target slot's share of the tokens of m and of n, plus 1e-8: MSE(P / sum P over the 2N
-    tokens, [image_attention_m, 0]), a mean over tokens and over all pairs m != n but those where `keep` (B, B),
-    symmetric, is False.
-    """
-    share = shares[:, TARGET] + ATTENTION_FLOOR  # (B, B, N), sounds by pictures
-    own = share.diagonal().T[:, None]  # (B, 1, N)
-    total = own.sum(2, keepdim=True) + share.sum(2, keepdim=True)  # (B, B, 1)
-    at_home, abroad = own / total - image_attention.detach()[:, None], share / total
-    return _mean_of_foreign((at_home.square().mean(2) + abroad.square().mean(2)) / 2, keep)
-
-
-def silence_loss(sourceless_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
+def silence_loss(silence_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
     """Silence and noise claim nothing: queries (B, K, D) of such sounds, each over the keys (B, N, D) of one picture.
 
     -mean log F, with F as in `foreign_claim_loss`.
     """
-    return -_free(slot_share(sourceless_query, image_keys)).log().mean()
+    return -_free(slot_share(silence_query, image_keys)).log().mean()
 
 
 def reconstruction_loss(decoded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -380,15 +329,15 @@ def presence_confidence(image: SlotState, audio: SlotState) -> torch.Tensor:
 class JointSlotModel(nn.Module):
     """Encoders, joint slot attention, decoders. Full size: 31.82 M parameters, 22.87 M without slots and decoders.
 
-    arch: encoder recipe, "resnet18" or "small"; dim: D, even (None: the recipe's); image_size (px) and audio_seconds
-    set the decoders' grids; mask_ratio and reciprocal_k act on training only. reciprocal_k: None scales 20 per 256
-    with the batch, 0 turns the false-negative rule off.
+    arch: architecture of the encoders, "resnet18" or "small"; dim: D, even (None: the architecture's); image_size (px)
+    and audio_seconds set the decoders' grids; mask_ratio and reciprocal_k act on training only. reciprocal_k: None
+    scales 20 per 256 with the batch, 0 turns the false-negative rule off.
     """
 
-    answer = "IQR"  # the map that the model is judged by
+    primary_map = "IQR"  # the map that the model is judged by
     losses = (
         "info_nce", "reconstruction", "slot_divergence", "attention_matching",
-        "map_contrast", "share_contrast", "foreign_claims", "foreign_tokens", "silence",
+        "share_contrast", "foreign_claims", "silence",
     )  # fmt: skip
 
     def __init__(
@@ -404,11 +353,11 @@ class JointSlotModel(nn.Module):
         reciprocal_k: int | None = None,
     ) -> None:
         super().__init__()
-        dim = dim or get_recipe(arch).dim
+        dim = dim or get_architecture(arch).dim
         if dim % 2:
             raise ValueError(f"dim {dim} must be even: half of it encodes columns, half rows")
         self.tau, self.mask_ratio, self.reciprocal_k = tau, mask_ratio, reciprocal_k
-        self.shape = {  # what `from_checkpoint` needs to build the same network
+        self.shape = {  # what builds the same network again
             "arch": arch,
             "dim": dim,
             "num_slots": num_slots,
@@ -452,11 +401,22 @@ class JointSlotModel(nn.Module):
         return TokenMasks(*(torch.rand(batch, count) < self.mask_ratio for count in tokens or self.tokens))
 
     def forward(
-        self, image: torch.Tensor, spectrogram: torch.Tensor, masks: TokenMasks | None = None
+        self,
+        image: torch.Tensor,
+        spectrogram: torch.Tensor,
+        masks: TokenMasks | None = None,
+        wanted: Collection[str] = PAPER_LOSSES,
+        compare: Callable[[Compared], dict[str, torch.Tensor]] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The four losses by name, unweighted scalars. masks: see `represent`."""
+        """Unweighted losses by name, scalars; what training calls. masks and spectrogram: see `represent`.
+
+        wanted: names of losses, of which those that are not the paper's are computed on demand. compare: in place of
+        `batch_losses`, where these rows are only a part of the batch (training/step.py).
+        """
         pairs = self.represent(image, spectrogram, masks)
-        return self.batch_losses(self.contrasted(pairs)) | self.pair_losses(pairs)
+        own = self.compared(pairs, wanted)
+        of_pairs = self.pair_losses(pairs)
+        return (compare or self.batch_losses)(own) | of_pairs
 
     def represent(self, image: torch.Tensor, spectrogram: torch.Tensor, masks: TokenMasks | None = None) -> Represented:
         """Pictures and spectrograms -> slots of both. Tokens are masked in training mode only; None draws the masks.
@@ -465,9 +425,9 @@ class JointSlotModel(nn.Module):
         """
         sounds = torch.cat(spectrogram.split(1, dim=1))  # (B or 2B, 1, F, L): batch norm sees all of them together
         image_tokens, audio_tokens = self.encode(image, sounds)
-        own, *sourceless = audio_tokens.split(len(image))
+        own, *silence = audio_tokens.split(len(image))
         pairs = self.represent_tokens(image_tokens, own, masks)
-        return pairs._replace(sourceless=self.slot_attn("aud", *sourceless)) if sourceless else pairs
+        return pairs._replace(silence=self.slot_attn("aud", *silence)) if silence else pairs
 
     def represent_tokens(
         self, image_tokens: torch.Tensor, audio_tokens: torch.Tensor, masks: TokenMasks | None = None
@@ -481,27 +441,31 @@ class JointSlotModel(nn.Module):
         return Represented(self.slot_attn("img", seen), self.slot_attn("aud", heard), image_tokens, audio_tokens)
 
     @staticmethod
-    def contrasted(pairs: Represented, maps: bool = False) -> Contrasted:
-        """maps: whether the losses of the map, which are not the paper's, are wanted as well."""
-        image, audio = pairs.image, pairs.audio
-        targets = [F.normalize(state.slots[:, TARGET], dim=1) for state in (image, audio)]
-        if not maps:
-            return Contrasted(*targets)
-        attention = slot_attention(image.query, image.keys)[:, TARGET].detach()
-        return Contrasted(*targets, audio.query, image.keys, attention)
+    def compared(pairs: Represented, wanted: Collection[str] = PAPER_LOSSES) -> Compared:
+        """What `batch_losses` needs of each pair: all that several processes, or parts of a batch, exchange.
 
-    def batch_losses(self, batch: Contrasted) -> dict[str, torch.Tensor]:
+        image_target, audio_target (B, D), unit target slots; where a loss of the map is wanted, audio_query (B, K, D)
+        and image_keys (B, N, D), too.
+        """
+        image, audio = pairs.image, pairs.audio
+        targets = {
+            "image_target": F.normalize(image.slots[:, TARGET], dim=1),
+            "audio_target": F.normalize(audio.slots[:, TARGET], dim=1),
+        }
+        if MAP_LOSSES.isdisjoint(wanted):
+            return targets
+        return targets | {"audio_query": audio.query, "image_keys": image.keys}
+
+    def batch_losses(self, batch: Compared) -> dict[str, torch.Tensor]:
         """Losses that compare pairs with each other: those of a part of a batch say nothing about the whole."""
-        image_target, audio_target, query, keys, attention = batch
+        image_target, audio_target = batch["image_target"], batch["audio_target"]
         keep = self._keep_mask(image_target.detach(), audio_target.detach())
         with torch.autocast(image_target.device.type, enabled=False):
             losses = {"info_nce": info_nce_loss(image_target, audio_target, self.tau, keep)}
-            if keys is not None:
-                losses["map_contrast"] = map_contrast_loss(query, keys, keep=keep)
-                shares = shares_of_others(query, keys)
+            if "image_keys" in batch:
+                shares = shares_of_others(batch["audio_query"], batch["image_keys"])
                 losses["share_contrast"] = share_contrast_loss(shares, keep)
                 losses["foreign_claims"] = foreign_claim_loss(shares, keep)
-                losses["foreign_tokens"] = foreign_token_loss(shares, attention, keep)
         return losses
 
     def pair_losses(self, pairs: Represented) -> dict[str, torch.Tensor]:
@@ -515,8 +479,8 @@ class JointSlotModel(nn.Module):
                 "slot_divergence": slot_divergence_loss(image_unit) + slot_divergence_loss(audio_unit),
                 "attention_matching": attention_matching_loss(image, audio),
             }
-            if pairs.sourceless is not None:
-                losses["silence"] = silence_loss(pairs.sourceless.query, image.keys)
+            if pairs.silence is not None:
+                losses["silence"] = silence_loss(pairs.silence.query, image.keys)
             return losses
 
     @torch.no_grad()
@@ -574,47 +538,3 @@ class JointSlotModel(nn.Module):
                 )
             losses.append(reconstruction_loss(decoded, tokens))
         return losses[0] + losses[1]
-
-    @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "JointSlotModel":
-        """Read one of our checkpoints or one of the paper's released ones; returns the model in evaluation mode.
-
-        A released one is a dict with `model`, whose keys may carry the prefix `module.`; its settings come from a
-        `configs.json` beside it (names as in this constructor), else the paper's defaults, said aloud.
-        Raises UserError, listing the keys, when weights are missing, unexpected or of another shape.
-        """
-        state = load_checkpoint(path)
-        return restored(cls, state.get("model_config") or _released_config(Path(path)), state["model"], path, device)
-
-
-def restored(
-    kind: type[ModelClass],
-    config: dict[str, Any],
-    weights: dict[str, torch.Tensor],
-    path: str | Path,
-    device: str | torch.device,
-) -> ModelClass:
-    """A model of this class, settings and weights, in evaluation mode. UserError, naming path, where they misfit."""
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    try:
-        model = kind(**config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the settings of the checkpoint {path} build no model: {error}") from error
-    check_weights(weights, model.state_dict(), path)
-    model.load_state_dict(weights)
-    return model.to(device).eval()
-
-
-def _released_config(path: Path) -> dict[str, Any]:
-    """Settings of a checkpoint that carries none: those in `configs.json` beside it that the constructor knows."""
-    beside = path.with_name("configs.json")
-    if not beside.is_file():
-        print(f"{path} carries no settings and has no configs.json beside it: the paper's defaults are taken")
-        return {}
-    try:
-        settings = json.loads(beside.read_text(encoding="utf-8"))
-        known = {name: settings[name] for name in inspect.signature(JointSlotModel).parameters if name in settings}
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"cannot read {beside}: {error}") from error
-    print(f"settings of {path} from {beside}: {known or 'none of ours, so the defaults of the paper'}")
-    return known

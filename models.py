@@ -1,30 +1,106 @@
-"""The models by the name of what they are trained for, and the one way to load any of them.
+"""The models by objective, and the one way to load a checkpoint of any of them, ours or the paper's.
 
-A further one is a row here, a class whose constructor's arguments `train_slot.build_model` knows, and what both offer:
-to training `draw_masks`, `represent`, `contrasted`, `batch_losses`, `pair_losses`, `losses` (their names), `config`,
-`shape`; to evaluation `attend_image`, `attend_audio`, `maps`, `confidences`, `embedding`, `answer`; to `load_model`
-`from_checkpoint`; and to those who use it from Python `forward`, `localize`, `embed`.
+A further model is a row of `OBJECTIVES`, a class whose constructor's arguments `train_slot.build_model` knows, and what
+the two classes offer: to training `forward`, `draw_masks`, `represent`, `compared`, `batch_losses`, `config`, `shape`; to
+evaluation `attend_image`, `attend_audio`, `maps`, `confidences`, `embedding`, `primary_map`; and to those who use it from Python `localize`, `embed`.
 """
 
+import inspect
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from model_maxpool import OBJECTIVE, MaxPoolModel
+from model_maxpool import MaxPoolModel
 from model_slot import JointSlotModel
-from utils import UserError, load_checkpoint
+from utils import UserError, check_weights, load_checkpoint
 
 Model = JointSlotModel | MaxPoolModel
-OBJECTIVES: dict[str, type[Model]] = {"joint_slot": JointSlotModel, OBJECTIVE: MaxPoolModel}
+OBJECTIVES: dict[str, type[Model]] = {"paper": JointSlotModel, "listen": JointSlotModel, "maxpool": MaxPoolModel}
+OLD_NAMES = {"joint_slot": "paper", "maxpool_contrastive": "maxpool"}  # in checkpoints, of which most name none
+PAPERS_INFERENCE = {"infer_sharpening": 0.1, "infer_smoothing": 0.0}
+
+
+class Trained(NamedTuple):
+    """A checkpoint, read once: the model in evaluation mode, and what the file says of itself."""
+
+    model: Model
+    about: dict[str, Any]  # `describe_checkpoint`: path, epoch, selected_by, trained_on, training (its flags)
+    inference: dict[str, float]  # infer_sharpening and infer_smoothing that the model was trained for
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Trained:
+    """Read a checkpoint of any objective, one of ours or one that the paper's authors released.
+
+    A released one is a dict with `model`, whose keys may carry the prefix `module.`; its settings come from a
+    `configs.json` beside it (names as in the constructor), else they are the paper's, and a line says so.
+    UserError where there is no such file or it is damaged, for an unknown objective, settings that build no model, and
+    weights that are missing, unexpected or of another shape, each by name.
+    """
+    path, state = Path(path), load_checkpoint(path)
+    return Trained(_restore(path, state).to(device).eval(), describe_checkpoint(path, state), own_inference(state))
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
-    """Read a checkpoint of any objective, ours or the paper's; returns the model in evaluation mode.
+    """The model alone, in evaluation mode: see `load`."""
+    return load(path, device).model
 
-    UserError as of the class's `from_checkpoint`, and where the objective is not known.
-    """
-    config = load_checkpoint(path).get("model_config")
-    name = config.get("objective", "joint_slot") if isinstance(config, dict) else "joint_slot"
-    if name not in OBJECTIVES:
-        raise UserError(f"{path} is of objective {name!r}, and known are {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name].from_checkpoint(path, device)
+
+def _restore(path: Path, state: Mapping[str, Any]) -> Model:
+    """A model of the checkpoint's objective and settings, with its weights."""
+    config = state.get("model_config") or _released_config(path)
+    if not isinstance(config, dict):
+        raise UserError(f"the checkpoint {path} is damaged: its `model_config` is no dict of settings")
+    objective = config.get("objective", "paper")
+    objective = OLD_NAMES.get(objective, objective)
+    if objective not in OBJECTIVES:
+        raise UserError(f"{path} is of objective {objective!r}, and known are {', '.join(OBJECTIVES)}")
+    try:
+        model = OBJECTIVES[objective](**{name: value for name, value in config.items() if name != "objective"})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the settings of the checkpoint {path} build no model: {error}") from error
+    weights = {key.removeprefix("module."): value for key, value in state["model"].items()}
+    check_weights(weights, model.state_dict(), path)
+    model.load_state_dict(weights)
+    return model
+
+
+def _released_config(path: Path) -> dict[str, Any]:
+    """Settings of a checkpoint that carries none: those in `configs.json` beside it that the constructor knows."""
+    beside = path.with_name("configs.json")
+    if not beside.is_file():
+        print(f"{path} carries no settings and has no configs.json beside it: the paper's defaults are taken")
+        return {}
+    try:
+        settings = json.loads(beside.read_text(encoding="utf-8"))
+        known = {name: settings[name] for name in inspect.signature(JointSlotModel).parameters if name in settings}
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"cannot read {beside}: {error}") from error
+    print(f"settings of {path} from {beside}: {known or 'none of ours, so the defaults of the paper'}")
+    return known
+
+
+def describe_checkpoint(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the weights come from, how they were chosen and trained, as far as the checkpoint's content says."""
+    flags = training_flags(state)
+    return {
+        "path": str(path),
+        "epoch": state.get("epoch", "unknown"),
+        "selected_by": "last epoch trained" if path.name == "latest.pth" else state.get("selected_by", "unknown"),
+        "trained_on": flags.get("trainset", "unknown"),
+        "training": flags,
+    }
+
+
+def training_flags(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of the training run, where a checkpoint carries them; released ones do not."""
+    flags = state.get("args")
+    return flags if isinstance(flags, dict) else {}
+
+
+def own_inference(state: Mapping[str, Any]) -> dict[str, float]:
+    """The sharpening and smoothing of maps that a model was trained for, else the paper's."""
+    flags = training_flags(state)
+    return {name: paper if flags.get(name) is None else flags[name] for name, paper in PAPERS_INFERENCE.items()}

@@ -14,7 +14,7 @@ from torchvision.models import ResNet18_Weights
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 
-class Recipe(NamedTuple):
+class Architecture(NamedTuple):
     """A ResNet of basic blocks.
 
     aligned: a token's receptive field is centred where the enlarged map draws it (one stride-4 convolution with an even
@@ -33,37 +33,37 @@ class Recipe(NamedTuple):
         return 4 * 2 ** (len(self.widths) - 1)
 
 
-RECIPES = {
-    "resnet18": Recipe(widths=(64, 128, 256, 512), blocks=2, dim=512, aligned=False),
-    "small": Recipe(widths=(16, 32, 64), blocks=1, dim=144, aligned=True),
+ARCHITECTURES = {
+    "resnet18": Architecture(widths=(64, 128, 256, 512), blocks=2, dim=512, aligned=False),
+    "small": Architecture(widths=(16, 32, 64), blocks=1, dim=144, aligned=True),
 }
 
 
-def get_recipe(arch: str) -> Recipe:
-    if arch not in RECIPES:
-        raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(RECIPES)}")
-    return RECIPES[arch]
+def get_architecture(arch: str) -> Architecture:
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[arch]
 
 
 def tokens_along(size: int, arch: str) -> int:
     """Tokens along a side of so many pixels or frames: odd strided kernels round up, even ones down."""
-    recipe = get_recipe(arch)
-    return size // recipe.stride if recipe.aligned else -(-size // recipe.stride)
+    design = get_architecture(arch)
+    return size // design.stride if design.aligned else -(-size // design.stride)
 
 
-def _stem(in_channels: int, recipe: Recipe) -> nn.Conv2d:
-    kernel, stride, padding = (8, 4, 2) if recipe.aligned else (7, 2, 3)
-    return nn.Conv2d(in_channels, recipe.widths[0], kernel, stride, padding, bias=False)
+def _stem(in_channels: int, design: Architecture) -> nn.Conv2d:
+    kernel, stride, padding = (8, 4, 2) if design.aligned else (7, 2, 3)
+    return nn.Conv2d(in_channels, design.widths[0], kernel, stride, padding, bias=False)
 
 
-def _stage(in_width: int, width: int, halve: bool, recipe: Recipe) -> nn.Sequential:
-    stride = 2 if halve and not recipe.aligned else 1
+def _stage(in_width: int, width: int, halve: bool, design: Architecture) -> nn.Sequential:
+    stride = 2 if halve and not design.aligned else 1
     shortcut = None
     if stride != 1 or in_width != width:
         shortcut = nn.Sequential(conv1x1(in_width, width, stride), nn.BatchNorm2d(width))
-    pool = [nn.AvgPool2d(2)] if halve and recipe.aligned else []
+    pool = [nn.AvgPool2d(2)] if halve and design.aligned else []
     first = BasicBlock(in_width, width, stride, shortcut)
-    return nn.Sequential(*pool, first, *(BasicBlock(width, width) for _ in range(recipe.blocks - 1)))
+    return nn.Sequential(*pool, first, *(BasicBlock(width, width) for _ in range(design.blocks - 1)))
 
 
 class ResNetTrunk(nn.Module):
@@ -71,14 +71,14 @@ class ResNetTrunk(nn.Module):
 
     def __init__(self, arch: str) -> None:
         super().__init__()
-        recipe = get_recipe(arch)
-        widths = recipe.widths
+        design = get_architecture(arch)
+        widths = design.widths
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.Identity() if recipe.aligned else nn.MaxPool2d(3, 2, 1)
+        self.maxpool = nn.Identity() if design.aligned else nn.MaxPool2d(3, 2, 1)
         self.stages = len(widths)
         for number, (in_width, width) in enumerate(zip((widths[0], *widths[:-1]), widths), start=1):
-            self.add_module(f"layer{number}", _stage(in_width, width, number > 1, recipe))
+            self.add_module(f"layer{number}", _stage(in_width, width, number > 1, design))
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """Output of the first convolution -> output of the last stage."""
@@ -98,7 +98,7 @@ class ImageTrunk(ResNetTrunk):
 
     def __init__(self, arch: str) -> None:
         super().__init__(arch)
-        self.conv1 = _stem(3, get_recipe(arch))
+        self.conv1 = _stem(3, get_architecture(arch))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.features(self.conv1(image))
@@ -109,7 +109,7 @@ class ImageEncoder(ImageTrunk):
 
     def __init__(self, arch: str, dim: int) -> None:
         super().__init__(arch)
-        self.proj = nn.Conv2d(get_recipe(arch).widths[-1], dim, 1)
+        self.proj = nn.Conv2d(get_architecture(arch).widths[-1], dim, 1)
         self.init_convolutions()
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -121,9 +121,9 @@ class AudioEncoder(ResNetTrunk):
 
     def __init__(self, arch: str, dim: int) -> None:
         super().__init__(arch)
-        recipe = get_recipe(arch)
-        self.conv1_1 = _stem(1, recipe)
-        self.proj = nn.Sequential(nn.Conv2d(recipe.widths[-1], dim, 1))
+        design = get_architecture(arch)
+        self.conv1_1 = _stem(1, design)
+        self.proj = nn.Sequential(nn.Conv2d(design.widths[-1], dim, 1))
         self.init_convolutions()
 
     def forward(self, spectrogram: torch.Tensor) -> torch.Tensor:

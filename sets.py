@@ -19,7 +19,7 @@ from dataset import TEST_SETS, EvaluationPairs, Pair, build_ground_truth, build_
 from dataset_avs import AVS_SETS, build_avs_set, build_avs_truth, read_videos
 from distributed import hidden_bar
 from transforms import load_image
-from utils import Absent, Undecodable, UserError, boolean
+from utils import Absent, Undecodable, UserError, add_boolean
 
 ALL_SETS = TEST_SETS | AVS_SETS
 SHORT_SECONDS = 5.0  # what the model hears
@@ -28,14 +28,16 @@ SAME_VIDEO = "s4 (same video, perhaps another part)"
 
 def add_test_set_flags(group, default: str | None) -> None:
     """The flags that name test sets, the same in testing and training."""
-    group.add_argument("--testset", default=default, help=f"{', '.join(ALL_SETS)}, a comma list, or all")
+    group.add_argument("--testset", default=default, help=f"{', '.join(ALL_SETS)}; several with commas, or all")
     group.add_argument("--test_data_path", help="root of the test data (default: the set's environment variable)")
-    group.add_argument("--test_gt_path", help="annotation: a JSON of boxes, for flickr the folder of XML files")
-    group.add_argument("--test_list", help="list of ids in the place of the set's own")
+    group.add_argument("--test_gt_path", help="annotation: a JSON of boxes; for flickr the folder of XML files")
+    group.add_argument("--test_list", help="file of test ids, in place of the set's own list")
+
+
+def add_run_data_flags(group) -> None:
+    """Where lists lie and what becomes of missing pairs, the same in testing and training."""
     group.add_argument("--metadata", default="./metadata", help="folder of the public lists and annotations")
-    group.add_argument(
-        "--allow_missing", type=boolean, default=False, help="true: go on without missing or broken pairs, counted"
-    )
+    add_boolean(group, "--allow_missing", "continue without missing or broken pairs, which are counted and listed")
 
 
 def parse_testsets(text: str) -> list[str]:

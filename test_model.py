@@ -2,14 +2,13 @@
 
     python test_model.py --checkpoint checkpoints/demo.pth --testset synthetic --gpu cpu
     python test_model.py --model_dir ./checkpoints --experiment_name NAME --testset vggss \\
-        --test_data_path /path/to/VGGSound/ --test_gt_path metadata/vggss.json --gpu 0 --save_visualizations true
+        --test_data_path /path/to/VGGSound/ --test_gt_path metadata/vggss.json --gpu 0 --save_visualizations
     python test_model.py --maps FILE.npz --testset vggss --test_gt_path metadata/vggss.json
     python test_model.py --compare A/results/vggss/results.json B/results/vggss/results.json
 """
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,37 +17,22 @@ from annotations import first_ids, read_ids
 from dataset import TRAIN_SETS, EvaluationPairs, TrainingPairs, select_training_pairs
 from distributed import any_rank, is_main, own_device, process_group, under_torchrun
 from maps import MAP_SIZE
-from models import Model, load_model
+from models import Trained, load
 from reports.diagnose import check_slots, diagnose
 from reports.page import Gallery
-from reports.table import (
-    Drawer,
-    describe_checkpoint,
-    own_inference,
-    pictures_of,
-    publish,
-    trained_with,
-    training_overlap,
-)
+from reports.pictures import Drawer, images_of
+from reports.table import publish, training_overlap
 from resnet import ObjectSaliency
-from scoring.accumulate import ScoredBatch
+from scoring.bootstrap import RESAMPLES
 from scoring.compare import compare
 from scoring.evaluate import Evaluation, OnBatch, evaluate, evaluate_stored, match_ids
 from scoring.maps_file import MapWriter, StoredMaps
-from scoring.summary import RESAMPLES
-from sets import add_test_set_flags, build_ground_truths, build_test_sets
-from utils import (
-    ArgumentParser,
-    UserError,
-    as_user_error,
-    boolean,
-    load_checkpoint,
-    number,
-    run_cli,
-)
+from scoring.summary import ScoredBatch
+from sets import add_run_data_flags, add_test_set_flags, build_ground_truths, build_test_sets
+from utils import ArgumentParser, UserError, add_boolean, as_user_error, number, run_cli
 
 DEFAULT_BATCH = 256  # of training, where a checkpoint does not say
-HEARD_SECONDS = 5.0  # of each sound in the page, where no model says how much it hears
+HEARD_SECONDS = 5.0  # of the audio in the page, where no model says how much it hears
 
 
 def checkpoint_path(args) -> Path:
@@ -61,16 +45,20 @@ def checkpoint_path(args) -> Path:
 
 
 def load_saliency(source: str, device: torch.device) -> ObjectSaliency | None:
-    """The object prior; None when it was not asked for, or when "auto" could not download it, which is said."""
+    """The object prior; None when it was not asked for, or when "auto" could not download it, which is said.
+
+    A download that fails for one process leaves the prior out for all.
+    """
     if source == "none":
         return None
+    saliency = None
     try:
-        return ObjectSaliency(source).to(device)
+        saliency = ObjectSaliency(source).to(device)
     except ValueError as error:
         if source != "auto":
             raise UserError(str(error)) from error
         print(f"OBJ_PRIOR, OGL and IQR_OGL are left out: {error}")
-        return None
+    return None if any_rank(saliency is None, device) else saliency
 
 
 # ---------------------------------------------------------------- what is kept of a pass
@@ -79,22 +67,21 @@ def load_saliency(source: str, device: torch.device) -> ObjectSaliency | None:
 class Keepsakes:
     """Pictures, page and maps of one test set, as far as they are wanted; written when the pass has ended well.
 
-    dataset: the pairs whose pictures are drawn; None where nothing is.
+    dataset: the pairs whose images are drawn; None where nothing is.
     """
 
     def __init__(self, args, folder: Path, dataset: EvaluationPairs | None, count: int) -> None:
         self.drawer = self.gallery = self.writer = None
-        names = ("report.html", "report_files", "samples", "contact_sheet.png", "diagnosis", "maps.npz")
-        self.stale = [
-            folder / name for name in names if name != "maps.npz" or not args.maps
-        ]  # it may be what is scored
+        names = ["report.html", "report_files", "samples", "contact_sheet.png", "diagnosis"]
+        names += [] if args.maps else ["maps.npz"]  # else it may be what is scored
+        self.stale = [folder / name for name in names]
         self.on_batch: list[OnBatch] = []
         if dataset:
-            self.sounds = {pair.id: Path(pair.audio) for pair in dataset.pairs}
-            self.picture_of = pictures_of(dataset.pairs)
+            self.audio_of = {pair.id: Path(pair.audio) for pair in dataset.pairs}
+            self.image_of = images_of(dataset.pairs)
         if args.save_visualizations:
             sheet, overlays = folder / "contact_sheet.png", folder / "samples"
-            self.drawer = Drawer(sheet, dataset.ground_truth, count, self.picture_of, overlays)
+            self.drawer = Drawer(sheet, dataset.ground_truth, count, self.image_of, overlays)
             self.on_batch.append(self.drawer)
         if args.report:
             self.gallery = Gallery(folder, seconds=dataset.audio_seconds)
@@ -107,7 +94,7 @@ class Keepsakes:
         for i, name in enumerate(batch.ids):
             maps = {key: values[i].cpu().numpy() for key, values in batch.maps.items()}
             with as_user_error(ValueError):
-                self.gallery.add(name, self.picture_of(name), batch.truth[i].numpy(), maps, self.sounds[name])
+                self.gallery.add(name, self.image_of(name), batch.truth[i].numpy(), maps, self.audio_of[name])
 
     def add_maps(self, batch: ScoredBatch) -> None:
         self.writer.add(batch.ids, batch.raw | batch.scalars)
@@ -134,61 +121,40 @@ class Keepsakes:
 
 
 def score_model(args) -> None:
-    if args.compare_map:
-        raise UserError("--compare_map belongs to --compare")
+    """Several processes share the samples of each set; the first one writes."""
     device = own_device(args.gpu)
     with process_group(device):
-        score_on(device, args)
-
-
-def score_on(device: torch.device, args) -> None:
-    """Several processes share the samples of each set; the first one writes."""
-    path = checkpoint_path(args)
-    model = load_model(path, device).to(memory_format=torch.channels_last)  # rounds as in training
-    if args.diagnose:
-        check_slots(model)
-    state = load_checkpoint(path)
-    test_sets = build_test_sets(args, model.shape["image_size"], model.shape["audio_seconds"])
-    saliency = load_saliency(args.imagenet_weights, device)
-    if any_rank(saliency is None, device):  # a download that failed for one process leaves the prior out for all
-        saliency = None
-    asked_with = own_inference(state)
-    asked_with |= {name: getattr(args, name) for name in asked_with if getattr(args, name) is not None}
-    out_dir = make_out_dir(args, path.parent / ("results" if args.experiment_name else f"{path.stem}_results"))
-    for name, dataset in test_sets.items():
-        folder = out_dir / name
-        keepsakes = Keepsakes(args, folder, dataset, len(dataset)) if is_main() else None
-        evaluation = evaluate(
-            model,
-            dataset,
-            device,
-            batch_size=args.batch_size,
-            workers=args.num_workers,
-            alpha=0.6 if args.alpha is None else args.alpha,
-            **asked_with,
-            saliency=saliency,
-            seed=args.seed,
-            resamples=RESAMPLES,
-            on_batch=keepsakes.on_batch if keepsakes else (),
-        )
-        if evaluation is None:
-            continue
-        about = describe_checkpoint(path, state)
-        overlap = training_overlap(path, [pair.id for pair in dataset.pairs])
-        keepsakes.clear()
-        more = {"test_list": args.test_list} if args.test_list else {}
-        publish(evaluation, folder, testset=name, checkpoint=about, training_test_overlap=overlap, **more)
-        keepsakes.finish(evaluation)
+        path = checkpoint_path(args)
+        trained = load(path, device)
+        model = trained.model.to(memory_format=torch.channels_last)  # rounds as in training
         if args.diagnose:
-            batch = training_batch(path, trained_with(state), model, args.seed)
-            rest = {"seed": args.seed, "batch_size": args.batch_size, "workers": args.num_workers}
-            for picture in diagnose(model, dataset, device, folder / "diagnosis", batch, **rest):
-                print(f"diagnosis: {picture}")
+            check_slots(model)
+        test_sets = build_test_sets(args, model.shape["image_size"], model.shape["audio_seconds"])
+        given = {name: getattr(args, name) for name in trained.inference if getattr(args, name) is not None}
+        settings = trained.inference | given | {"alpha": 0.6 if args.alpha is None else args.alpha}
+        settings |= {"saliency": load_saliency(args.imagenet_weights, device), "resamples": RESAMPLES}
+        run = {"batch_size": args.batch_size, "workers": args.num_workers, "seed": args.seed}
+        out_dir = make_out_dir(args, path.parent / ("results" if args.experiment_name else f"{path.stem}_results"))
+        for name, dataset in test_sets.items():
+            keepsakes = Keepsakes(args, out_dir / name, dataset, len(dataset)) if is_main() else None
+            on_batch = keepsakes.on_batch if keepsakes else ()
+            evaluation = evaluate(model, dataset, device, **settings, **run, on_batch=on_batch)
+            if evaluation is None:
+                continue
+            keepsakes.clear()
+            overlap = training_overlap(path, [pair.id for pair in dataset.pairs])
+            known = {"checkpoint": trained.about, "training_test_overlap": overlap}
+            publish(evaluation, out_dir / name, **about_set(args, name), **known)
+            keepsakes.finish(evaluation)
+            if args.diagnose:
+                batch = training_batch(path, trained, args.seed)
+                for picture in diagnose(model, dataset, device, out_dir / name / "diagnosis", batch, **run):
+                    print(f"diagnosis: {picture}")
 
 
-def training_batch(path: Path, flags: dict[str, Any], model: Model, seed: int) -> TrainingPairs | None:
+def training_batch(path: Path, trained: Trained, seed: int) -> TrainingPairs | None:
     """As many training pairs as a batch held, drawn by seed; None, and a line that says why, where there are none."""
-    listed = path.with_name("train_ids.txt")
+    flags, shape, listed = trained.about["training"], trained.model.shape, path.with_name("train_ids.txt")
     try:
         if flags.get("trainset") not in TRAIN_SETS or not listed.is_file():
             raise UserError(f"the checkpoint names no training set, or {listed} is not there")
@@ -203,11 +169,11 @@ def training_batch(path: Path, flags: dict[str, Any], model: Model, seed: int) -
     except UserError as error:
         print(f"diagnosis: a batch of test pairs stands in for one of training ({error})")
         return None
-    return TrainingPairs(pairs, model.shape["image_size"], model.shape["audio_seconds"], "none")
+    return TrainingPairs(pairs, shape["image_size"], shape["audio_seconds"], "none")
 
 
 def score_file(args) -> None:
-    """Anyone's maps: no model, and pictures only where something is drawn."""
+    """Anyone's maps: no model, and images only where something is drawn."""
     of_models = {"--experiment_name": args.experiment_name, "--diagnose": args.diagnose, "--save_maps": args.save_maps,
                  "--alpha": args.alpha is not None, "--infer_sharpening": args.infer_sharpening,
                  "--infer_smoothing": args.infer_smoothing is not None, "--checkpoint": args.checkpoint != "best",
@@ -224,8 +190,8 @@ def score_file(args) -> None:
         blind = [i for i in stored.ids if i in truths[name].ids and i not in seen]
         if blind:
             raise UserError(
-                f"{len(blind)} maps have no picture to be drawn on: {first_ids(blind)}; leave --report and "
-                "--save_visualizations out, or give all pictures as --test_data_path"
+                f"{len(blind)} maps have no image to be drawn on: {first_ids(blind)}; leave --report and "
+                "--save_visualizations out, or give all images as --test_data_path"
             )
     for name, ground_truth in truths.items():
         match_ids(stored, ground_truth, args.allow_missing)  # of all sets before the first is scored
@@ -238,8 +204,13 @@ def score_file(args) -> None:
             stored, ground_truth, args.batch_size, args.allow_missing, args.seed, RESAMPLES, keepsakes.on_batch
         )
         keepsakes.clear()
-        publish(evaluation, out_dir / name, testset=name, **({"test_list": args.test_list} if args.test_list else {}))
+        publish(evaluation, out_dir / name, **about_set(args, name))
         keepsakes.finish(evaluation)
+
+
+def about_set(args, name: str) -> dict[str, str]:
+    """What a result says of its set: the name and, where there was one, the list in the place of the set's own."""
+    return {"testset": name} | ({"test_list": args.test_list} if args.test_list else {})
 
 
 def make_out_dir(args, default: Path) -> Path:
@@ -254,41 +225,36 @@ def parse_args():
     group = parser.add_argument_group("what is scored")
     group.add_argument("--model_dir", default="./checkpoints", help="folder of experiments")
     group.add_argument("--experiment_name", help="experiment below --model_dir")
-    group.add_argument("--checkpoint", default="best", help="best, latest, or the path of a checkpoint")
-    group.add_argument(
-        "--imagenet_weights", default="auto", help="for OBJ_PRIOR and OGL: auto (download), none, or a file"
-    )
-    group.add_argument("--maps", help="score the maps of this .npz file, of any method, instead of a model")
-    group.add_argument("--compare", nargs="+", metavar="RESULTS.JSON", help="no scoring: one table of several results")
+    group.add_argument("--checkpoint", default="best", help="best or latest of the experiment, or a checkpoint's path")
+    weights = "ImageNet weights of the object prior (OBJ_PRIOR, OGL): auto (download), none, or a file"
+    group.add_argument("--imagenet_weights", default="auto", help=weights)
+    group.add_argument("--maps", help="score the maps in this .npz file, of any method, instead of a model")
+    group.add_argument("--compare", nargs="+", metavar="RESULTS.JSON", help="score nothing, tabulate several results")
     group.add_argument("--compare_map", help="with --compare: this map only (default: AUD and IQR)")
     group = parser.add_argument_group("data")
     add_test_set_flags(group, default="synthetic")
-    group.add_argument("--num_workers", type=number(int, low=0), default=2, help="loader processes")
+    add_run_data_flags(group)
+    group.add_argument("--num_workers", type=number(int, low=0), default=2, help="data-loading workers per process")
     group = parser.add_argument_group("maps of a model")
     group.add_argument("--alpha", type=number(float, low=0, high=1), help="weight of AUD in IQR and OGL (default: 0.6)")
-    group.add_argument(
-        "--infer_sharpening",
-        type=number(float, above=0),
-        help="multiplies the attention logits (default: what the model was trained with, else the paper's 0.1)",
-    )
-    group.add_argument(
-        "--infer_smoothing",
-        type=number(float, low=0, high=1 / 3),
-        help="of the maps: share of each value that flows to both neighbours along a column, then along a row "
-        "(default: what the model was trained with, else 0, the paper's)",
-    )
+    sharpening = "factor on the attention logits (default: as the model was trained for, else the paper's 0.1)"
+    group.add_argument("--infer_sharpening", type=number(float, above=0), help=sharpening)
+    smoothing = "smoothing of the token maps: kernel (s, 1-2s, s) along both axes (default: as the model was trained "
+    smoothing += "for, else the paper's 0)"
+    group.add_argument("--infer_smoothing", type=number(float, low=0, high=1 / 3), help=smoothing)
     group = parser.add_argument_group("run")
     group.add_argument("--gpu", default="0", help="number of a CUDA device, or cpu")
     group.add_argument("--batch_size", type=number(int, low=1), default=64, help="changes speed and memory only")
-    group.add_argument(
-        "--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="of the wrong sounds and the bootstrap"
-    )
+    seed = "seed of the choice of wrong audio and of the bootstrap"
+    group.add_argument("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help=seed)
     group = parser.add_argument_group("what is written, beside results.json and per_sample.csv")
     group.add_argument("--out_dir", help="default: NAME/results/, or beside --checkpoint PATH or --maps FILE")
-    group.add_argument("--save_visualizations", type=boolean, default=False, help="true: overlays and a contact sheet")
-    group.add_argument("--save_maps", type=boolean, default=False, help="true: maps.npz, which --maps reads")
-    group.add_argument("--report", type=boolean, default=False, help="true: report.html, to look at in a browser")
-    group.add_argument("--diagnose", type=boolean, default=False, help="true: t-SNE, slots, false negatives")
+    add_boolean(group, "--save_visualizations", help="a contact sheet, and an overlay of every sample")
+    add_boolean(group, "--save_maps", help="maps.npz, which --maps reads")
+    add_boolean(group, "--report", help="report.html: every sample with its audio, for a browser")
+    add_boolean(
+        group, "--diagnose", help="t-SNE of the slots, what they attend to, false negatives of a training batch"
+    )
     return parser.parse_args()
 
 
@@ -304,6 +270,8 @@ def main() -> None:
         print(compare(args.compare, args.compare_map))
     elif args.maps is not None:
         score_file(args)
+    elif args.compare_map:
+        raise UserError("--compare_map belongs to --compare")
     else:
         score_model(args)
 

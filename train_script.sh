@@ -8,11 +8,12 @@
 #   GPU       number of a CUDA device, or cpu
 #   NAME      folder below checkpoints/ (default: TRAINSET)
 #
-#   PROCESSES=4                                                             so many on this machine, one GPU each
-#   OBJECTIVE=paper|listen    listen: each sound gets a map of its own where several things are in view
-#   ABLATION=no_match|no_div|no_recon|no_false_negatives|no_mask|one_slot   leaves one part of the method out
-#   SEEDS="0 1 2"                                                           one training each
-# The last three end the folder's name, NAME_listen_no_div_seed1; one table of all, differences to the first:
+# Thin words for flags, in front of the command:
+#   PROCESSES=4          as many processes on this machine, one GPU each
+#   OBJECTIVE=listen     --objective listen: maps that follow the audio; or maxpool
+#   ABLATION=no_match|no_div|no_recon|no_false_negatives|no_mask|one_slot     leaves one part of the method out
+#   SEEDS="0 1 2"        --seed, one training each
+# The last three end the folder's name, NAME_listen_no_div_seed1. One table of all, with differences to the first:
 #   python test_model.py --compare checkpoints/NAME_{seed,[^s]}*/results/SET/results.json
 #
 # Nobody edits this file to say where data lie: set these variables, in your shell or in front of the command.
@@ -32,7 +33,7 @@ refuse() {
 }
 
 if [ $# -lt 3 ]; then
-    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,18s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 trainset=$1 testset=$2 gpu=$3
@@ -46,59 +47,35 @@ fi
 python=${PYTHON:-python}
 if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
 
-# Hyper-parameters, once for each kind of training set. What is not named here is the paper's value, train_slot.py's default.
-case $trainset in
-    *_144k | vggss_heard) recipe=(--epochs 50 --infer_sharpening 1.0) ;;
-    synthetic)
-        recipe=(--arch small --imagenet_weights none --image_size 112 --audio_seconds 1.6 --augment plain
-            --epochs 10 --batch_size 64 --lr 1e-3 --lr_warmup 0.06 --lr_schedule cosine --clip 5
-            --tau 0.05 --iterations 3 --reciprocal_k 0 --infer_sharpening 0.02 --eval_every 0) ;;
-    *) recipe=(--epochs 100) ;;
-esac
-
+flags=() # hyper-parameters stand in recipes.py, by training set and objective
 case ${OBJECTIVE:=paper} in
     paper) ;;
-    listen)
-        recipe+=(--share_contrast 1 --foreign_claims 4 --lam3 0 --infer_sharpening 0.1 --infer_smoothing 0.1)
-        name=${name}_listen
-        for word in "$@"; do # they would undo it, and the name would not say so
-            case ${word%%=*} in --share_contrast | --foreign_claims | --lam3 | --num_slots | --foreign_tokens | --objective)
-                refuse "OBJECTIVE=listen and $word do not go together: listen is --share_contrast 1 --foreign_claims 4 --lam3 0" ;;
-            esac
-        done
+    listen | maxpool)
+        flags+=(--objective "$OBJECTIVE")
+        name=${name}_$OBJECTIVE
         ;;
-    *)
-        refuse "OBJECTIVE=$OBJECTIVE: choose paper or listen (max-pool contrast: --objective maxpool_contrastive)"
-        ;;
+    *) refuse "OBJECTIVE=$OBJECTIVE: choose paper, listen or maxpool" ;;
 esac
-
 case ${ABLATION:=} in
     "") ;;
-    no_match)
-        [ "$OBJECTIVE" = paper ] || refuse "OBJECTIVE=listen has no attention matching to leave out"
-        recipe+=(--lam3 0)
-        ;;
-    no_div) recipe+=(--lam2 0) ;;
-    no_recon) recipe+=(--lam1 0) ;;
-    no_false_negatives)
-        if [ "$trainset" = synthetic ]; then
-            refuse "the synthetic recipe leaves no false negatives out to begin with: compare it with --reciprocal_k 5"
-        fi
-        recipe+=(--reciprocal_k 0)
-        ;;
-    no_mask) recipe+=(--mask_ratio 0) ;;
-    one_slot)
-        [ "$OBJECTIVE" = paper ] || refuse "OBJECTIVE=listen needs a second slot, which takes what the sound does not claim"
-        recipe+=(--num_slots 1)
-        ;;
-    *)
-        refuse "ABLATION=$ABLATION: choose no_match, no_div, no_recon, no_false_negatives, no_mask or one_slot"
-        ;;
+    no_match) flags+=(--lam3 0) ;;
+    no_div) flags+=(--lam2 0) ;;
+    no_recon) flags+=(--lam1 0) ;;
+    no_false_negatives) flags+=(--reciprocal_k 0) ;;
+    no_mask) flags+=(--mask_ratio 0) ;;
+    one_slot) flags+=(--num_slots 1) ;;
+    *) refuse "ABLATION=$ABLATION: choose no_match, no_div, no_recon, no_false_negatives, no_mask or one_slot" ;;
 esac
-if [ -n "$ABLATION" ]; then # the user's flags come last and would undo it
+case $OBJECTIVE-$trainset-$ABLATION in
+    listen-*-no_match | listen-*-one_slot | maxpool-*-no_*)
+        refuse "OBJECTIVE=$OBJECTIVE has no part that ABLATION=$ABLATION could leave out" ;;
+    *-synthetic-no_false_negatives)
+        refuse "the recipe of synthetic has no false-negative rule to leave out: compare it with --reciprocal_k 5" ;;
+esac
+if [ "$OBJECTIVE$ABLATION" != paper ]; then # the user's flags come last and would undo what the name says
     for word in "$@"; do
-        case ${word%%=*} in --lam1 | --lam2 | --lam3 | --reciprocal_k | --mask_ratio | --num_slots | --objective)
-            refuse "ABLATION=$ABLATION and $word do not go together: the name would not say what was trained" ;;
+        case ${word%%=*} in --objective | --weights | --lam[123] | --reciprocal_k | --mask_ratio | --num_slots)
+            refuse "OBJECTIVE=$OBJECTIVE ABLATION=$ABLATION and $word do not go together: give all of it as flags" ;;
         esac
     done
 fi
@@ -107,7 +84,7 @@ name=$name${ABLATION:+_$ABLATION}
 # A training ends by printing the test_model.py command for what it made.
 command=("$python")
 if [ -n "${PROCESSES:-}" ]; then command+=(-m torch.distributed.run --standalone --nproc_per_node "$PROCESSES"); fi
-command+=(train_slot.py --trainset "$trainset" --testset "$testset" --gpu "$gpu" "${recipe[@]}")
+command+=(train_slot.py --trainset "$trainset" --testset "$testset" --gpu "$gpu" ${flags[@]+"${flags[@]}"})
 if [ -z "${SEEDS:-}" ]; then
     exec "${command[@]}" --experiment_name "$name" "$@" # a signal to this script is one to the training
 fi

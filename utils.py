@@ -105,16 +105,17 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf, above: fl
     return parse
 
 
-def add_boolean(group, flag: str, help: str, default: bool = False) -> None:
-    """A flag that takes true or false; the bare flag means true."""
-    group.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="true|false", help=help)
-
-
 def boolean(text: str) -> bool:
     """An argparse type: true or false, nothing else."""
     if text not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text == "true"
+
+
+def add_boolean(group, flag: str, help: str, default: bool = False) -> None:
+    """Add a flag that takes true or false to an argument parser or a group of one; the bare flag means true."""
+    help += " (default: true)" if default else ""
+    group.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="true|false", help=help)
 
 
 # ---------------------------------------------------------------- device, seeds, provenance

@@ -32,20 +32,21 @@ from audio_io import SAMPLE_RATE, load_audio, num_frames, num_samples, power_spe
 from dataset import Pair, TrainingPairs, make_loader
 from distributed import local_slice
 from experiments.released import ALPHA, BATCH, SIX_MAPS, ReleasedPairs, released_scoring, released_step
-from model_slot import JointSlotModel, TokenMasks
-from scoring.accumulate import enlarge, in_parts
+from maps import enlarge
+from model_slot import MAP_LOSSES, JointSlotModel, TokenMasks
+from recipes import PAPER_WEIGHTS
+from scoring.bootstrap import RESAMPLES
 from scoring.evaluate import evaluate_stored
 from scoring.maps_file import StoredMaps
-from scoring.metrics import area_under_curve, consensus_iou, region_fixed, success_rate
-from scoring.summary import RESAMPLES
-from training.step import MAP_LOSSES, Inputs, Optimisation, choose_amp, loss_weights, wants_maps, weighted
+from scoring.metrics import consensus_iou, region_fixed
+from scoring.summary import area_under_success, in_parts, success
+from training.step import Inputs, Optimisation, choose_amp, weighted
 from utils import ArgumentParser, bf16_is_fast, number, peak_memory_gib, provenance, run_cli, strict_json
 
 VGGSS_PAIRS = 5158
 IMAGE_SIZE, AUDIO_SECONDS = 224, 5.0
 INPUT_FILES = 32  # different images and audio files
-LOSS_WEIGHTS = loss_weights(0, 0, 0.1, 0.1, 100.0)
-WITH_MAPS = loss_weights(0, 0, 0.1, 0.1, 100.0, **dict.fromkeys(MAP_LOSSES, 1.0))
+WITH_MAPS = PAPER_WEIGHTS | dict.fromkeys(MAP_LOSSES, 1.0)
 TRAIN_BATCH, TRAIN_WORKERS = 32, 2
 MATRIX = 4096  # rows and columns, large enough to reach a machine's limit
 
@@ -111,16 +112,16 @@ def our_step(batch: int, micro_batch: int | None = None) -> Callable[[], object]
     inputs = Inputs(
         *(x[local_slice(batch)] for x in inputs[:2]), TokenMasks(*(x[local_slice(batch)] for x in inputs.masks))
     )
-    return lambda: optimisation.step(inputs, batch, LOSS_WEIGHTS, 1.0)
+    return lambda: optimisation.step(inputs, PAPER_WEIGHTS, 1.0)
 
 
 def their_step(batch: int) -> Callable[[], object]:
     """The same step as the released code takes it."""
     model = full_model()
-    return released_step(model, random_inputs(model, batch), LOSS_WEIGHTS)
+    return released_step(model, random_inputs(model, batch), PAPER_WEIGHTS)
 
 
-def slots_and_losses(batch: int, weights: Mapping[str, float] = LOSS_WEIGHTS) -> Callable[[], object]:
+def slots_and_losses(batch: int, weights: Mapping[str, float] = PAPER_WEIGHTS) -> Callable[[], object]:
     """What a step does beside the encoders, forward and backward."""
     model = full_model()
     with torch.no_grad():
@@ -132,7 +133,7 @@ def slots_and_losses(batch: int, weights: Mapping[str, float] = LOSS_WEIGHTS) ->
     def run() -> None:
         with torch.autocast("cpu", amp, enabled=amp is not None):
             pairs = model.represent_tokens(*tokens, masks)
-            losses = model.batch_losses(model.contrasted(pairs, wants_maps(weights))) | model.pair_losses(pairs)
+            losses = model.batch_losses(model.compared(pairs, weights)) | model.pair_losses(pairs)
         weighted(losses, weights).backward()
 
     return run
@@ -319,8 +320,8 @@ def our_scoring(raw: dict[str, torch.Tensor], truth: torch.Tensor) -> dict[str, 
         return {name: consensus_iou(region_fixed(values), truth[rows]) for name, values in maps.items()}
 
     parts = list(in_parts(score, len(truth)))
-    ious = {name: torch.cat([part[name] for part in parts]) for name in SIX_MAPS}
-    return {name: (success_rate(values), area_under_curve(values)) for name, values in ious.items()}
+    ious = {name: torch.cat([part[name] for part in parts]).numpy() for name in SIX_MAPS}
+    return {name: (success(values).mean(), area_under_success(values).mean()) for name, values in ious.items()}
 
 
 def score_stored_set(pairs: int) -> tuple[float, int]:

@@ -21,8 +21,7 @@ import numpy as np
 
 from experiments.runs import DATA, SPLITS, Row, Rows, Training, call, make_data, train_all
 from experiments.tables import TABLES, demo_table, objective_table, provenance_line, write_tables
-from reports.pictures import contact_sheet
-from reports.table import side_by_side_on_synthetic
+from reports.pictures import contact_sheet, side_by_side_on_synthetic
 from transforms import load_image
 from utils import ArgumentParser, UserError, add_boolean, load_checkpoint, number, run_cli, save_checkpoint
 

@@ -1,6 +1,6 @@
 """Look inside a trained model: its target slots in the plane, what each slot attends to, its false negatives.
 
-Called by `test_model.py --diagnose true`. Three pictures and the data that each of them shows: see `diagnose`.
+Called by `test_model.py --diagnose`. Three pictures and the data that each of them shows: see `diagnose`.
 S samples, K slots, I iterations, D channels, h x w image grid, T audio tokens, F bins, L frames; figures in inches.
 """
 
@@ -25,8 +25,9 @@ from audio_io import HOP, SAMPLE_RATE
 from dataset import Sample, make_loader
 from maps import MAP_SIZE, upsample_maps
 from model_slot import TARGET, JointSlotModel, default_reciprocal_k, false_negative_keep_mask
-from reports.pictures import LINE_COLOURS, denormalize, overlay
-from resnet import get_recipe
+from reports.curves import LINE_COLOURS
+from reports.pictures import denormalize, overlay
+from resnet import get_architecture
 from transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils import UserError, atomic_path, random_states, restore_random_states
 
@@ -62,7 +63,7 @@ def diagnose(
 ) -> list[Path]:
     """Write three pictures and their data into folder; returns the six paths. Everything in evaluation mode, fp32.
 
-    tsne.png, .csv             t-SNE of the target slots of pictures and sounds, at most 1000 samples drawn by `seed`
+    tsne.png, .csv             t-SNE of the target slots of images and audio, at most 1000 samples drawn by `seed`
     slots.png, .npz            attention of every slot at every iteration, for 6 samples spread over the set
     false_negatives.png, .csv  pairs that the false-negative rule leaves out of the contrastive loss of one batch
 
@@ -137,7 +138,7 @@ def _diagnose_tsne(targets: Targets, size: int, seed: int, folder: Path) -> list
     _write_csv(folder / "tsne.csv", list(rows[0]), rows)
     detail = f"{drawn}, two points each; cosine distance, perplexity {perplexity:.3g}, seed {seed}"
     detail += "; ALL SLOTS ARE THE SAME, the places mean nothing" if collapsed else ""
-    figure = _figure(11, 8.2, "t-SNE of target slots, pictures and sounds together", detail)
+    figure = _figure(11, 8.2, "t-SNE of target slots, images and audio together", detail)
     axis = _axis(figure, 0.2, 0.8, 7.6, 7.2)
     handles = _scatter(axis, places, targets.class_names)
     axis.set_aspect("equal", adjustable="datalim")
@@ -146,7 +147,7 @@ def _diagnose_tsne(targets: Targets, size: int, seed: int, folder: Path) -> list
 
 
 def _scatter(axis, places: Sequence[np.ndarray], class_names: Sequence[str]) -> list[Line2D]:
-    """Points of pictures and sounds, (S, 2) each, coloured by class, or by modality if none is known -> the legend."""
+    """Points of images and audio, (S, 2) each, coloured by class, or by modality if none is known -> the legend."""
     counts = Counter(name for name in class_names if name)
     colour_of = dict(zip(sorted(counts, key=lambda name: (-counts[name], name)), COLOURS))
     if (few := len(class_names) <= 300) and not counts:  # more lines would hide the points
@@ -168,8 +169,8 @@ def _scatter(axis, places: Sequence[np.ndarray], class_names: Sequence[str]) -> 
 
 @torch.no_grad()
 def trace_attention(model: JointSlotModel, image: Tensor, spectrogram: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures (S, 3, H, W), spectrograms (S, 1, F, L) -> intra attention of every iteration, (S, I, K, h, w) over the
-    picture and (S, I, K, T) over the sound, each slot's summing to 1 over the tokens; on the CPU."""
+    """Images (S, 3, H, W), spectrograms (S, 1, F, L) -> intra attention of every iteration, (S, I, K, h, w) over the
+    image and (S, I, K, T) over the audio, each slot's summing to 1 over the tokens; on the CPU."""
     over_image, over_audio = [], []
     features = model.imgnet(image)
     model.slot_attn("img", features.flatten(2).transpose(1, 2), over_image)
@@ -179,7 +180,7 @@ def trace_attention(model: JointSlotModel, image: Tensor, spectrogram: Tensor) -
 
 def token_edges(arch: str, tokens: int) -> np.ndarray:
     """(T + 1,) seconds: the receptive field of token t is centred between edges t and t + 1, and wider than that."""
-    recipe = get_recipe(arch)
+    recipe = get_architecture(arch)
     before = 0.5 if recipe.aligned else recipe.stride / 2  # frames
     return (np.arange(tokens + 1) * recipe.stride - before) * HOP / SAMPLE_RATE
 
@@ -204,27 +205,27 @@ def _diagnose_slots(model: JointSlotModel, dataset: Dataset, device: torch.devic
 
 def _draw_sample(figure: Figure, top: float, sample: Sample, image: Tensor, audio: Tensor, edges: np.ndarray) -> None:
     """A row per slot of one sample's attention, image (I, K, h, w) and audio (I, K, T), in units of the uniform one."""
-    picture, image, audio = _picture(sample.image), image * image[0, 0].numel(), audio * audio.shape[-1]
+    pixels, image, audio = _pixels(sample.image), image * image[0, 0].numel(), audio * audio.shape[-1]
     iterations, num_slots = audio.shape[:2]
     _write(figure, 0.2, top, f"{sample.id}   {sample.class_name}", 10.5)
-    _axis(figure, 0.2, top + 0.24, 1.4, 1.4).imshow(picture)
+    _axis(figure, 0.2, top + 0.24, 1.4, 1.4).imshow(pixels)
     for slot in range(num_slots):
         row, maps = top + 0.24 + 1.5 * slot, upsample_maps(image[:, slot])
         name = "TARGET" if slot == TARGET else f"OFF_TARGET {slot if num_slots > 2 else ''}".strip()
         for i, heat in enumerate(maps):
             axis = _axis(figure, 2.1 + 1.45 * i, row, 1.4, 1.4)
-            axis.imshow(overlay(picture, (heat / maps.max()).clamp(0, 1)))
+            axis.imshow(overlay(pixels, (heat / maps.max()).clamp(0, 1)))
             label = f"iteration {i + 1}: max {image[i, slot].max():.3g}x"
             axis.text(6, 8, label, fontsize=6.5, va="top", color="white", bbox=BOX)
             axis.set_ylabel("" if i else name, fontsize=8.5)
         _draw_time(figure, 2.1 + 1.45 * iterations + 0.5, row, sample.spectrogram[0], audio[:, slot], edges)
 
 
-def _draw_time(figure: Figure, left: float, top: float, sound: Tensor, audio: Tensor, edges: np.ndarray) -> None:
-    """One slot over the sound (F, L): the last iteration as a curve, below it all of them, (I, T), as a strip."""
-    seconds = (np.array([0, sound.shape[1]]) - 0.5) * HOP / SAMPLE_RATE
+def _draw_time(figure: Figure, left: float, top: float, heard: Tensor, audio: Tensor, edges: np.ndarray) -> None:
+    """One slot over the spectrogram (F, L): the last iteration as a curve, below it all of them, (I, T), as a strip."""
+    seconds = (np.array([0, heard.shape[1]]) - 0.5) * HOP / SAMPLE_RATE
     spectrogram, strip = _axis(figure, left, top, 3.5, 0.66), _axis(figure, left, top + 0.71, 3.5, 0.47)
-    spectrogram.imshow(sound, aspect="auto", origin="lower", cmap="gray", extent=(*seconds, 0, 1))
+    spectrogram.imshow(heard, aspect="auto", origin="lower", cmap="gray", extent=(*seconds, 0, 1))
     curve = spectrogram.twinx()
     curve.stairs(audio[-1], edges, color=CURVE, linewidth=1.8, baseline=None)
     top = max(1.0, round(audio[-1].max().item(), 1))
@@ -259,7 +260,7 @@ def choose_k(batch: int, given: int | None, own: int | None, stand_in: bool = Fa
 def left_out_pairs(targets: Targets, k: int) -> list[dict[str, Any]]:
     """Every unordered pair whose entry of `false_negative_keep_mask` is False, the most similar first.
 
-    Similar: by the mean of the cosines (-1..1) of the pictures' and of the sounds' target slots. smallest_k: the
+    Similar: by the mean of the cosines (-1..1) of the target slots, of the images and of the audio. smallest_k: the
     least k that leaves the pair out, the worst of the four ranks that one of it has among the other's neighbours.
     """
     image, audio, rows = targets.image @ targets.image.T, targets.audio @ targets.audio.T, []
@@ -305,21 +306,21 @@ def _diagnose_false_negatives(targets: Targets, batch: Dataset, k: int, about: s
 
 
 def _draw_pair(figure: Figure, left: float, top: float, row: Mapping[str, Any], batch: Dataset) -> None:
-    """Both pictures, below them their sounds, above them what the rule does with the pair."""
+    """Both images, below them their audio, above them what the rule does with the pair."""
     colour, verdict = VERDICTS[row["class_a"] == row["class_b"] if row["class_a"] and row["class_b"] else None]
-    cosines = f"cosine: picture {row['image_cosine']:.3f}, sound {row['audio_cosine']:.3f}"
+    cosines = f"cosine: image {row['image_cosine']:.3f}, audio {row['audio_cosine']:.3f}"
     _write(figure, left, top, f"{cosines}   {verdict}", 9, colour)
     for side, x in (("a", left), ("b", left + 2.1)):
         sample = batch[row[f"index_{side}"]]
-        tile, sound = _axis(figure, x, top + 0.22, 2.05, 2.05), _axis(figure, x, top + 2.31, 2.05, 0.4)
-        tile.imshow(_picture(sample.image))
+        tile, heard = _axis(figure, x, top + 0.22, 2.05, 2.05), _axis(figure, x, top + 2.31, 2.05, 0.4)
+        tile.imshow(_pixels(sample.image))
         tile.spines[:].set(color=colour, linewidth=2)
-        sound.imshow(sample.spectrogram[0], aspect="auto", origin="lower", cmap="gray")
+        heard.imshow(sample.spectrogram[0], aspect="auto", origin="lower", cmap="gray")
         _write(figure, x, top + 2.75, f"{row[f'id_{side}']:.30}\n{row[f'class_{side}']:.30}", 8)
 
 
-def _picture(image: Tensor) -> np.ndarray:
-    """A sample's picture (3, H, W), normalised -> (224, 224, 3) uint8."""
+def _pixels(image: Tensor) -> np.ndarray:
+    """A sample's image (3, H, W), normalised -> (224, 224, 3) uint8."""
     return denormalize(F.interpolate(image[None], (MAP_SIZE,) * 2, mode="bicubic")[0], IMAGENET_MEAN, IMAGENET_STD)
 
 

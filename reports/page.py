@@ -1,10 +1,10 @@
-"""One test result as a static page: figures with their intervals, the success curve, every sample with its sound.
+"""One test result as a static page: figures with their intervals, the success curve, every sample with its audio.
 
     gallery = Gallery(folder)
-    gallery.add(id, picture, truth, maps, sound)  # once per sample, while its maps are there
-    gallery.finish(results, rows)                 # folder/report.html; its pictures and sounds in folder/report_files/
+    gallery.add(id, image, truth, maps, audio)  # once per sample, while its maps are there
+    gallery.finish(results, rows)               # folder/report.html; its pictures and audio in folder/report_files/
 
-The page needs neither server nor network. `report_page.html` is its layout and receives everything as JSON.
+The page needs neither server nor network. `page.html` is its layout and receives everything as JSON.
 """
 
 import math
@@ -23,6 +23,7 @@ from audio_io import SAMPLE_RATE, crop_or_tile, load_audio, num_samples
 from maps import MAP_SIZE
 from reports.pictures import draw_truth, overlay
 from scoring.metrics import RULES
+from scoring.summary import success_steps
 from utils import as_user_error, strict_json, write_text
 
 PAGE, FILES = "report.html", "report_files"
@@ -30,16 +31,15 @@ TEMPLATE = Path(__file__).with_name("page.html")
 SHOWN_BY_DEFAULT = ("AUD", "IQR")
 JPEG_QUALITY = 82
 SCORES = (*(f"iou{suffix}" for suffix in RULES.values()), "average_precision", "pointing")  # of a sample, per map
-STEPS = np.arange(21) / 20  # IoU thresholds of the success curve, those that the AUC is taken at
 
-Files = Mapping[str, tuple[str, str | None]]  # id: names of its strip and of its sound, None where it has no sound
+Files = Mapping[str, tuple[str, str | None]]  # id: names of its strip and of its audio, None where it has none
 
 
 class Gallery:
     """Draws samples one by one; nothing stands in its place before `finish`.
 
     folder: where the page goes; maps: names of those to draw, by default AUD and IQR, else the first two given;
-    seconds: length of sound that the model hears. A run that breaks off leaves an older page and its files untouched.
+    seconds: length of audio that the model hears. A run that breaks off leaves an older page and its files untouched.
     """
 
     def __init__(self, folder: Path, maps: Sequence[str] | None = None, seconds: float = 5.0) -> None:
@@ -51,27 +51,27 @@ class Gallery:
         self.draft.mkdir(parents=True)
 
     def add(
-        self, id: str, picture: np.ndarray, truth: np.ndarray, maps: Mapping[str, np.ndarray], sound: Path | None
+        self, id: str, image: np.ndarray, truth: np.ndarray, maps: Mapping[str, np.ndarray], audio: Path | None
     ) -> None:
-        """Draw one sample: picture (H, W, 3) uint8 of any shape, truth and every map (224, 224) in 0..1.
+        """Draw one sample: image (H, W, 3) uint8 of any shape, truth and every map (224, 224) in 0..1.
 
-        sound: a sound file; a stored spectrogram (.npy) or None cannot be played. ValueError for an id that was there
-        before or a map that is missing, UserError for a sound that cannot be decoded.
+        audio: an audio file; a stored spectrogram (.npy) or None cannot be played. ValueError for an id that was there
+        before or a map that is missing, UserError for audio that cannot be decoded.
         """
         if id in self.files:
             raise ValueError(f"{id} is in the gallery already")
         self.shown = self.shown or shown_maps(maps, self.maps)
         name = f"{len(self.files):05d}"  # an id may hold anything, a file name may not
-        strip = Image.fromarray(sample_strip(picture, truth, {m: maps[m] for m in self.shown}))
+        strip = Image.fromarray(sample_strip(image, truth, {m: maps[m] for m in self.shown}))
         strip.save(self.draft / f"{name}.jpg", quality=JPEG_QUALITY)
-        self.files[id] = (f"{name}.jpg", self._write_sound(name, sound))
+        self.files[id] = (f"{name}.jpg", self._write_audio(name, audio))
 
-    def _write_sound(self, name: str, sound: Path | None) -> str | None:
-        if sound is None or Path(sound).suffix == ".npy":
+    def _write_audio(self, name: str, audio: Path | None) -> str | None:
+        if audio is None or Path(audio).suffix == ".npy":
             return None
         with as_user_error(ValueError):
-            heard = crop_or_tile(load_audio(sound), num_samples(self.seconds))
-        kind = sound_format()
+            heard = crop_or_tile(load_audio(audio), num_samples(self.seconds))
+        kind = audio_format()
         name = f"{name}.{kind.lower()}"
         soundfile.write(self.draft / name, heard, SAMPLE_RATE, format=kind)
         return name
@@ -97,19 +97,19 @@ def shown_maps(given: Mapping[str, Any], wanted: Sequence[str] | None = None) ->
     return list(wanted or [name for name in SHOWN_BY_DEFAULT if name in given] or list(given)[:2])
 
 
-def sample_strip(picture: np.ndarray, truth: np.ndarray, maps: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Side by side the picture and each map over it, all with the outline of G.
+def sample_strip(image: np.ndarray, truth: np.ndarray, maps: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Side by side the image and each map over it, all with the outline of G.
 
-    picture (H, W, 3) uint8, squeezed to a square as the model sees it; truth and maps (224, 224) in 0..1 ->
+    image (H, W, 3) uint8, squeezed to a square as the model sees it; truth and maps (224, 224) in 0..1 ->
     (224, 224 (1 + maps), 3) uint8.
     """
-    square = Image.fromarray(picture).resize((MAP_SIZE, MAP_SIZE), Image.Resampling.BICUBIC)
+    square = Image.fromarray(image).resize((MAP_SIZE, MAP_SIZE), Image.Resampling.BICUBIC)
     square = np.asarray(square)
     return np.hstack([draw_truth(tile, truth) for tile in (square, *(overlay(square, heat) for heat in maps.values()))])
 
 
 @cache
-def sound_format() -> str:
+def audio_format() -> str:
     """MP3 where libsndfile writes it (since 1.1), else WAV of 16 bits, eight times as large; browsers play both."""
     return "MP3" if "MP3" in soundfile.available_formats() else "WAV"
 
@@ -138,7 +138,7 @@ def page_data(
     if not rows:
         raise ValueError("no sample to report on")
     if strange := {row["id"] for row in rows} ^ set(files):
-        raise ValueError(f"{len(strange)} samples have a row or a picture, but not both, {min(strange)!r} among them")
+        raise ValueError(f"{len(strange)} samples have a row or an image, but not both, {min(strange)!r} among them")
     scores = {
         name: {score: _column(rows, f"{name}_{score}") for score in SCORES if f"{name}_{score}" in rows[0]}
         for name in results.get("maps", {})
@@ -166,7 +166,7 @@ def page_data(
 
 def success_curve(ious: np.ndarray) -> list[float]:
     """(N,) IoUs -> the share that reaches each of 0, 0.05 ... 1; an undefined one reaches none but counts."""
-    return (ious[:, None] >= STEPS).mean(0).tolist()
+    return success_steps(ious).mean(0).tolist()
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""Pictures of results: heat maps over photos, panels and contact sheets of samples, training curves.
+"""Pictures of results: heat maps over images, panels and contact sheets of samples, several models side by side.
 
-A picture is an RGB uint8 array (H, W, 3); a heat map is (H, W) in 0..1; G is the ground-truth map (H, W) in 0..1.
+An image is an RGB uint8 array (H, W, 3); a heat map is (H, W) in 0..1; G is the ground-truth map (H, W) in 0..1.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,58 +13,54 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
+from annotations import GroundTruth, first_ids
+from dataset import EvaluationPairs, Pair, build_test_set
+from maps import MAP_SIZE
+from models import Trained, load
+from scoring.evaluate import evaluate
 from scoring.metrics import consensus_iou, region_fixed
-from utils import atomic_path
+from scoring.summary import ScoredBatch
+from transforms import load_image
+from utils import UserError, as_user_error, atomic_path
 
-Floats = Sequence[float]
-Log = Sequence[Mapping[str, Any]]  # one dict per epoch
+ImageOf = Callable[[str], np.ndarray]  # id -> (224, 224, 3) uint8
 
 TRUTH_COLOUR = (60, 255, 90)
 INK, SOFT_INK, PAPER = (25, 25, 30), (105, 105, 115), (255, 255, 255)
 GAP, LABEL_HEIGHT, TITLE_HEIGHT, HEADER_HEIGHT = 8, 24, 26, 44  # pixels
-LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222", "#999999")  # Okabe and Ito
-NOT_CURVES = ("epoch", "step", "steps", "seconds", "memory_gib")
-OWN_AXES = {  # key: title of its axis
-    "grad_norm": "gradient norm",
-    "pairs_per_second": "pairs per second",
-    "data_wait": "share of time waiting for data",
-}
-DRAWN_SCORES = ("cIoU", "AUC", "cIoU_half", "mAP", "pointing", "IIoU", "listening")  # of a test set, one axis each
+SHEET_SAMPLES = 16
+DRAWN_MAPS = ("AUD", "IMG_QUERY", "IQR")
+
+# ---------------------------------------------------------------- one image
 
 
-# ---------------------------------------------------------------- one picture
-
-
-def denormalize(image: torch.Tensor, mean: Floats, std: Floats) -> np.ndarray:
+def denormalize(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Undo the network's normalisation: (3, H, W) float, (x - mean) / std -> (H, W, 3) uint8."""
     pixels = image.detach().cpu().float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     return (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Blend a heat map over a picture: the warmer, the more opaque, so cold regions stay a darkened photo.
+    """Blend a heat map over an image: the warmer, the more opaque, so cold regions stay a darkened photo.
 
     image (H, W, 3) or (3, H, W) uint8, heat (H, W) in 0..1 of the same size -> (H, W, 3) uint8. Colours: matplotlib's
     inferno.
     """
-    image = _as_picture(image)
+    image = _as_image(image)
     heat = np.clip(_as_array(heat), 0, 1)
     if heat.shape != image.shape[:2]:
-        raise ValueError(f"a heat map {heat.shape} does not fit a picture {image.shape[:2]}")
+        raise ValueError(f"a heat map {heat.shape} does not fit an image {image.shape[:2]}")
     colours = cv2.applyColorMap((heat * 255).round().astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]  # BGR to RGB
     opacity = (0.45 + 0.2 * heat)[..., None]
     return ((1 - opacity) * image + opacity * colours).round().astype(np.uint8)
 
 
 def draw_truth(image: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """A copy of the picture (H, W, 3) with G >= 0.5 outlined in green on a dark edge."""
-    drawn = np.ascontiguousarray(_as_picture(image)).copy()
+    """A copy of the image (H, W, 3) with G >= 0.5 outlined in green on a dark edge."""
+    drawn = np.ascontiguousarray(_as_image(image)).copy()
     mask = (_as_array(truth) >= 0.5).astype(np.uint8)
     outlines, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(drawn, outlines, -1, (0, 40, 10), 4)
@@ -75,10 +72,10 @@ def _as_array(x: Any) -> np.ndarray:
     return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
 
 
-def _as_picture(image: Any) -> np.ndarray:
+def _as_image(image: Any) -> np.ndarray:
     image = _as_array(image)
     if image.dtype != np.uint8 or image.ndim != 3:
-        raise ValueError(f"a picture is (H, W, 3) uint8, not {image.shape} {image.dtype}")
+        raise ValueError(f"an image is (H, W, 3) uint8, not {image.shape} {image.dtype}")
     return image if image.shape[2] == 3 else image.transpose(1, 2, 0)
 
 
@@ -92,12 +89,12 @@ def sample_panel(
     title: str = "",
     ious: Mapping[str, float] | None = None,
 ) -> np.ndarray:
-    """One sample in a row: the picture, G, then each map over the picture with G's outline, labelled with name and IoU.
+    """One sample in a row: the image, G, then each map over the image with G's outline, labelled with name and IoU.
 
     image (H, W, 3) or (3, H, W) uint8; truth and every map (H, W) in 0..1; ious by map name, by default the consensus
     IoU of the rule `fixed`. Returns (H + 58, (H + 8)(2 + maps) + 8 wide, 3) uint8.
     """
-    image = _as_picture(image)
+    image = _as_image(image)
     if ious is None:
         ious = {name: _fixed_iou(heat, truth) for name, heat in maps.items()}
     tiles = [("picture", image), ("ground truth", draw_truth(_veil(image, truth), truth))]
@@ -140,7 +137,7 @@ def _fixed_iou(heat: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _veil(image: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Darken the picture where G is small, so that its fractions show."""
+    """Darken the image where G is small, so that its fractions show."""
     return (image * (0.35 + 0.65 * np.clip(_as_array(truth), 0, 1)[..., None])).round().astype(np.uint8)
 
 
@@ -165,85 +162,97 @@ def _write(picture: np.ndarray, text: str, corner: tuple[int, int], size: int, w
     return np.array(canvas)
 
 
-# ---------------------------------------------------------------- training curves
+# ---------------------------------------------------------------- pictures of a test set
 
 
-def plot_curves(log_lines: Log, path: str | Path) -> None:
-    """Draw the training log, one dict per epoch, and write it as a PNG, whole or not at all.
+class Drawer:
+    """Draws while a set is scored: a contact sheet of some samples spread over it, an overlay of each if wanted.
 
-    Numbers are sorted by their names: `lr*` is a learning rate; `val*`, and what holds `retrieval` or `recall`, is
-    validation; `set/map/metric` is a score, one axis per set and metric of `DRAWN_SCORES`; the keys of `OWN_AXES` have
-    one each; `loss*` and what remains are losses. An epoch that lacks a key is bridged; `epoch` is the x axis, else the
-    line's index. ValueError for an empty log.
+    Nothing stands in its place before `finish`: a run that breaks off leaves no half set of pictures.
     """
-    if not log_lines:
-        raise ValueError("no line in the training log")
-    axes_of = _sort_keys(log_lines)
-    columns = min(3, len(axes_of))
-    rows = -(-len(axes_of) // columns)
-    figure = Figure(figsize=(5.4 * columns, 4.0 * rows), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    epochs = [line.get("epoch", index) for index, line in enumerate(log_lines)]
-    for index, (title, keys) in enumerate(axes_of.items()):
-        _plot_axis(figure.add_subplot(rows, columns, index + 1), title, keys, epochs, log_lines)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+
+    def __init__(
+        self, sheet: Path, ground_truth: GroundTruth, count: int, image_of: ImageOf, overlays: Path | None = None
+    ):
+        self.sheet, self.truth, self.image_of, self.overlays = sheet, ground_truth, image_of, overlays
+        self.seen, self.panels = 0, []
+        self.drafts = tempfile.TemporaryDirectory()
+        self.on_sheet = {round(i * (count - 1) / (SHEET_SAMPLES - 1)) for i in range(SHEET_SAMPLES)}
+
+    def __call__(self, batch: ScoredBatch) -> None:
+        drawn = [name for name in DRAWN_MAPS if name in batch.maps] or list(batch.maps)[:3]
+        for i, name in enumerate(batch.ids):
+            if self.overlays or self.seen in self.on_sheet:
+                maps = {m: batch.maps[m][i].cpu().numpy() for m in drawn}
+                title = f"{name}   {self.truth.class_of.get(name, '')}".strip()
+                panel = sample_panel(self.image_of(name), batch.truth[i].numpy(), maps, title)
+                if self.overlays:
+                    contact_sheet([panel], Path(self.drafts.name) / f"{name}.png")
+                if self.seen in self.on_sheet:
+                    self.panels.append(panel)
+            self.seen += 1
+
+    def finish(self) -> Path:
+        header = f"{self.truth.name}: {len(self.panels)} of {self.seen} samples, outline = ground truth"
+        contact_sheet(self.panels, self.sheet, header)
+        if self.overlays:
+            shutil.rmtree(self.overlays, ignore_errors=True)
+            shutil.copytree(self.drafts.name, self.overlays)
+        self.drafts.cleanup()
+        return self.sheet
 
 
-def _sort_keys(log_lines: Log) -> dict[str, dict[str, str]]:
-    """Title of each axis -> {key: label of its curve}."""
-    names = dict.fromkeys(key for line in log_lines for key, value in line.items() if _is_number(value))
-    axes = {title: {} for title in ("losses", "learning rate", "validation", *OWN_AXES.values())}
-    for key in names:
-        parts = key.split("/")
-        if len(parts) == 3:
-            if parts[2] in DRAWN_SCORES:
-                axes.setdefault(f"{parts[0]}: {parts[2]}", {})[key] = parts[1]
-        elif parts[-1].startswith("lr") or parts[-1] == "learning_rate":
-            axes["learning rate"][key] = key
-        elif "retrieval" in key or "recall" in key or key.startswith("val"):
-            axes["validation"][key] = key.removeprefix("val/")
-        elif key in OWN_AXES:
-            axes[OWN_AXES[key]][key] = key
-        elif key not in NOT_CURVES:
-            axes["losses"][key] = key
-    return {title: keys for title, keys in axes.items() if keys} or {"nothing to draw": {}}
+def images_of(pairs: Sequence[Pair]) -> ImageOf:
+    """id -> the pair's image as a model sees it, squeezed to (224, 224, 3) uint8."""
+    files = {pair.id: pair.image for pair in pairs}
+
+    def image(name: str) -> np.ndarray:
+        with as_user_error(ValueError):
+            return np.asarray(load_image(files[name]).resize((MAP_SIZE, MAP_SIZE)))
+
+    return image
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def side_by_side(trained: Mapping[str, Trained], dataset: EvaluationPairs, ids: Sequence[str], path: Path) -> None:
+    """Several models on the same samples: a row for each id with image, ground truth and every model's AUD map.
+
+    trained: {name under its maps: loaded checkpoint}, each asked with the inference settings that it was trained for;
+    dataset: with images and audio of the models' size; ids: two or more of its ids, in the order of the rows.
+    Writes a PNG, whole or not at all. UserError for ids that the set does not hold or are fewer than two, and for a
+    model that takes images or audio of another size.
+    """
+    known = {pair.id for pair in dataset.pairs}
+    if unknown := [name for name in ids if name not in known]:
+        raise UserError(f"{len(unknown)} ids are not of {dataset.ground_truth.name}: {first_ids(unknown)}")
+    if len({*ids}) < 2:
+        raise UserError(f"{len({*ids})} id of {dataset.ground_truth.name} to be drawn: name two or more")
+    drawn = dataset.without(dict.fromkeys(known.difference(ids), "not drawn"))
+    maps: dict[str, dict[str, np.ndarray]] = {name: {} for name in ids}
+    for label, (model, about, inference) in trained.items():
+        size = {key: model.shape[key] for key in ("image_size", "audio_seconds")}
+        if different := [key for key, value in size.items() if value != getattr(dataset, key)]:
+            listed = ", ".join(f"{key} {size[key]} and not {getattr(dataset, key)}" for key in different)
+            raise UserError(f"{about['path']} cannot stand beside the others: its model takes {listed}")
+
+        def keep(batch: ScoredBatch, label: str = label) -> None:
+            for i, name in enumerate(batch.ids):
+                maps[name][label] = batch.maps["AUD"][i].numpy()
+
+        model.to(memory_format=torch.channels_last)  # rounds as in training
+        evaluate(model, drawn, torch.device("cpu"), **inference, on_batch=[keep])
+    truth, image_of = dataset.ground_truth, images_of(drawn.pairs)
+    titles = {name: f"{name}   heard: {truth.class_of.get(name) or 'unknown'}" for name in ids}
+    panels = [sample_panel(image_of(name), truth.truth_of(name).numpy(), maps[name], titles[name]) for name in ids]
+    contact_sheet(panels, path, "where each model hears the sound; outline = ground truth")
 
 
-def _plot_axis(axis, title: str, keys: Mapping[str, str], epochs: Floats, log_lines: Log) -> None:
-    drawn = []
-    for (key, label), colour in zip(keys.items(), LINE_COLOURS * len(keys), strict=False):
-        points = [
-            (epoch, line[key]) for epoch, line in zip(epochs, log_lines, strict=True) if _is_number(line.get(key))
-        ]
-        drawn += [value for _, value in points]
-        whole = key.rpartition("/")[2] in ("loss", "total")  # under its largest summand, which would hide it
-        axis.plot(
-            *zip(*points, strict=True),
-            label=label,
-            color="0.75" if whole else colour,
-            linewidth=5 if whole else 1.6,
-            zorder=1 if whole else 2,
-            marker="o" if len(points) < 40 else None,
-            markersize=3 if len(points) > 1 else 7,
-        )
-    axis.set_title(title, fontsize=11)
-    axis.set_xlabel("epoch", fontsize=9)
-    axis.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8)
-    positive = [value for value in drawn if value > 0]
-    if title == "losses" and positive and max(positive) > 20 * min(positive):
-        axis.set_yscale("log")  # attention matching is orders of magnitude below the contrastive loss
-    if "pairs_per_second" in keys:
-        axis.set_ylim(0, 1.1 * max(drawn))
-    if "data_wait" in keys:
-        axis.set_ylim(-0.02, 1.02)
-    if keys:
-        axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+def side_by_side_on_synthetic(checkpoints: Mapping[str, Path], root: Path, path: Path, images: int = 3) -> None:
+    """`side_by_side` on the first images of the built-in interactive split, with the audio of both objects each.
+
+    checkpoints: {name under its maps: file}; UserError for one that cannot be read.
+    """
+    trained = {label: load(file) for label, file in checkpoints.items()}
+    shape = next(iter(trained.values())).model.shape
+    size = shape["image_size"], shape["audio_seconds"]
+    dataset = build_test_set("synthetic_interactive", str(root), None, "metadata", *size)
+    side_by_side(trained, dataset, [pair.id for pair in dataset.pairs[: 2 * images]], path)

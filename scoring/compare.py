@@ -9,10 +9,12 @@ from textwrap import TextWrapper
 from typing import Any, NamedTuple
 
 import numpy as np
+from tabulate import tabulate
 
 from annotations import first_ids
-from scoring.metrics import RULES, interactive_groups
-from scoring.summary import RESAMPLES, Figure, bootstrap, figures_of, interval
+from scoring.bootstrap import RESAMPLES, Ratio, bootstrap, interval
+from scoring.metrics import RULES
+from scoring.summary import interactive_groups, ratios_of
 from utils import UserError
 
 WIDTH, LABEL = 130, 44  # characters of a line and of a label; columns that do not fit go on in a table below
@@ -135,7 +137,7 @@ def refuse_different(first: Run, other: Run) -> None:
             _require(x == y, f"{refused} the ground truth differs, {column} of {name} is {x} and {y}")
 
 
-def figures(run: Run, name: str) -> dict[str, Figure]:
+def ratios(run: Run, name: str) -> dict[str, Ratio]:
     """The figures of one map, from its rows. UserError where they are not those of results.json."""
     table, given, columns = run.path.with_name("per_sample.csv"), run.results["maps"][name], {}
     for column in ("area", *("iou" + suffix for suffix in RULES.values()), "average_precision", "pointing"):
@@ -148,10 +150,10 @@ def figures(run: Run, name: str) -> dict[str, Figure]:
         columns |= {column: np.array(numbers) == 1 if column == "pointing" else np.array(numbers)} if numbers else {}
     whole = [*run.columns["id"], *(run.results["pairs"].get("left_out") or ())]
     groups = interactive_groups(run.columns["id"], whole) if "IIoU" in given else None
-    found = figures_of(columns, columns["area"] == 0, groups)
+    found = ratios_of(columns, columns["area"] == 0, groups)
     if f"{name}_jaccard" in run.columns:  # of masks
         frames = np.array(run.columns[f"{name}_jaccard"], float)
-        found["mIoU"] = Figure(frames, np.ones(len(frames)))
+        found["mIoU"] = Ratio(frames, np.ones(len(frames)))
     for metric, stored in given.items():
         if metric in found and _defined(stored) and not abs(stored - found[metric].value()) < 1e-6:
             says = f"{metric} of {name} is {100 * stored:.4f} in {run.path}, {100 * found[metric].value():.4f}"
@@ -233,25 +235,25 @@ def difference_table(configurations: Sequence[Configuration]) -> list[str]:
     rows, cells = [(c, name, name if name in known else base.maps[0]) for c in others for name in c.maps], []
     for c, name, of in rows:
         a, b = own[c.label, name], own.get((base.label, of)) or seed_means(base, of)
-        differences = {key: Figure(a[key].numerator - b[key].numerator, b[key].denominator) for key in metrics}
+        differences = {key: Ratio(a[key].numerator - b[key].numerator, b[key].denominator) for key in metrics}
         drawn = bootstrap(differences, base.runs[0].columns["unit"])  # the same resamples every time
         spans = {key: interval(drawn[key]) for key in metrics}
-        marks = {key: "*" if low > 1e-12 or high < -1e-12 else " " for key, (low, high) in spans.items()}
-        found = [f"{_percent(differences[key].value(), '+')} {_span(*spans[key])} {marks[key]}" for key in metrics]
+        marks = {key: " *" if low > 1e-12 or high < -1e-12 else "" for key, (low, high) in spans.items()}
+        found = [f"{_percent(differences[key].value(), '+')} {_span(*spans[key])}{marks[key]}" for key in metrics]
         cells.append([c.label, name, of, "samples", *found])
         if len(c.runs) + len(base.runs) > 2:
             sides = [(c.values(name, key), base.values(of, key)) for key in metrics]
-            found = [_span(min(a) - max(b), max(a) - min(b)) + "  " if a and b else "-" for a, b in sides]
+            found = [_span(min(a) - max(b), max(a) - min(b)) if a and b else "-" for a, b in sides]
             cells.append(["", "", "", "seeds", *found])
-    table = _tables(["configuration", "map", "minus", "over", *metrics], cells, fixed=4)
+    table = _tables(["configuration", "map", "minus", "over", *metrics], cells, fixed=4, align="left")
     return ["", f"Difference to {base.label}; `minus` is its map that is subtracted", *table] if others else []
 
 
-def seed_means(configuration: Configuration, name: str) -> dict[str, Figure]:
+def seed_means(configuration: Configuration, name: str) -> dict[str, Ratio]:
     """Figures of one map with every sample's numerator averaged over the runs."""
-    of_runs = [figures(run, name) for run in configuration.runs]
+    of_runs = [ratios(run, name) for run in configuration.runs]
     tops = {key: np.mean([own[key].numerator for own in of_runs], axis=0, dtype=float) for key in of_runs[0]}
-    return {key: Figure(top, of_runs[0][key].denominator) for key, top in tops.items()}
+    return {key: Ratio(top, of_runs[0][key].denominator) for key, top in tops.items()}
 
 
 def footer(configurations: Sequence[Configuration]) -> list[str]:
@@ -269,7 +271,7 @@ def footer(configurations: Sequence[Configuration]) -> list[str]:
         about = [c.about] * (c.about not in c.label) + [f"seed {seeds}"] * bool(seeds)
         lines.append(f"- {c.label}: {'; '.join([*about, ', '.join(str(run.path.parent) for run in c.runs)])}")
     told = {key: lambda run, key=key: run.results["settings"].get(key) for key in SETTINGS}
-    told["seed of the wrong sounds (listening)"] = lambda run: run.results["settings"].get("seed")
+    told["seed of the wrong audio (listening)"] = lambda run: run.results["settings"].get("seed")
     told["checkpoint selected by"] = lambda run: run.checkpoint.get("selected_by")
     told["test pairs trained on"] = lambda run: run.results.get("training_test_overlap")
     for title, of in told.items():
@@ -301,15 +303,18 @@ def _span(low: float, high: float) -> str:
     return f"[{_percent(low, '+')}, {_percent(high, '+')}]"
 
 
-def _tables(head: Sequence[str], rows: Sequence[Sequence[str]], fixed: int) -> list[str]:
-    """Markdown; as many columns as fit, the rest below, each time after the first `fixed` ones."""
-    widths = [max(3, *map(len, column)) for column in zip(head, *rows)]
-    blocks = [[*range(fixed)]]
-    for i in range(fixed, len(head)):
-        if len(blocks[-1]) > fixed and sum(widths[j] + 3 for j in [*blocks[-1], i]) >= WIDTH:
-            blocks.append([*range(fixed)])
-        blocks[-1].append(i)
-    rule = ["-" * (width - 1) + ("-" if i < fixed else ":") for i, width in enumerate(widths)]
-    sides = ["<" if i < fixed else ">" for i in range(len(head))]
-    padded = [[f"{cell:{side}{n}}" for cell, side, n in zip(row, sides, widths)] for row in (head, rule, *rows)]
-    return [line for block in blocks for line in ["", *(f"| {' | '.join(row[i] for i in block)} |" for row in padded)]]
+def _tables(head: Sequence[str], rows: Sequence[Sequence[str]], fixed: int, align: str = "right") -> list[str]:
+    """Markdown; as many columns as fit, the rest below, always after the first `fixed` ones. align: of the others."""
+
+    def markdown(columns: Sequence[int]) -> list[str]:
+        cells = [[row[i] for i in columns] for row in (head, *rows)]
+        sides = ["left" if i < fixed else align for i in columns]
+        return tabulate(cells, "firstrow", "pipe", colalign=sides, disable_numparse=True).splitlines()
+
+    lines, labels, rest = [], [*range(fixed)], [*range(fixed, len(head))]
+    while rest or not lines:
+        fitting = [n for n in range(1, len(rest) + 1) if len(markdown(labels + rest[:n])[0]) <= WIDTH]
+        count = max(fitting, default=1)
+        lines += ["", *markdown(labels + rest[:count])]
+        rest = rest[count:]
+    return lines

@@ -18,10 +18,10 @@ from distributed import gather_in_order, hidden_bar, is_main, shard
 from maps import smooth_maps
 from models import Model
 from resnet import ObjectSaliency
-from scoring.accumulate import WRONG, Result, ScoredBatch, SetScores, in_parts
 from scoring.maps_file import StoredMaps
 from scoring.metrics import RULES, THRESHOLD
 from scoring.retrieval import derangement, retrieval_recall
+from scoring.summary import WRONG, Result, ScoredBatch, SetScores, in_parts
 from sets import count_undecodable
 from utils import UserError, as_user_error
 
@@ -40,15 +40,15 @@ OnBatch = Callable[[ScoredBatch], None]
 # ---------------------------------------------------------------- a model's maps
 
 
-class WithWrongSound(Dataset):
-    """Every item of a set with a spectrogram of another class (another sound where classes are unknown)."""
+class WithWrongAudio(Dataset):
+    """Every item of a set with the spectrogram of a pair of another class (of any other where they are unknown)."""
 
     def __init__(self, dataset: EvaluationPairs, seed: int) -> None:
         self.dataset = dataset
         if len(dataset) < 2:
-            raise UserError(f"a test set of {len(dataset)} pair has no wrong sound to ask with: give it two or more")
-        sounds = [pair.audio for pair in dataset.pairs]  # the frames of a video share one
-        labels = dataset.class_names if all(dataset.class_names) else sounds
+            raise UserError(f"a test set of {len(dataset)} pair has no wrong audio to ask with: give it two or more")
+        files = [pair.audio for pair in dataset.pairs]  # the frames of a video share one
+        labels = dataset.class_names if all(dataset.class_names) else files
         order = np.argsort([pair.id for pair in dataset.pairs])  # the order of the list changes no partner
         with as_user_error(ValueError):
             drawn = derangement([labels[i] for i in order], seed)
@@ -64,7 +64,7 @@ class WithWrongSound(Dataset):
 
 
 class Localized(NamedTuple):
-    """What a model says of pictures and sounds, on the CPU, before anything is enlarged and scored."""
+    """What a model says of images and audio, on the CPU, before anything is enlarged and scored."""
 
     raw: dict[str, torch.Tensor]  # (B, h, w) each
     scalars: dict[str, torch.Tensor]  # (B,) each
@@ -95,7 +95,7 @@ def localize_batch(
     infer_smoothing: float,
     saliency: ObjectSaliency | None,
 ) -> Localized:
-    """Ask pictures (B, 3, H, W) with their own sounds and with wrong ones, spectrograms (B, 1, F, L).
+    """Ask images (B, 3, H, W) with their own audio and with the wrong one, spectrograms (B, 1, F, L).
 
     infer_smoothing: of the model's own maps, see `smooth_maps`.
     """
@@ -140,7 +140,7 @@ def evaluate(
     the pass early (dry runs). Of several processes each localizes every W-th batch; the first one scores all of them in
     order, so its numbers are those of one process, and returns them; the others return None.
     """
-    paired = WithWrongSound(dataset, seed)
+    paired = WithWrongAudio(dataset, seed)
     batches = in_order(len(paired), batch_size)[:max_batches]
     loader = counted_batches(make_loader(paired, batch_size, workers, shard(batches)), dataset, workers)
     scores, embeddings = SetScores(dataset.ground_truth), []
@@ -200,7 +200,7 @@ def _count_pairs(
 
 
 def _retrieval(dataset: EvaluationPairs, ids: Sequence[str], image: torch.Tensor, audio: torch.Tensor) -> dict:
-    """By class and by pair, each where it is defined. On interactive sets a picture belongs to several classes."""
+    """By class and by pair, each where it is defined. On interactive sets an image belongs to several classes."""
     truth = dataset.ground_truth
     classes = [truth.class_of.get(i, "") for i in ids]
     repeats = any(len(set(files)) < len(dataset) for files in zip(*(pair[1:] for pair in dataset.pairs), strict=True))
@@ -216,7 +216,7 @@ def _retrieval(dataset: EvaluationPairs, ids: Sequence[str], image: torch.Tensor
 def embed_set(
     model: Model, dataset: Dataset, device: torch.device, batch_size: int = 64, workers: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """What retrieval compares of a set's pictures, (N, D) or (N, n, D), and of its sounds, (N, D); see `partner_ranks`.
+    """What retrieval compares of a set's images, (N, D) or (N, n, D), and of its audio, (N, D); see `partner_ranks`.
 
     In evaluation mode; the mode is put back. Several processes share the batches; the first one returns both, the
     others None.

@@ -1,9 +1,9 @@
-"""Metrics on localization maps and ground truth; knows neither models nor data sets.
+"""Scores of one sample: a localization map against its ground truth; knows neither models nor data sets.
 
-Letters: B batch, H x W pixels (224 x 224 in every published protocol), n = H * W, h x w tokens of a map, N samples. A
-*map* is a float tensor, larger where the sound comes from; G, the *truth*, is the box or mask map in [0, 1] (fractions
-where annotators disagree); P, the *region*, is the Boolean set of pixels that a map predicts. Which pixels are P is a
-rule, and numbers of different rules are never compared:
+Figures of a set are in `summary`. B batch, H x W pixels (224 x 224 in every published protocol), n = H * W, h x w
+tokens of a map. A *map* is a float tensor, larger where the sound comes from; G, the *truth*, is the box or mask map in
+[0, 1] (fractions where annotators disagree); P, the *region*, is the Boolean set of pixels that a map predicts. Which
+pixels are P is a rule, and numbers of different rules are never compared:
 
     fixed      map >= 0.6 after min-max          (the released code of joint slot attention)
     half       the upper half of the pixels      (LVS, EZ-VSL, FNAC, SSLalignment)
@@ -13,7 +13,6 @@ A constant map predicts nothing under every rule: `normalize_maps` makes it 0 ev
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,16 +21,11 @@ from torch import Tensor
 from maps import MAP_SIZE
 
 THRESHOLD = 0.6  # of the rule `fixed`, on min-max normalised maps
-TIED_SHARE = 0.01  # more pixels than this share exactly at a cut: the region depends on the ties
 RULES = {"fixed": "", "half": "_half", "adaptive": "_adaptive"}  # rule: what ends the names of its scores
 
-IOU_BARS = (0.3, 0.5, 0.75)  # of detection: a region is right from this IoU on
 JACCARD_THRESHOLDS = [step / 20 for step in range(1, 20)]  # 0.5 is the headline, never the best of them
 F_THRESHOLDS = np.linspace(0, 1 - 1e-10, 255)
 F_BETA_SQUARED = 0.3
-
-Groups = dict[str, list[int]]  # image: indices of its samples
-
 
 # ---------------------------------------------------------------- predicted regions, of normalised maps
 
@@ -166,85 +160,6 @@ def _same_shape(maps: Tensor, truth: Tensor) -> None:
         raise ValueError(f"maps {tuple(maps.shape)} and truth {tuple(truth.shape)} must both be (B, H, W)")
 
 
-# ---------------------------------------------------------------- scores of a set
-
-
-def success_rate(ious: Tensor, at: float = 0.5) -> float:
-    """Share of the (N,) values that reach `at`: cIoU at 0.5. NaN for N = 0."""
-    return (torch.as_tensor(ious) >= at).double().mean().item()
-
-
-def area_under_curve(ious: Tensor) -> float:
-    """Area under `success_rate` at x = 0, 0.05 ... 1 by trapezoids, of (N,) IoUs; in 0..1, NaN for N = 0."""
-    rates = [success_rate(ious, step / 20) for step in range(21)]
-    return (sum(rates) - (rates[0] + rates[-1]) / 2) / 20
-
-
-def detection_scores(
-    ious: np.ndarray, confidence: np.ndarray, has_source: np.ndarray, bar: float = 0.5
-) -> dict[str, float]:
-    """AP, max_F1 and max_F1_11 of pairs of which some have no source in view (Mo and Morgado, NeurIPS 2022).
-
-    (N,) each; has_source bool. A pair with a source is right when it is confident and its IoU reaches `bar`, a false
-    positive when confident and wrong, a miss when not confident; without a source, a false positive when confident.
-    ValueError for a confidence that is not finite.
-    """
-    if not np.isfinite(confidence).all():
-        raise ValueError("a confidence is not finite")
-    ascending = np.sort(confidence)
-    precision, recall = _precision_recall(
-        ious, confidence, has_source, ascending[:-1][:: -max(1, len(ascending) // 200)], bar
-    )
-    best_from_here = np.maximum.accumulate(precision[::-1])[::-1]
-    scores = {"AP": float((best_from_here[:-1] * np.diff(recall)).sum())}
-    for name, step in (("max_F1", 1), ("max_F1_11", max(1, len(ascending) // 10))):
-        precision, recall = _precision_recall(ious, confidence, has_source, ascending[::step], bar)
-        scores[name] = float((2 * precision * recall / np.maximum(precision + recall, 1e-12)).max(initial=0))
-    return scores
-
-
-def _precision_recall(ious, confidence, has_source, cuts, bar) -> tuple[np.ndarray, np.ndarray]:
-    """At every cut of the confidence; 1 where the denominator is 0."""
-    order = np.argsort(confidence, kind="stable")
-    below = np.searchsorted(confidence[order], cuts)  # pairs that are not confident
-    right, missable = (
-        np.concatenate([[0], np.cumsum(flags[order])]) for flags in (has_source & (ious >= bar), has_source)
-    )
-    hits, misses, confident = right[-1] - right[below], missable[below], len(order) - below
-    precision, recall = np.ones(len(below)), np.ones(len(below))
-    np.divide(hits, confident, out=precision, where=confident > 0)
-    np.divide(hits, hits + misses, out=recall, where=hits + misses > 0)
-    return precision, recall
-
-
-def interactive_groups(ids: Sequence[str], expected: Sequence[str] | None = None) -> Groups:
-    """Group the indices of `ids` by image, the id up to its last underscore: {image: [index, ...]}.
-
-    Only images with at least two entries stay. With `expected`, every id that the set should hold, images of which an
-    entry is missing drop out, too.
-    """
-
-    def by_image(names: Sequence[str]) -> Groups:
-        groups = {}
-        for index, name in enumerate(names):
-            groups.setdefault(name.rpartition("_")[0] or name, []).append(index)
-        return groups
-
-    complete = by_image(ids if expected is None else expected)
-    return {
-        image: group
-        for image, group in by_image(ids).items()
-        if len(group) > 1 and len(group) == len(complete.get(image, ()))
-    }
-
-
-def every(values: Tensor, groups: Groups) -> Tensor:
-    """(N,) values -> (images,): per image the smallest one, so that a threshold holds for every sound of the image."""
-    if not groups:
-        return values[:0]
-    return torch.stack([values[group].amin() for group in groups.values()])
-
-
 # ---------------------------------------------------------------- references that need no model
 
 
@@ -273,7 +188,49 @@ def ceiling_iou(truth: Tensor, rule: str) -> Tensor:
 
 
 def centred_disc(height: int = MAP_SIZE, width: int = MAP_SIZE) -> Tensor:
-    """(height, width) bool: the centred disc of half the picture's area; a pixel counts when its centre lies within."""
+    """(height, width) bool: the centred disc of half the image's area; a pixel counts when its centre lies within."""
     y = torch.arange(height, dtype=torch.float64) - (height - 1) / 2
     x = torch.arange(width, dtype=torch.float64) - (width - 1) / 2
     return y[:, None] ** 2 + x[None, :] ** 2 <= height * width / (2 * math.pi)
+
+
+# ---------------------------------------------------------------- all scores of a batch, by name
+
+
+def map_columns(maps: Tensor, truth: Tensor, masks: bool = False) -> dict[str, Tensor]:
+    """Score one kind of map of a batch: maps (B, H, W), upsampled and normalised; truth (B, H, W) in 0..1.
+
+    -> iou, iou_half, iou_adaptive, tied_half, tied_adaptive (share of pixels at the cut), average_precision, pointing;
+    with `masks` AVSBench's jaccard (B, 19) and f (B, 255), too.
+    """
+    ascending = sort_pixels(maps)
+    columns = {"iou": consensus_iou(region_fixed(maps), truth)}
+    for rule, cut in {"half": cut_half(ascending), "adaptive": cut_adaptive(ascending, truth)}.items():
+        columns["iou" + RULES[rule]] = consensus_iou(region_above(maps, cut), truth)
+        columns["tied" + RULES[rule]] = tied_share(maps, cut)
+    columns["average_precision"] = pixel_average_precision(maps, truth, ascending)
+    columns["pointing"] = pointing(maps, truth)
+    if masks:
+        columns |= {"jaccard": jaccard(maps, truth, ascending), "f": f_scores(maps, truth, ascending).float()}
+    return columns
+
+
+def reference_columns(truth: Tensor, masks: bool = False) -> dict[str, dict[str, Tensor]]:
+    """What truth (B, H, W) gives away without any model -> {"ceiling" | "whole_frame" | "centred_disc": columns}.
+
+    Frame and disc are regions, the same P under every rule; the ceiling takes G itself where no rule limits it.
+    """
+    disc = centred_disc(*truth.shape[1:]).to(truth.device).expand_as(truth)
+    regions = {"ceiling": truth >= 0.5, "whole_frame": torch.ones_like(disc), "centred_disc": disc}
+    references = {}
+    for name, region in regions.items():
+        given = consensus_iou(region, truth)
+        references[name] = {
+            "iou" + suffix: ceiling_iou(truth, rule) if name == "ceiling" else given for rule, suffix in RULES.items()
+        }
+        references[name]["average_precision"] = region_average_precision(region, truth)
+        if masks:
+            as_map = region.float()
+            as_map[:, 0, 0] += 1e-6  # so that the whole frame is no constant map, which would predict nothing
+            references[name] |= {"jaccard": jaccard(as_map, truth), "f": f_scores(as_map, truth).float()}
+    return references

@@ -1,4 +1,4 @@
-"""Cross-modal retrieval by embeddings, and the pairing of pictures with wrong sounds; knows no model.
+"""Cross-modal retrieval by embeddings, and the pairing of images with wrong audio; knows no model.
 
 N samples, n vectors of a sample, D channels. Scores are fractions of 1.
 """
@@ -23,7 +23,7 @@ def partner_ranks(queries: Tensor, keys: Tensor, targets: Sequence | None = None
     Either side may be (N, n, D), a sample's n vectors, of which the most similar one counts. Right is the key of the
     same index or, with `targets` (N labels), any key with the query's label. The rank is 1 + the number of wrong keys
     at least as similar (to 1e-6, in float64): ties rank last, so collapsed embeddings find nothing. Memory is chunk x N
-    similarities, whatever n, and both sides in float64: 1 GB for 5,158 pictures of 49 tokens and 512 channels.
+    similarities, whatever n, and both sides in float64: 1 GB for 5,158 images of 49 tokens and 512 channels.
     ValueError where the shapes differ or an embedding is not finite (a NaN would compare as the best).
     """
     count, shapes = len(queries), (tuple(queries.shape), tuple(keys.shape))
@@ -77,11 +77,11 @@ def retrieval_score(image_embeddings: Tensor, audio_embeddings: Tensor) -> float
     return (1 - (ranks.double() - 1) / max(len(image_embeddings) - 1, 1)).mean().item()
 
 
-# ---------------------------------------------------------------- wrong sounds
+# ---------------------------------------------------------------- wrong audio
 
 
 class Derangement(NamedTuple):
-    """permutation (N,) int64: sample i gets the sound of permutation[i]; same_label: pairs that share a label."""
+    """permutation (N,) int64: sample i gets the audio of permutation[i]; same_label: pairs that share a label."""
 
     permutation: np.ndarray
     same_label: int

@@ -1,63 +1,61 @@
-"""From per-sample columns to the figures of a test set, with bootstrap intervals; knows neither models nor data sets.
+"""Figures of one set: what a pass over it adds up, sample by sample, and the cIoU, AUC and so on that follow.
 
-B batch, H x W pixels, N samples, U units (what a bootstrap resamples: images, or videos whose frames share a sound). A
-*figure* is a ratio of two sums over samples, so one resample of all figures is a matrix product. Fractions of 1.
+B batch, h x w map as given; maps are scored at 224 x 224, in fp32. N samples. Figures are fractions of 1.
 """
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from annotations import GroundTruth
+from maps import enlarge
+from scoring.bootstrap import Ratio, intervals_of, values_of
+from scoring.detection import detect
+from scoring.maps_file import SCALARS
 from scoring.metrics import (
-    IOU_BARS,
     JACCARD_THRESHOLDS,
     RULES,
-    THRESHOLD,
-    TIED_SHARE,
-    Groups,
-    ceiling_iou,
-    centred_disc,
-    consensus_iou,
-    cut_adaptive,
-    cut_half,
-    detection_scores,
-    f_scores,
-    jaccard,
-    pixel_average_precision,
-    pointing,
-    region_above,
-    region_average_precision,
-    region_fixed,
-    sort_pixels,
-    tied_share,
+    map_columns,
+    reference_columns,
 )
 
-RESAMPLES = 1000
-INTERVAL = (2.5, 97.5)  # percentiles
-CHUNK = 2**22  # draws of a bootstrap that are in memory at once
+PART = 8  # samples whose enlarged maps are scored at once: more would leave the processor's cache
+WRONG = "_wrong"  # ends the name of a map that was asked with the wrong audio
+TIED_SHARE = 0.01  # more pixels than this share exactly at a cut: the region depends on the ties
+IOU_STEPS = np.arange(21) / 20  # thresholds of the success curve, 0, 0.05 ... 1
 SIZES = {"under 32x32": 32**2, "32x32 to 96x96": 96**2, "96x96 to 144x144": 144**2, "larger": math.inf}
 
 Columns = Mapping[str, np.ndarray]  # name: (N,), or (N, thresholds)
+Groups = dict[str, list[int]]  # image: indices of its samples
+Result = TypeVar("Result")
 
 
-class Figure(NamedTuple):
-    """sum(numerator) / sum(denominator) over samples; with several numerators per sample the largest of the ratios."""
-
-    numerator: np.ndarray  # (N,), or (N, T)
-    denominator: np.ndarray  # (N,)
-
-    def value(self) -> float:
-        total = self.denominator.sum()
-        return float((self.numerator.sum(0) / total).max()) if total else math.nan
+# ---------------------------------------------------------------- a pass over the set
 
 
-# ---------------------------------------------------------------- per-sample columns
+class ScoredBatch(NamedTuple):
+    """What a pass shows of a batch to those who draw or keep it."""
+
+    ids: list[str]
+    truth: Tensor  # (B, 224, 224)
+    raw: dict[str, Tensor]  # (B, h, w) each, as the model gives them
+    maps: dict[str, Tensor]  # (B, 224, 224) each in 0..1
+    scalars: dict[str, Tensor]  # (B,) each
+
+
+def in_parts(work: Callable[[slice], Result], count: int) -> Iterator[Result]:
+    """work(slice of PART samples) for all of `count`, in order: one core for each part, not all cores for each step."""
+    slices = [slice(start, start + PART) for start in range(0, count, PART)]
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(work, slices)
+    torch.set_num_threads(threads)  # what a thread of the pool sets is the default of threads to come
 
 
 class Table:
@@ -76,49 +74,121 @@ class Table:
         return {name: np.concatenate([part[name] for part in self._parts])[order] for name in names}
 
 
-def map_columns(maps: Tensor, truth: Tensor, masks: bool = False, threshold: float = THRESHOLD) -> dict[str, Tensor]:
-    """Score one kind of map of a batch: maps (B, H, W), upsampled and normalised; truth (B, H, W) in 0..1.
+class Samples(NamedTuple):
+    """The columns of all or some samples of a set, and what the set says of each."""
 
-    -> iou, iou_half, iou_adaptive, tied_half, tied_adaptive (share of pixels at the cut), average_precision, pointing;
-    with `masks` AVSBench's jaccard (B, 19) and f (B, 255), too. threshold: of the rule `fixed`.
-    """
-    ascending = sort_pixels(maps)
-    columns = {"iou": consensus_iou(region_fixed(maps, threshold), truth)}
-    for rule, cut in {"half": cut_half(ascending), "adaptive": cut_adaptive(ascending, truth)}.items():
-        columns["iou" + RULES[rule]] = consensus_iou(region_above(maps, cut), truth)
-        columns["tied" + RULES[rule]] = tied_share(maps, cut)
-    columns["average_precision"] = pixel_average_precision(maps, truth, ascending)
-    columns["pointing"] = pointing(maps, truth)
-    if masks:
-        columns |= {"jaccard": jaccard(maps, truth, ascending), "f": f_scores(maps, truth, ascending).float()}
-    return columns
+    maps: dict[str, Columns]
+    references: dict[str, Columns]
+    empty: np.ndarray  # (N,) bool, where G is
+    units: np.ndarray  # (N,) labels: what the bootstrap draws
+    groups: Groups | None = None  # of interactive sets
 
-
-def reference_columns(truth: Tensor, masks: bool = False) -> dict[str, dict[str, Tensor]]:
-    """What truth (B, H, W) gives away without any model -> {"ceiling" | "whole_frame" | "centred_disc": columns}.
-
-    Frame and disc are regions, the same P under every rule; the ceiling takes G itself where no rule limits it.
-    """
-    disc = centred_disc(*truth.shape[1:]).to(truth.device).expand_as(truth)
-    regions = {"ceiling": truth >= 0.5, "whole_frame": torch.ones_like(disc), "centred_disc": disc}
-    references = {}
-    for name, region in regions.items():
-        given = consensus_iou(region, truth)
-        references[name] = {
-            "iou" + suffix: ceiling_iou(truth, rule) if name == "ceiling" else given for rule, suffix in RULES.items()
-        }
-        references[name]["average_precision"] = region_average_precision(region, truth)
-        if masks:
-            as_map = region.float()
-            as_map[:, 0, 0] += 1e-6  # so that the whole frame is no constant map, which would predict nothing
-            references[name] |= {"jaccard": jaccard(as_map, truth), "f": f_scores(as_map, truth).float()}
-    return references
+    def take(self, rows: np.ndarray) -> "Samples":
+        """Some of the samples; images with several sources are not followed into a part of the set."""
+        tables = (
+            {name: {key: values[rows] for key, values in columns.items()} for name, columns in table.items()}
+            for table in (self.maps, self.references)
+        )
+        return Samples(*tables, self.empty[rows], self.units[rows])
 
 
-# ---------------------------------------------------------------- figures of a set
+class SetScores:
+    """Scalars per sample (for masks two curves, too), never maps; and what they say about the set."""
+
+    def __init__(self, ground_truth: GroundTruth) -> None:
+        self.ground_truth, self.ids = ground_truth, []
+        self.maps: dict[str, Table] = {}
+        self.references: dict[str, Table] = {}
+        self.scalars = Table()
+
+    def add(
+        self,
+        ids: Sequence[str],
+        truth: Tensor,
+        raw: Mapping[str, Tensor],
+        scalars: Mapping[str, Tensor],
+        interpolation: str = "bicubic",
+        alpha: float | None = None,
+    ) -> Iterator[ScoredBatch]:
+        """Score ids (B,), truth (B, 224, 224), raw (B, h, w) each, scalars (B,) each, in parts of a few samples.
+
+        The parts come as they are taken, in order; names are the same in every call. On the CPU, where sorting is fast.
+        """
+        raw, scalars = ({name: values.detach().cpu() for name, values in side.items()} for side in (raw, scalars))
+        masks = self.ground_truth.masks
+
+        def score(rows: slice) -> tuple[ScoredBatch, dict, dict]:
+            part = [{name: values[rows] for name, values in side.items()} for side in (raw, scalars)]
+            batch = ScoredBatch(ids[rows], truth[rows], part[0], enlarge(part[0], interpolation, alpha), part[1])
+            columns = {name: map_columns(maps, batch.truth, masks) for name, maps in batch.maps.items()}
+            return batch, columns, reference_columns(batch.truth, masks)
+
+        for batch, *tables in in_parts(score, len(ids)):
+            self.ids += batch.ids
+            for kept, columns_of in zip((self.maps, self.references), tables, strict=True):
+                for name, columns in columns_of.items():
+                    kept.setdefault(name, Table()).extend(columns)
+            self.scalars.extend({"area": (batch.truth > 0).flatten(1).sum(1), **batch.scalars})
+            yield batch
+
+    def _in_order(self) -> tuple[list[str], Samples, Columns]:
+        """Ids, samples and scalars, sorted by id: the order of the pass changes nothing."""
+        order = np.argsort(self.ids)
+        ids = [self.ids[i] for i in order]
+        tables = (
+            {name: table.columns(order) for name, table in group.items()} for group in (self.maps, self.references)
+        )
+        scalars = self.scalars.columns(order)
+        units = np.array([self.ground_truth.unit_of.get(i, i) for i in ids])
+        return ids, Samples(*tables, scalars["area"] == 0, units), scalars
+
+    def summary(self, missing: Sequence[str] = (), resamples: int = 0, seed: int = 0) -> dict[str, Any]:
+        """maps, intervals, references, by_class and by_size, all by map or reference and then by metric.
+
+        missing: ids that the set should hold, too. resamples: of the bootstrap over units; 0 leaves intervals out.
+        """
+        truth, resampling = self.ground_truth, (resamples, seed)
+        ids, samples, scalars = self._in_order()
+        groups = interactive_groups(ids, [*ids, *missing]) if truth.interactive else None
+        result = summarise(samples._replace(groups=groups), *resampling)
+        for name, tied in count_tied(samples.maps).items():
+            counts = {"samples": len(ids), "empty": int(samples.empty.sum()), **tied}
+            result["maps"][name] |= counts | ({"images": len(groups)} if groups is not None else {})
+        if truth.masks:
+            result["mIoU_at"] = {
+                name: dict(zip(map(str, JACCARD_THRESHOLDS), columns["jaccard"].mean(0).tolist(), strict=True))
+                for name, columns in samples.maps.items()
+            }
+        if truth.silent:
+            has_source = np.array([i not in truth.silent for i in ids])
+            _add_detection(result, samples, scalars, has_source, *resampling)
+        classes, sizes = np.array([truth.class_of.get(i, "") for i in ids]), size_names(scalars["area"])
+        known = [name for name in np.unique(classes) if name]
+        result["by_class"] = _summarise_parts(samples, classes, known, *resampling)
+        result["by_size"] = _summarise_parts(samples, sizes, [*SIZES, "empty"], *resampling)
+        return result
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per sample, by id: what it is, its scalars, then the columns of every map."""
+        truth = self.ground_truth
+        ids, samples, scalars = self._in_order()
+        columns = {
+            "id": ids,
+            "class": [truth.class_of.get(i, "") for i in ids],
+            "unit": [truth.unit_of.get(i, i) for i in ids],
+            "has_source": [i not in truth.silent for i in ids],
+        } | {name: values.tolist() for name, values in scalars.items()}
+        for name, own in samples.maps.items():
+            at_half = {"jaccard": own["jaccard"][:, JACCARD_THRESHOLDS.index(0.5)]} if "jaccard" in own else {}
+            plain = {column: values for column, values in own.items() if values.ndim == 1} | at_half
+            columns |= {f"{name}_{column}": values.tolist() for column, values in plain.items()}
+        return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
-def figures_of(columns: Columns, empty: np.ndarray, groups: Groups | None = None) -> dict[str, Figure]:
+# ---------------------------------------------------------------- figures
+
+
+def ratios_of(columns: Columns, empty: np.ndarray, groups: Groups | None = None) -> dict[str, Ratio]:
     """Every figure that the columns of one map allow; empty (N,) bool, where G is; `groups` adds the interactive ones.
 
     Of the rule `fixed`: cIoU, AUC, mean_iou, cIoU_sounding (without the samples whose G is empty; cIoU counts them as
@@ -126,40 +196,75 @@ def figures_of(columns: Columns, empty: np.ndarray, groups: Groups | None = None
     pointing, with groups both_pointing; AVSBench's mIoU and F.
     """
     everywhere = np.ones(len(empty))
-    figures = {}
+    ratios = {}
     for suffix in RULES.values():
         if "iou" + suffix not in columns:
             continue
         ious = columns["iou" + suffix]
-        figures[f"cIoU{suffix}"] = Figure(ious >= 0.5, everywhere)
-        figures[f"AUC{suffix}"] = Figure(area_under_steps(ious), everywhere)
-        figures[f"mean_iou{suffix}"] = Figure(ious, everywhere)
-        figures[f"cIoU{suffix}_sounding"] = Figure((ious >= 0.5) & ~empty, ~empty)
+        ratios[f"cIoU{suffix}"] = Ratio(success(ious), everywhere)
+        ratios[f"AUC{suffix}"] = Ratio(area_under_success(ious), everywhere)
+        ratios[f"mean_iou{suffix}"] = Ratio(ious, everywhere)
+        ratios[f"cIoU{suffix}_sounding"] = Ratio(success(ious) & ~empty, ~empty)
         if groups is not None:
-            worst, first = _by_image(ious, groups)
-            figures[f"IIoU{suffix}"] = Figure((worst >= 0.5) & first, first)
-            figures[f"IAUC{suffix}"] = Figure(area_under_steps(worst) * first, first)
+            worst, first = worst_by_image(ious, groups)
+            ratios[f"IIoU{suffix}"] = Ratio(success(worst) & first, first)
+            ratios[f"IAUC{suffix}"] = Ratio(area_under_success(worst) * first, first)
     if "average_precision" in columns:
-        figures["mAP"] = Figure(np.nan_to_num(columns["average_precision"]), everywhere)
+        ratios["mAP"] = Ratio(np.nan_to_num(columns["average_precision"]), everywhere)
     if "pointing" in columns:
-        figures["pointing"] = Figure(columns["pointing"], everywhere)
+        ratios["pointing"] = Ratio(columns["pointing"], everywhere)
         if groups is not None:
-            worst, first = _by_image(columns["pointing"], groups)
-            figures["both_pointing"] = Figure(worst & first, first)
+            worst, first = worst_by_image(columns["pointing"], groups)
+            ratios["both_pointing"] = Ratio(worst & first, first)
     if "jaccard" in columns:
-        figures["mIoU"] = Figure(columns["jaccard"][:, JACCARD_THRESHOLDS.index(0.5)], everywhere)
-        figures["F"] = Figure(columns["f"] * ~empty[:, None], ~empty)
-    return figures
+        ratios["mIoU"] = Ratio(columns["jaccard"][:, JACCARD_THRESHOLDS.index(0.5)], everywhere)
+        ratios["F"] = Ratio(columns["f"] * ~empty[:, None], ~empty)
+    return ratios
 
 
-def area_under_steps(ious: np.ndarray) -> np.ndarray:
-    """(N,) IoUs -> (N,): each one's part in `metrics.area_under_curve`, whose mean over samples it is."""
-    reached = (np.asarray(ious)[:, None] >= np.arange(21) / 20).astype(float)
+def success(ious: np.ndarray | Tensor, at: float = 0.5) -> np.ndarray | Tensor:
+    """(N,) IoUs -> (N,) bool: which samples are localized at this IoU. Their share at 0.5 is a set's cIoU."""
+    return ious >= at
+
+
+def success_steps(ious: np.ndarray) -> np.ndarray:
+    """(N,) IoUs -> (N, 21) bool: `success` at each of IOU_STEPS. Its mean over samples is the success curve."""
+    return success(np.asarray(ious)[:, None], IOU_STEPS)
+
+
+def area_under_success(ious: np.ndarray) -> np.ndarray:
+    """(N,) IoUs -> (N,) in 0..1: the area under each sample's `success_steps` by trapezoids. AUC is its mean."""
+    reached = success_steps(ious).astype(float)
     return (reached.sum(1) - (reached[:, 0] + reached[:, -1]) / 2) / 20
 
 
-def _by_image(values: np.ndarray, groups: Groups) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest value of every image, in the place of the image's first sample, and which places those are."""
+def interactive_groups(ids: Sequence[str], expected: Sequence[str] | None = None) -> Groups:
+    """Group the indices of `ids` by image, the id up to its last underscore: {image: [index, ...]}.
+
+    Only images with at least two entries stay. With `expected`, every id that the set should hold, images of which an
+    entry is missing drop out, too.
+    """
+
+    def by_image(names: Sequence[str]) -> Groups:
+        groups = {}
+        for index, name in enumerate(names):
+            groups.setdefault(name.rpartition("_")[0] or name, []).append(index)
+        return groups
+
+    complete = by_image(ids if expected is None else expected)
+    return {
+        image: group
+        for image, group in by_image(ids).items()
+        if len(group) > 1 and len(group) == len(complete.get(image, ()))
+    }
+
+
+def worst_by_image(values: np.ndarray, groups: Groups) -> tuple[np.ndarray, np.ndarray]:
+    """Per image its smallest value, so that a threshold holds for every source of the image.
+
+    values (N,) -> the smallest value in the place of the image's first sample, 0 elsewhere, and (N,) bool, which places
+    those are.
+    """
     first = np.zeros(len(values), dtype=bool)
     first[[group[0] for group in groups.values()]] = True
     worst = np.zeros_like(values)
@@ -168,56 +273,49 @@ def _by_image(values: np.ndarray, groups: Groups) -> tuple[np.ndarray, np.ndarra
     return worst, first
 
 
-def resampled_counts(units: int, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
-    """How often each of U units is drawn in a bootstrap resample, in chunks (some resamples, U), the same per seed."""
-    rng = np.random.default_rng(seed)
-    chunk = max(1, min(resamples, CHUNK // max(units, 1)))
-    for start in range(0, resamples, chunk):
-        size = min(chunk, resamples - start)
-        draws = rng.integers(units, size=(size, units)) + units * np.arange(size)[:, None]
-        yield np.bincount(draws.ravel(), minlength=size * units).reshape(size, units)
+def summarise(samples: Samples, resamples: int = 0, seed: int = 0) -> dict[str, dict]:
+    """Figures of some samples: maps and references, {name: {metric: value}}; intervals, {map: {metric: [low, high]}}.
 
-
-def bootstrap(
-    figures: Mapping[str, Figure], units: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """Resample the units (N >= 1 labels) -> {figure: (resamples,) values}, NaN where a resample leaves it undefined."""
-    labels, unit_of = np.unique(np.asarray(units), return_inverse=True)
-    tops = [figure.numerator.reshape(len(unit_of), -1) for figure in figures.values()]
-    widths = [top.shape[1] for top in tops]
-    first = np.cumsum([0, *widths[:-1]])  # each figure's first column
-    top, bottom = np.zeros((len(labels), sum(widths))), np.zeros((len(labels), len(tops)))
-    np.add.at(top, unit_of, np.concatenate(tops, 1))
-    np.add.at(bottom, unit_of, np.stack([figure.denominator for figure in figures.values()], 1))
-    drawn = []
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for counts in resampled_counts(len(labels), resamples, seed):
-            counts = counts.astype(float)
-            ratios = (counts @ top) / np.repeat(counts @ bottom, widths, axis=1)
-            drawn.append(np.maximum.reduceat(ratios, first, axis=1))
-    return dict(zip(figures, np.concatenate(drawn).T, strict=True))
-
-
-def interval(values: np.ndarray) -> list[float]:
-    """Bootstrap values -> [low, high] of the 95 % interval; NaN where none is defined."""
-    values = values[np.isfinite(values)]
-    return [float(v) for v in np.percentile(values, INTERVAL)] if len(values) else [math.nan, math.nan]
-
-
-def summarise(
-    figures: Mapping[str, Mapping[str, Figure]], units: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
-) -> dict[str, dict[str, dict]]:
-    """{map: {metric: Figure}} -> {"maps": {map: {metric: value}}, "intervals": {map: {metric: [low, high]}}}.
-
-    All maps are resampled together, so their differences may be taken, too. No intervals for 0 resamples.
+    A map that was also asked with the wrong audio gets `listening`, the difference of the two cIoU.
     """
-    values = {name: {metric: figure.value() for metric, figure in row.items()} for name, row in figures.items()}
-    if not resamples:
-        return {"maps": values, "intervals": {}}
-    flat = {(name, metric): figure for name, row in figures.items() for metric, figure in row.items()}
-    drawn = bootstrap(flat, units, resamples, seed)
-    intervals = {name: {metric: interval(drawn[name, metric]) for metric in row} for name, row in figures.items()}
-    return {"maps": values, "intervals": intervals}
+    ratios, references = (
+        {name: ratios_of(columns, samples.empty, samples.groups) for name, columns in table.items()}
+        for table in (samples.maps, samples.references)
+    )
+    for name, own in ratios.items():
+        if name + WRONG in ratios:
+            hits, wrong = own["cIoU"], ratios[name + WRONG]["cIoU"]
+            own["listening"] = Ratio(hits.numerator.astype(float) - wrong.numerator, hits.denominator)
+    return {
+        "maps": values_of(ratios),
+        "intervals": intervals_of(ratios, samples.units, resamples, seed),
+        "references": values_of(references),
+    }
+
+
+def _summarise_parts(
+    samples: Samples, labels: np.ndarray, names: Sequence[str], resamples: int, seed: int
+) -> dict[str, dict]:
+    """`summarise` of the samples of each label that occurs, and how many they are."""
+    parts = {str(name): np.flatnonzero(labels == name) for name in names}
+    return {
+        name: {"samples": len(rows)} | summarise(samples.take(rows), resamples, seed)
+        for name, rows in parts.items()
+        if len(rows)
+    }
+
+
+def _add_detection(
+    result: dict[str, Any], samples: Samples, scalars: Columns, has_source: np.ndarray, resamples: int, seed: int
+) -> None:
+    """Add `detect` by every confidence that there is; the second and further ones end the metric's name."""
+    right = {name: columns for name, columns in samples.maps.items() if not name.endswith(WRONG)}
+    for score in (name for name in SCALARS if name in scalars):
+        end = "" if score == SCALARS[0] else f"@{score}"
+        found = detect(right, scalars[score], has_source, samples.units, resamples, seed)
+        for kind, by_map in zip(("maps", "intervals"), found, strict=True):
+            for name, figures in by_map.items():
+                result[kind][name] |= {metric + end: value for metric, value in figures.items()}
 
 
 def size_names(areas: np.ndarray) -> np.ndarray:
@@ -242,48 +340,3 @@ def count_tied(maps: Mapping[str, Columns]) -> dict[str, dict[str, int]]:
                 stacklevel=2,
             )
     return counts
-
-
-# ---------------------------------------------------------------- when nothing sounds
-
-
-def detect(
-    maps: Mapping[str, Columns],
-    confidence: np.ndarray,
-    has_source: np.ndarray,
-    units: Sequence[str],
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, list[float]]]]:
-    """Figures of an extended set by map, for one confidence of the pairs, and the intervals of the headline ones.
-
-    maps: columns with iou of every rule; confidence, has_source (N,). AP, max_F1, max_F1_11 at IoU 0.5, AP_30, AP_50,
-    AP_75, each with the rule's suffix; presence_AP: average precision of the confidence for "the source is in view".
-    Intervals: AP, max_F1, max_F1_11 of the rule `fixed`, presence_AP.
-    """
-
-    def headline(rows: np.ndarray | slice) -> dict[str, dict[str, float]]:
-        sure, there = confidence[rows], has_source[rows]
-        presence = float(average_precision_score(there, sure)) if there.any() else math.nan
-        found = {name: detection_scores(columns["iou"][rows], sure, there) for name, columns in maps.items()}
-        return {name: {**scores, "presence_AP": presence} for name, scores in found.items()}
-
-    values = headline(slice(None))
-    for name, columns in maps.items():
-        for suffix in RULES.values():
-            ious = columns["iou" + suffix]
-            by_bar = {bar: detection_scores(ious, confidence, has_source, bar) for bar in (0.5, *IOU_BARS)}
-            values[name] |= {f"AP_{100 * bar:.0f}{suffix}": by_bar[bar]["AP"] for bar in IOU_BARS}
-            values[name] |= {metric + suffix: value for metric, value in by_bar[0.5].items()}
-    unit_of = np.unique(np.asarray(units), return_inverse=True)[1]
-    samples = np.arange(len(unit_of))
-    drawn = [
-        headline(np.repeat(samples, count[unit_of]))
-        for counts in resampled_counts(unit_of.max() + 1, resamples, seed)
-        for count in counts
-    ]
-    intervals = {
-        name: {metric: interval(np.array([draw[name][metric] for draw in drawn])) for metric in drawn[0][name]}
-        for name in (maps if drawn else ())
-    }
-    return values, intervals

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from annotations import box_map, load_boxes
 from audio_io import load_audio, log_spectrogram
 from maps import MAP_SIZE, normalize_maps
-from scoring.metrics import Groups, consensus_iou, every, interactive_groups, pointing, region_fixed, success_rate
+from scoring.metrics import consensus_iou, pointing, region_fixed
+from scoring.summary import Groups, interactive_groups, success, worst_by_image
 from synthetic.kinds import KINDS
 from transforms import load_image
 from utils import UserError, as_user_error
@@ -63,10 +64,12 @@ def score_maps(maps: Iterable[np.ndarray], boxes: Sequence[Boxes], groups: Group
         truth = torch.stack([box_map(drawn) for drawn in boxes[start : start + BATCH]])
         ious.append(consensus_iou(region_fixed(batch), truth))
         hits.append(pointing(batch, truth))
-    ious, hits = torch.cat(ious), torch.cat(hits).double()
-    scores = {"pointing": hits.mean().item(), "cIoU": success_rate(ious)}
+    hits, localized = torch.cat(hits).numpy(), success(torch.cat(ious).numpy())
+    scores = {"pointing": float(hits.mean()), "cIoU": float(localized.mean())}
     if groups:
-        scores |= {"both_pointing": every(hits, groups).mean().item(), "IIoU": success_rate(every(ious, groups))}
+        for name, values in {"both_pointing": hits, "IIoU": localized}.items():
+            worst, first = worst_by_image(values, groups)
+            scores[name] = float(worst[first].mean())
     return scores
 
 

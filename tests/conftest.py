@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 os.environ["WANDB_MODE"] = "offline"  # no test may reach for a network
 os.environ["OMP_NUM_THREADS"] = "1"  # two small threads that share a busy core wait for each other
 
-SMALL = ["--arch", "small", "--dim", "16", "--image_size", "64", "--audio_seconds", "0.8", "--imagenet_weights", "none"]
+SMALL = ["--recipe", "paper", "dim=16", "--arch", "small", "--image_size", "64", "--audio_seconds", "0.8"]
+SMALL += ["--imagenet_weights", "none"]
 SHORT = ["--epochs", "2", "--batch_size", "16", "--lr", "1e-3", "--num_workers", "0", "--gpu", "cpu"]
 MEASURED = ("pairs_per_second", "data_wait", "memory_gib")  # of a line of the log: what no other run repeats
 
@@ -47,6 +48,14 @@ def synthetic_root(tmp_path_factory) -> Path:
     counts = {"train": 70, "val": 10, "test": 20, "distractor": 20, "interactive": 10, "offscreen": 20}
     generate(root, seed=0, counts=counts)
     return root
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory) -> list[dict]:
+    """{case: result} of either process: one spawn for all cases of `processes.CASES`."""
+    import processes
+
+    return processes.on_two(tmp_path_factory.mktemp("processes"))
 
 
 class Finished(NamedTuple):
@@ -87,6 +96,36 @@ def train(cli):
         return cli("train_slot", *flags)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A small untrained joint-slot model."""
+    import torch
+
+    from model_slot import JointSlotModel
+
+    torch.manual_seed(0)
+    model = JointSlotModel("small", 16, image_size=64, audio_seconds=0.8)
+    state = {"model": model.state_dict(), "model_config": model.config, "epoch": 0, "selected_by": "nothing"}
+    path = tmp_path_factory.mktemp("model") / "untrained.pth"
+    utils.save_checkpoint(path, state)
+    return path
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The checkpoint files that were read since, in order."""
+    import torch
+
+    files, load = [], torch.load
+
+    def count(path, **settings):
+        files.append(Path(path))
+        return load(path, **settings)
+
+    monkeypatch.setattr(torch, "load", count)
+    return files
 
 
 @pytest.fixture

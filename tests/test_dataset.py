@@ -188,7 +188,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_index_alone(root):
 
 def test_sounds_of_nothing_come_second_and_change_nothing_else(root):
     pairs, _ = dataset.find_pairs(root, "vggsound", None)
-    plain, more = (dataset.TrainingPairs(pairs, 32, 0.5, "hard", 0, sourceless) for sourceless in (False, True))
+    plain, more = (dataset.TrainingPairs(pairs, 32, 0.5, "hard", 0, silence) for silence in (False, True))
     for i in range(len(pairs)):
         assert torch.equal(plain[i].image, more[i].image)
         assert torch.equal(plain[i].spectrogram, more[i].spectrogram[:1])

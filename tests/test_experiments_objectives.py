@@ -17,6 +17,7 @@ from conftest import ROOT
 
 import experiments.objectives as objectives
 import experiments.runs as runs
+import recipes
 from experiments.objectives import ROWS
 from experiments.runs import SPLITS, Row
 from experiments.tables import CLASS_RECALL, TABLES
@@ -161,8 +162,6 @@ def test_an_interrupted_comparison_leaves_no_training_behind(compare, monkeypatc
 
 @pytest.mark.parametrize(("key", "arch"), [*((key, "small") for key in ROWS), ("listen", "resnet18")])
 def test_the_flags_of_every_row_are_flags_of_the_training(key, arch, tmp_path):
-    import recipes
-
     ((run,),) = objectives.objective_rows([key], [3], tmp_path, arch, 7).values()
     words = ["--trainset", "synthetic", *run.words(), "--experiment_name", run.folder.name]
     recipes.add_flags(parser := ArgumentParser())

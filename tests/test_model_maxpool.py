@@ -6,21 +6,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_distributed import assert_same, gradients, max_pool
+from processes import gradients, max_pool
+from test_training_step import assert_same
 from torchvision.models import resnet18
 
 import models
 from dataset import build_test_set
 from model_maxpool import MaxPoolModel, max_pool_contrast_loss, max_pool_scores
-from model_slot import JointSlotModel
 from reports.diagnose import diagnose
 from scoring.evaluate import embed_set
-from utils import UserError, load_checkpoint, save_checkpoint
+from utils import UserError, load_checkpoint
 
 SIZES = {"image_size": 64, "audio_seconds": 0.8}
 SMALL = {"arch": "small", "dim": 16, **SIZES}
 CPU = torch.device("cpu")
-OBJECTIVE = "maxpool_contrastive"
+OBJECTIVE = "maxpool"
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole(micro_batch):
     assert_same(gradients(micro_batch, make=max_pool), (losses, found))
 
 
-# ---------------------------------------------------------------- maps and loading
+# ---------------------------------------------------------------- maps
 
 
 def test_map_confidence_and_retrieval_agree_with_the_score_of_training(model):
@@ -105,30 +105,6 @@ def test_map_confidence_and_retrieval_agree_with_the_score_of_training(model):
     assert longer.shape == (3, 16)  # one vector, however long the sound
 
 
-def test_a_checkpoint_is_loaded_as_the_class_that_it_is_of(model, tmp_path):
-    joint = JointSlotModel(**SMALL)
-    assert "objective" not in joint.config
-    for name, one in (("max.pth", model), ("joint.pth", joint)):
-        save_checkpoint(tmp_path / name, {"model": one.state_dict(), "model_config": one.config})
-        loaded = models.load_model(tmp_path / name)
-        assert type(loaded) is type(one) and loaded.config == one.config and not loaded.training
-        for key, value in one.state_dict().items():
-            assert torch.equal(loaded.state_dict()[key], value), key
-    with pytest.raises(UserError, match="load_model"):
-        MaxPoolModel.from_checkpoint(tmp_path / "joint.pth")
-    with pytest.raises(UserError, match="build no model"):
-        JointSlotModel.from_checkpoint(tmp_path / "max.pth")
-    save_checkpoint(tmp_path / "max.pth", {"model": {}, "model_config": model.config | {"objective": "none"}})
-    with pytest.raises(UserError, match="objective 'none'"):
-        models.load_model(tmp_path / "max.pth")
-
-
-def test_a_released_checkpoint_without_settings_is_a_joint_slot_model(tmp_path):
-    (tmp_path / "configs.json").write_text(json.dumps(SMALL))
-    torch.save({"model": JointSlotModel(**SMALL).state_dict()}, tmp_path / "released.pth")
-    assert type(models.load_model(tmp_path / "released.pth")) is JointSlotModel
-
-
 # ---------------------------------------------------------------- through the scripts
 
 
@@ -141,7 +117,7 @@ def test_a_training_run_is_scored_by_the_map_that_there_is(trained):
     state = load_checkpoint(folder / "best.pth")
     assert state["selected_by"] == "cIoU of AUD on test set synthetic" in done.stdout
     assert state["best"] == line["synthetic/AUD/cIoU"]
-    assert state["model_config"]["objective"] == OBJECTIVE
+    assert state["model_config"]["objective"] == "maxpool_contrastive"
     assert (folder / "curves.png").stat().st_size > 0
 
 
@@ -152,8 +128,8 @@ def test_a_resumed_run_ends_with_the_weights_of_one_in_one_go_and_takes_no_other
     assert train(synthetic_root, tmp_path / "whole", *own).returncode == 0
     assert train(synthetic_root, tmp_path, *own, "--epochs", "1").returncode == 0
     done = train(synthetic_root, tmp_path, "--resume")
-    assert done.returncode == 2 and f"--objective {OBJECTIVE} -> joint_slot" in done.stderr
-    done = train(synthetic_root, tmp_path, "--resume", "--force")
+    assert done.returncode == 2 and f"--objective {OBJECTIVE} -> paper" in done.stderr
+    done = train(synthetic_root, tmp_path, "--resume", "force")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert train(synthetic_root, tmp_path, *own, "--resume").returncode == 0
     whole, halves = (load_checkpoint(tmp_path / folder / "latest.pth")["model"] for folder in ("whole/run", "run"))
@@ -163,8 +139,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_in_one_go_and_takes_no_other
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--map_contrast", "1"], "--map_contrast"),
-        (["--silence", "1", "--share_contrast", "1"], "--share_contrast, --silence"),
+        (["--weights", "silence=1", "share_contrast=1"], "--weights share_contrast, --weights silence"),
         (["--reciprocal_k", "3"], "--reciprocal_k"),
     ],
 )
@@ -214,7 +189,7 @@ def test_retrieval_takes_the_best_token(trained, synthetic_root):
 
 
 def test_the_diagnosis_of_slots_is_refused_before_anything_is_written(model, trained, synthetic_root, tmp_path, cli):
-    with pytest.raises(UserError, match=f"--objective {OBJECTIVE} has none"):
+    with pytest.raises(UserError, match="--objective maxpool_contrastive has none"):
         diagnose(model, [], CPU, tmp_path)
     done = cli(
         "test_model", "--checkpoint", trained[0] / "best.pth", "--testset", "synthetic", "--gpu", "cpu",

@@ -9,14 +9,14 @@ import subprocess
 import numpy as np
 import pytest
 import soundfile
-import torch
 from PIL import Image
 
-import reports.page as html_report
+import reports.page as page_module
 import scoring.metrics as metrics
 from audio_io import SAMPLE_RATE
 from reports.page import Gallery, page_data, sample_strip, shown_maps, success_curve, write_page
 from reports.pictures import TRUTH_COLOUR
+from scoring.summary import ratios_of
 from utils import UserError
 
 ODD_IDS = [
@@ -96,7 +96,7 @@ def test_maps_are_chosen_by_name_and_a_missing_one_is_named():
 def test_the_sound_is_what_the_model_hears(sample, sound, tmp_path, monkeypatch, kind, seconds):
     if kind not in soundfile.available_formats():
         pytest.skip("this libsndfile writes no MP3")
-    monkeypatch.setattr(html_report, "sound_format", lambda: kind)
+    monkeypatch.setattr(page_module, "audio_format", lambda: kind)
     gallery = Gallery(tmp_path / "out", seconds=seconds)
     gallery.add("a", *sample, sound)
     gallery.finish(results_of(), [row_of("a")])
@@ -129,7 +129,7 @@ def test_any_id_is_a_safe_file_name_and_a_safe_text(sample, tmp_path):
     data = data_in(page)
     assert data["samples"]["picture"] == pictures and len(pictures) == len(ODD_IDS)
     assert data["samples"]["id"] == ODD_IDS
-    template = html_report.TEMPLATE.read_text("utf-8")
+    template = page_module.TEMPLATE.read_text("utf-8")
     assert page.read_text("utf-8").count("</script") == template.count("</script")
 
 
@@ -141,7 +141,7 @@ def test_a_rerun_replaces_everything_and_a_broken_one_leaves_the_old_page_whole(
 
     gallery = Gallery(tmp_path)
     gallery.add("e", sample[0] // 2, *sample[1:], None)
-    with pytest.raises(ValueError, match="2 samples have a row or a picture, but not both, 'e' among them"):
+    with pytest.raises(ValueError, match="2 samples have a row or an image, but not both, 'e' among them"):
         gallery.finish(results_of(), [row_of("f")])
     assert before.items() <= {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}.items()
     make(tmp_path, sample, ["g"])
@@ -150,12 +150,12 @@ def test_a_rerun_replaces_everything_and_a_broken_one_leaves_the_old_page_whole(
 
 def test_nothing_that_breaks_off_leaves_a_page_of_two_runs(sample, tmp_path, monkeypatch):
     page = make(tmp_path, sample, ["a"])
-    calls = iter([html_report.os.replace])  # the page's own write; the next move fails
+    calls = iter([page_module.os.replace])  # the page's own write; the next move fails
 
     def replace(*paths):
         next(calls, lambda *_: (_ for _ in ()).throw(OSError("disk")))(*paths)
 
-    monkeypatch.setattr(html_report.os, "replace", replace)
+    monkeypatch.setattr(page_module.os, "replace", replace)
     with pytest.raises(OSError, match="disk"):
         make(tmp_path, sample, ["b"])
     assert not page.exists()
@@ -182,15 +182,14 @@ def test_rounding_never_turns_a_failure_into_a_success_and_undefined_is_null():
 def test_the_area_under_the_drawn_curve_is_the_auc():
     ious = np.append(np.random.default_rng(0).random(200), [0.5, 0.05, 1.0])
     curve = success_curve(ious)
-    assert len(curve) == 21 and curve[10] == metrics.success_rate(torch.tensor(ious))
-    assert (sum(curve) - (curve[0] + curve[-1]) / 2) / 20 == pytest.approx(
-        metrics.area_under_curve(torch.tensor(ious)), abs=1e-12
-    )
+    ratios = ratios_of({"iou": ious}, np.zeros(len(ious), dtype=bool))
+    assert len(curve) == 21 and curve[10] == ratios["cIoU"].value()
+    assert (sum(curve) - (curve[0] + curve[-1]) / 2) / 20 == pytest.approx(ratios["AUC"].value(), abs=1e-12)
     assert success_curve(np.array([0.9, math.nan]))[10] == 0.5  # an undefined one counts
 
 
 def test_the_page_asks_for_nothing_from_elsewhere():
-    template = html_report.TEMPLATE.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")  # a name, not a place
+    template = page_module.TEMPLATE.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")  # a name, not a place
     assert not re.search(
         r"https?:|//[a-z]|@import|url\(|\.innerHTML|fetch\(|<link(?! rel=\"icon\" href=\"data:,\")", template
     )
@@ -225,10 +224,10 @@ def browser():
 def big_page(tmp_path_factory):
     """A page as large as VGG-SS's, whose samples share four pictures and one sound."""
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("big")
-    (folder / html_report.FILES).mkdir()
+    (folder / page_module.FILES).mkdir()
     for i in range(4):
-        Image.new("RGB", (3 * 224, 224), (60 * i, 80, 120)).save(folder / html_report.FILES / f"{i}.jpg")
-    soundfile.write(folder / html_report.FILES / "s.wav", np.zeros(SAMPLE_RATE), SAMPLE_RATE)
+        Image.new("RGB", (3 * 224, 224), (60 * i, 80, 120)).save(folder / page_module.FILES / f"{i}.jpg")
+    soundfile.write(folder / page_module.FILES / "s.wav", np.zeros(SAMPLE_RATE), SAMPLE_RATE)
     names = [HOSTILE, *(f"class {i}" for i in range(1, CLASSES))]
     rows, scores = [], rng.random((ROWS, len(MAPS), 4))
     for i in range(ROWS):
@@ -243,8 +242,8 @@ def big_page(tmp_path_factory):
     results = group | {"testset": "vggss", "by_class": dict.fromkeys(names, group), "by_size": {"larger": group}}
     results["maps"] = group["maps"] | {"AUD": figures | {"listening": 0.0825}}
     files = {row["id"]: (f"{i % 4}.jpg", "s.wav") for i, row in enumerate(rows)}
-    write_page(results, rows, folder / html_report.PAGE, ["AUD", "IQR"], files)
-    return folder / html_report.PAGE, rows
+    write_page(results, rows, folder / page_module.PAGE, ["AUD", "IQR"], files)
+    return folder / page_module.PAGE, rows
 
 
 @pytest.fixture

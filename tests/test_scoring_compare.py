@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from scoring.compare import compare, configure, figures, read_run, seed_means
-from scoring.metrics import interactive_groups
-from scoring.summary import Figure, bootstrap, figures_of, interval
+from scoring.bootstrap import Ratio, bootstrap, interval
+from scoring.compare import compare, configure, ratios, read_run, seed_means
+from scoring.summary import interactive_groups, ratios_of
 from utils import UserError
 
 FLAGS = {"trainset": "synthetic", "experiment_name": "full_seed0", "seed": 0, "lam3": 100.0, "lam1": 0.1, "epochs": 10}
@@ -26,8 +26,8 @@ def write(folder, ious, ids=None, shuffle=False, interactive=False, maps_of_othe
     for name, values in ious.items():
         columns = {"iou": values, "iou_half": values / 2, "average_precision": values, "pointing": values > 0.3}
         groups = interactive_groups(ids) if interactive else None
-        found = figures_of(columns, np.zeros(count, dtype=bool), groups)
-        maps[name] = {metric: figure.value() for metric, figure in found.items()} | {"samples": count}
+        found = ratios_of(columns, np.zeros(count, dtype=bool), groups)
+        maps[name] = {metric: ratio.value() for metric, ratio in found.items()} | {"samples": count}
         for key, column in columns.items():
             for row, value in zip(rows, column.tolist()):
                 row[f"{name}_{key}"] = value
@@ -65,7 +65,7 @@ def tables(text):
     """The cells of every Markdown table: [[{head: cell}, ...], ...]."""
     found, rows = [], []
     for line in [*text.splitlines(), ""]:
-        if line.startswith("| "):
+        if line.startswith("|"):
             rows.append([cell.strip() for cell in line.strip("|").split("|")])
         elif rows:
             found.append([dict(zip(rows[0], row, strict=True)) for row in rows[2:]])
@@ -104,7 +104,7 @@ def test_an_interval_is_that_of_the_differences_and_marked_where_it_excludes_zer
     rows = tables(compare([a, b]))[1]
     ids = read_run(a).columns["id"]
     order = np.argsort([f"id{i // 2}_{i % 2}" for i in range(50)])
-    low, high = interval(bootstrap({"x": Figure((better >= 0.5)[order] * 1.0, np.ones(50))}, ids)["x"])
+    low, high = interval(bootstrap({"x": Ratio((better >= 0.5)[order] * 1.0, np.ones(50))}, ids)["x"])
     assert rows[0]["cIoU"] == f"+60.0 [{100 * low:+.1f}, {100 * high:+.1f}] *"
     assert "*" not in rows[1]["cIoU"]
 
@@ -133,7 +133,7 @@ def test_pairing_makes_the_interval_tighter_on_the_same_samples(tmp_path):
     b = write(tmp_path / "b", {"AUD": np.clip(hardness + rng.normal(0, 0.05, 200), 0, 1)}, flags={"lam3": 0.0})
     printed = tables(compare([a, b]))[1][0]["mAP"]
     low, high = (float(x) for x in re.search(r"\[(.*), (.*)\]", printed).groups())
-    one, two = (figures(read_run(path), "AUD")["mAP"] for path in (a, b))
+    one, two = (ratios(read_run(path), "AUD")["mAP"] for path in (a, b))
     ids = read_run(a).columns["id"]
     apart = bootstrap({"x": two}, ids, seed=0)["x"] - bootstrap({"x": one}, ids, seed=1)["x"]
     assert high - low < 0.5 * 100 * np.diff(interval(apart))[0]
@@ -206,9 +206,9 @@ def test_no_line_is_wider_than_a_terminal(tmp_path):
     ]
     text = compare(paths)
     assert max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 130
-    first, second = tables(text.split("Difference")[0])
-    assert [row["configuration"] for row in first] == [row["configuration"] for row in second]
-    assert "cIoU" in first[0] and "both_pointing" in second[0]
+    first, *below = tables(text.split("Difference")[0])
+    assert all([row["configuration"] for row in block] == [row["configuration"] for row in first] for block in below)
+    assert "cIoU" in first[0] and "both_pointing" in below[-1][0]
 
 
 # ---------------------------------------------------------------- configurations

@@ -1,4 +1,4 @@
-"""Figures of a set: by hand, the reference numbers, and what a bootstrap must keep."""
+"""Figures of a set: by hand, and the reference numbers."""
 
 import json
 import warnings
@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import scoring.metrics as metrics
-import scoring.summary as scores
+import scoring.summary as summary
 from annotations import GroundTruth
 from maps import normalize_maps, upsample_maps
-from scoring.accumulate import SetScores
-from scoring.summary import Figure, Table, figures_of, map_columns
+from scoring.metrics import map_columns
+from scoring.summary import SetScores, Table, ratios_of
 
 SEEDS = st.integers(0, 2**32 - 1)
 few = settings(max_examples=20, deadline=None)
@@ -54,12 +54,12 @@ def test_the_summary_matches_the_reference():
             sample[top:bottom, left:right] += 0.5 if kind == "flickr" else 1
     ids = [f"image{index // 2:02}_{index % 2}" for index in range(48)]
     wanted = GroundTruth("x", ids, None, 48, interactive=True)
-    summary = score(ids, maps, truth.clamp(max=1), 10, wanted, resamples=0)["maps"]["AUD"]
+    figures = score(ids, maps, truth.clamp(max=1), 10, wanted, resamples=0)["maps"]["AUD"]
     names = [f"{name}_{rule}" for name in ("cIoU", "IIoU", "AUC", "IAUC") for rule in ("half", "adaptive")]
-    assert np.allclose([summary[name] for name in names], golden["summary_interactive"], rtol=0, atol=1e-6)
-    assert np.allclose([summary[n] for n in ("cIoU", "AUC", "mean_iou")], golden["summary_AUD"], rtol=0, atol=1e-5)
-    assert summary["mAP"] == pytest.approx(golden["pixel_average_precision"].mean(), abs=1e-6)
-    assert summary["samples"] == 48 and summary["images"] == 24
+    assert np.allclose([figures[name] for name in names], golden["summary_interactive"], rtol=0, atol=1e-6)
+    assert np.allclose([figures[n] for n in ("cIoU", "AUC", "mean_iou")], golden["summary_AUD"], rtol=0, atol=1e-5)
+    assert figures["mAP"] == pytest.approx(golden["pixel_average_precision"].mean(), abs=1e-6)
+    assert figures["samples"] == 48 and figures["images"] == 24
 
 
 @few
@@ -82,11 +82,11 @@ def test_ties_at_the_cut_are_counted_and_warned_about():
     binary[0, :3] = 1
     columns = {"AUD": {name: values.numpy() for name, values in map_columns(binary, binary).items()}}
     with pytest.warns(UserWarning, match="rule (half|adaptive): .* 1 of 1 AUD maps"):
-        assert scores.count_tied(columns) == {"AUD": {"tied_half": 1, "tied_adaptive": 1}}
+        assert summary.count_tied(columns) == {"AUD": {"tied_half": 1, "tied_adaptive": 1}}
     smooth = map_columns(torch.arange(400.0).reshape(1, 20, 20) / 399, torch.ones(1, 20, 20))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert scores.count_tied({"AUD": {k: v.numpy() for k, v in smooth.items()}})["AUD"]["tied_half"] == 0
+        assert summary.count_tied({"AUD": {k: v.numpy() for k, v in smooth.items()}})["AUD"]["tied_half"] == 0
 
 
 def test_an_empty_ground_truth_is_a_miss_and_counted():
@@ -107,7 +107,7 @@ def test_classes_and_sizes_split_the_set():
         assert sum(group["samples"] for group in groups) == 12
         hits = sum(group["samples"] * group["maps"]["AUD"]["cIoU"] for group in groups)
         assert hits / 12 == pytest.approx(result["maps"]["AUD"]["cIoU"])
-    assert scores.size_names(np.array([0, 1, 1023, 1024, 9216, 20736])).tolist() == [
+    assert summary.size_names(np.array([0, 1, 1023, 1024, 9216, 20736])).tolist() == [
         "empty", "under 32x32", "under 32x32", "32x32 to 96x96", "96x96 to 144x144", "larger",
     ]  # fmt: skip
 
@@ -157,51 +157,42 @@ def test_silent_pairs_add_detection_only_where_there_are_some():
     assert "AP" not in score(ids, maps, truth, confidence=sure)["maps"]["AUD"]
 
 
-# ---------------------------------------------------------------- the bootstrap
+# ---------------------------------------------------------------- cIoU, AUC and what they become on interactive sets
 
 
-def test_an_interval_is_that_of_the_binomial():
-    hits = (np.arange(400) % 4 == 0).astype(float)
-    figures = {"rate": Figure(hits, np.ones(400))}
-    low, high = scores.interval(scores.bootstrap(figures, [str(i) for i in range(400)])["rate"])
-    assert (low, high) == pytest.approx((0.25 - 1.96 * 0.02165, 0.25 + 1.96 * 0.02165), abs=0.006)
-    again = scores.bootstrap(figures, [str(i) for i in range(400)])["rate"]
-    assert scores.interval(again) == [low, high]
+@pytest.mark.parametrize("name", ["AUD", "IMG", "OBJ", "IQR", "OGL", "ALL"])
+def test_ciou_and_auc_of_the_reference_ious_are_the_reference(name):
+    golden = np.load(GOLDEN / "evaluation_public.npz")
+    ratios = ratios_of({"iou": golden[f"iou_{name}"]}, np.zeros(48, dtype=bool))
+    found = [ratios[metric].value() for metric in ("cIoU", "AUC", "mean_iou")]
+    assert np.allclose(found, golden[f"summary_{name}"], rtol=0, atol=1e-6)
 
 
-def test_frames_of_a_video_are_drawn_together():
-    hits = np.repeat(np.arange(80) % 2, 5).astype(float)
-    by_frame, by_video = (
-        np.std(scores.bootstrap({"rate": Figure(hits, np.ones(400))}, units)["rate"])
-        for units in (range(400), np.repeat(range(80), 5))
-    )
-    assert by_video / by_frame == pytest.approx(5**0.5, rel=0.15)
+def test_thresholds_of_the_curve_are_exact():
+    for step in range(21):  # an IoU of exactly x counts at x: 0.05 * 3 would be above 0.15
+        (area,) = summary.area_under_success(np.array([step / 20]))
+        assert area == pytest.approx((step + 0.5) / 20 if step < 20 else 1)
+    assert summary.success(np.array([0.5, 0.49, 0.51])).tolist() == [True, False, True]
+    assert summary.success_steps(np.array([0.25, np.nan])).sum(1).tolist() == [6, 0]
 
 
-def test_the_size_of_a_chunk_changes_no_draw(monkeypatch):
-    whole = np.concatenate(list(scores.resampled_counts(7, 50)))
-    monkeypatch.setattr(scores, "CHUNK", 20)
-    assert (np.concatenate(list(scores.resampled_counts(7, 50))) == whole).all()
-    assert (whole.sum(1) == 7).all()
+def test_interactive_images_need_every_sound():
+    ids = ["a_b_0", "a_b_1", "c_0", "d_0", "d_1", "a_b_2"]
+    groups = summary.interactive_groups(ids)
+    assert groups == {"a_b": [0, 1, 5], "d": [3, 4]}
+    assert summary.interactive_groups(ids, expected=[*ids, "d_2"]) == {"a_b": [0, 1, 5]}
+    worst, first = summary.worst_by_image(np.array([0.9, 0.4, 0.0, 0.6, 0.7, 0.8]), groups)
+    assert first.tolist() == [True, False, False, True, False, False] and worst[first].tolist() == [0.4, 0.6]
+    worst, first = summary.worst_by_image(np.array([True, True, False, True, False, True]), groups)
+    assert worst[first].tolist() == [True, False]
+    assert not summary.worst_by_image(np.ones(6), {})[1].any()
 
 
-def test_a_curve_takes_its_best_threshold_in_every_resample():
-    curve = np.array([[1.0, 0.0], [0.0, 1.0]])
-    values = scores.bootstrap({"F": Figure(curve, np.ones(2))}, ["a", "b"], 200)["F"]
-    assert set(values) == {0.5, 1.0} and Figure(curve, np.ones(2)).value() == 0.5
-
-
-def test_figures_of_nothing_are_undefined():
-    nothing = Figure(np.zeros(3), np.zeros(3, dtype=bool))
-    assert np.isnan(nothing.value())
-    assert np.isnan(scores.interval(scores.bootstrap({"x": nothing}, [*"abc"], 10)["x"])).all()
-
-
-def test_interactive_figures_need_every_sound():
+def test_interactive_figures_follow_the_worst_sound_of_an_image():
     columns = {"iou": np.array([0.9, 0.6, 0.7, 0.2]), "pointing": np.array([True, True, True, False])}
-    figures = figures_of(columns, np.zeros(4, dtype=bool), {"a": [0, 1], "b": [2, 3]})
-    assert figures["IIoU"].value() == figures["both_pointing"].value() == 0.5
-    assert figures["IAUC"].value() == pytest.approx(metrics.area_under_curve(torch.tensor([0.6, 0.2])))
+    ratios = ratios_of(columns, np.zeros(4, dtype=bool), {"a": [0, 1], "b": [2, 3]})
+    assert ratios["IIoU"].value() == ratios["both_pointing"].value() == 0.5
+    assert ratios["IAUC"].value() == pytest.approx(summary.area_under_success(np.array([0.6, 0.2])).mean())
 
 
 def test_tables_keep_the_order_they_are_asked_for():

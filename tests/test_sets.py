@@ -46,8 +46,9 @@ def test_broken_pairs_stop_a_test_with_their_count_and_are_counted_when_allowed(
 def test_broken_pairs_stop_a_training_with_their_count_and_are_left_out_when_allowed(damaged, tmp_path, cli):
     train = (
         "--trainset", "custom", "--train_data_path", damaged, "--gpu", "cpu", "--num_workers", 0, "--arch", "small",
-        "--dim", 16, "--image_size", 32, "--audio_seconds", 0.8, "--imagenet_weights", "none", "--batch_size", 4,
-        "--epochs", 1, "--reciprocal_k", 1, "--val_fraction", 0, "--model_dir", tmp_path, "--experiment_name", "run",
+        "--recipe", "dim=16", "--image_size", 32, "--audio_seconds", 0.8, "--imagenet_weights", "none",
+        "--batch_size", 4, "--epochs", 1, "--reciprocal_k", 1, "--val_fraction", 0, "--model_dir", tmp_path,
+        "--experiment_name", "run",
     )  # fmt: skip
     done = cli("train_slot", *train)
     assert done.returncode == 2 and "2 of 6 pairs cannot be decoded: b, c" in done.stderr.splitlines()[-1]
@@ -64,8 +65,9 @@ def test_the_overlap_with_test_lists_is_told_and_removed_on_request(damaged, tmp
     (damaged / "vggss_heard_test.csv").write_text("a\nd\nz\n")
     train = (
         "--trainset", "custom", "--train_data_path", damaged, "--metadata", damaged, "--gpu", "cpu", "--num_workers", 0,
-        "--arch", "small", "--dim", 16, "--image_size", 32, "--audio_seconds", 0.8, "--imagenet_weights", "none",
-        "--batch_size", 4, "--epochs", 1, "--reciprocal_k", 1, "--val_fraction", 0, "--model_dir", tmp_path,
+        "--arch", "small", "--recipe", "dim=16", "--image_size", 32, "--audio_seconds", 0.8,
+        "--imagenet_weights", "none", "--batch_size", 4, "--epochs", 1, "--reciprocal_k", 1, "--val_fraction", 0,
+        "--model_dir", tmp_path,
     )  # fmt: skip
     done = cli("train_slot", *train, "--experiment_name", "with")
     assert "2 of the 6 training ids are test ids of vggss_heard (--exclude_test_overlap removes" in done.stdout

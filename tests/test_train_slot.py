@@ -15,9 +15,9 @@ import soundfile
 import torch
 from conftest import MEASURED, ROOT, SHORT, SMALL, shared_folder
 
+import recipes
 import train_slot
-from model_slot import JointSlotModel
-from training.step import loss_weights, lr_factor
+from models import load_model
 from utils import load_checkpoint
 
 
@@ -75,7 +75,7 @@ def test_the_checkpoint_says_how_it_was_chosen_and_loads_by_itself(finished):
     state = load_checkpoint(finished[0] / "best.pth")
     settings, place = {"model_config", "args", "marks", "selected_by"}, {"epoch", "step", "sums", "lines", "random"}
     assert settings | place | {"model", "optimizer", "scaler"} <= state.keys()
-    model = JointSlotModel.from_checkpoint(finished[0] / "best.pth")
+    model = load_model(finished[0] / "best.pth")
     assert model.config["arch"] == "small" and model.config["image_size"] == 64
 
 
@@ -93,7 +93,7 @@ def test_the_test_script_gives_the_figures_of_the_training_run(finished, synthet
 
 
 def test_the_test_script_asks_for_maps_as_the_training_did_unless_told_otherwise(synthetic_root, tmp_path, train, cli):
-    asked = ["--infer_sharpening", "0.5", "--infer_smoothing", "0.2"]
+    asked = ["--recipe", "infer_sharpening=0.5", "infer_smoothing=0.2"]
     done = train(synthetic_root, tmp_path, "--epochs", "1", "--testset", "synthetic", *asked)
     assert done.returncode == 0, done.stderr
     others = ["--infer_sharpening", "0.3", "--infer_smoothing", "0"]
@@ -101,17 +101,7 @@ def test_the_test_script_asks_for_maps_as_the_training_did_unless_told_otherwise
     assert in_training["settings"]["infer_smoothing"] == 0.2
     precisions = []
     for flags, expected in (([], (0.5, 0.2)), (others[:2], (0.3, 0.2)), (others, (0.3, 0))):
-        test = [
-            "--model_dir",
-            tmp_path,
-            "--experiment_name",
-            "run",
-            "--gpu",
-            "cpu",
-            "--imagenet_weights",
-            "none",
-            *flags,
-        ]
+        test = "--model_dir", tmp_path, "--experiment_name", "run", "--gpu", "cpu", "--imagenet_weights", "none", *flags
         done = cli("test_model", *test, "--test_data_path", synthetic_root, "--num_workers", "0")
         assert done.returncode == 0, done.stderr
         results = json.loads((tmp_path / "run" / "results" / "synthetic" / "results.json").read_text())
@@ -205,43 +195,21 @@ def test_real_pairs_train_a_step(tmp_path, cli):
     assert math.isfinite(log_of(tmp_path / "clips")[0]["loss"])
 
 
-# ---------------------------------------------------------------- schedule, weights, flags
-
-
-def test_the_learning_rate_warms_up_then_follows_the_schedule():
-    def factor(step, schedule="constant", warmup=0.0):
-        return lr_factor(step, 10, 10, schedule, warmup)
-
-    assert factor(57) == 1
-    assert [factor(s, "step") for s in (9, 10, 25)] == pytest.approx([1, 0.9, 0.81])
-    assert [factor(s, "cosine") for s in (0, 50, 100)] == pytest.approx([1, 0.5, 0], abs=1e-9)
-    assert [factor(s, "cosine", 0.1) for s in (0, 9, 10)] == pytest.approx([0.1, 1, 1])
+# ---------------------------------------------------------------- weights, flags
 
 
 def test_only_the_contrastive_loss_counts_during_the_warm_up():
-    first, third = (loss_weights(epoch, 2, 0.1, 0.1, 100) for epoch in (1, 2))
-    assert first == {"info_nce": 1, "reconstruction": 0, "slot_divergence": 0, "attention_matching": 0}
-    assert third == {"info_nce": 1, "reconstruction": 0.1, "slot_divergence": 0.1, "attention_matching": 100}
-
-
-def test_losses_of_the_map_are_weighed_only_where_one_is_on_and_foreign_tokens_within_matching():
-    first, third = (loss_weights(epoch, 2, 0.1, 0.1, 50, foreign_tokens=2) for epoch in (1, 2))
-    assert first["map_contrast"] == first["share_contrast"] == first["foreign_tokens"] == 0
-    assert third["map_contrast"] == third["share_contrast"] == 0 and third["foreign_tokens"] == 100
-
-
-def test_silence_is_named_and_weighed_only_where_it_is_on():
-    assert "silence" not in loss_weights(0, 0, 0.1, 0.1, 100, share_contrast=1)
-    first, third = (loss_weights(epoch, 2, 0.1, 0.1, 100, silence=2) for epoch in (1, 2))
-    assert (first["silence"], third["silence"]) == (0, 2) and "share_contrast" not in third
+    args = train_slot.parse_args(["--experiment_name", "x", "--recipe", "warmup=2"])
+    assert train_slot.weights_in(1, args) == dict.fromkeys(args.weights, 0.0) | {"info_nce": 1.0}
+    assert train_slot.weights_in(2, args) == args.weights == recipes.PAPER_WEIGHTS
 
 
 def test_a_training_with_silence_logs_its_loss(synthetic_root, tmp_path, train):
-    done = train(synthetic_root, tmp_path, "--silence", "2", "--share_contrast", "1", "--epochs", "1")
+    done = train(synthetic_root, tmp_path, "--weights", "silence=2", "share_contrast=1", "--epochs", "1")
     assert done.returncode == 0, done.stderr
     line = log_of(tmp_path / "run")[-1]
-    assert line["silence"] > 0
-    weights = loss_weights(0, 0, 0.1, 0.1, 100, share_contrast=1, silence=2)
+    assert line["silence"] > 0 and line["share_contrast"] > 0
+    weights = recipes.PAPER_WEIGHTS | {"share_contrast": 1, "silence": 2}
     assert line["loss"] == pytest.approx(sum(weight * line[name] for name, weight in weights.items()), rel=1e-4)
 
 
@@ -254,7 +222,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_ids(synthetic_root, tm
 @pytest.mark.parametrize(
     "script, readers",
     [
-        ("train_slot.py", ("training/run.py", "training/resume.py")),
+        ("recipes.py", ("train_slot.py", "training/resume.py", "sets.py")),
         *((name, ()) for name in ("test_model.py", "sets.py", "experiments/objectives.py", "experiments/benchmark.py")),
         ("synthetic/generate.py", ()),
     ],
@@ -263,7 +231,7 @@ def test_every_flag_is_read(script, readers):
     """A flag that nothing reads is a lie: each one is read, as args.<flag>, in the file that adds it or the run's."""
     text = (ROOT / script).read_text()
     flags = {
-        node.args[0].value.removeprefix("--")
+        next((k.value.value for k in node.keywords if k.arg == "dest"), node.args[0].value.removeprefix("--"))
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
     }
@@ -282,7 +250,7 @@ def test_every_flag_is_read(script, readers):
         (["--train_list", "absent.txt"], "absent.txt"),
         (["--train_data_path", "absent"], "absent"),
         (["--imagenet_weights", "absent.pth"], "no ImageNet weights for --arch small"),
-        (["--dim", "7"], "must be even"),
+        (["--recipe", "dim=7"], "must be even"),
         (["--mask_ratio", "nan"], "nan"),
         (["--lr", "-1"], "-1"),
         (["--select", "test"], "--testset"),
@@ -292,6 +260,13 @@ def test_every_flag_is_read(script, readers):
         (["--experiment_name", "../x"], "plain name"),
         (["--resume"], "latest.pth"),
         (["--wandb", "maybe"], "maybe"),
+        (["--recipe", "tiny"], "paper, paper_144k, small"),
+        (["--recipe", "lr=1"], "--lr 1"),
+        (["--recipe", "clip=x"], "clip=x"),
+        (["--weights", "luck=1"], "share_contrast"),
+        (["--weights", "silence=-1"], "at least 0"),
+        (["--weights", "silence=1", "--num_slots", "1"], "one slot"),
+        (["--overwrite", "perhaps"], "neither true nor false"),
     ],
 )
 def test_junk_is_one_clear_line_and_status_2(arguments, message, synthetic_root, tmp_path, train):
@@ -325,7 +300,8 @@ def test_ablations_and_seeds_are_one_training_each_under_a_name_of_its_own():
     first, second = commands.strip().splitlines()
     assert "--lam3 0" in first and first.endswith("--experiment_name mine_no_match_seed0 --epochs 3 --seed 0")
     assert second.endswith("--experiment_name mine_no_match_seed7 --epochs 3 --seed 7")
-    assert shell("synthetic", "synthetic", "cpu").stdout.strip().endswith("--experiment_name synthetic")
+    plain = shell("synthetic", "synthetic", "cpu").stdout.strip()
+    assert plain == "train_slot.py --trainset synthetic --testset synthetic --gpu cpu --experiment_name synthetic"
     wrong = shell("synthetic", "synthetic", "cpu", ABLATION="no_luck")
     assert wrong.returncode == 2 and "no_false_negatives" in wrong.stderr and not wrong.stdout
 
@@ -338,33 +314,33 @@ def test_several_processes_are_started_by_torchrun():
 @pytest.mark.parametrize(
     "ablation, name, value",
     [
-        ("no_match", "lam3", 0), ("no_div", "lam2", 0), ("no_recon", "lam1", 0), ("no_mask", "mask_ratio", 0),
-        ("no_false_negatives", "reciprocal_k", 0), ("one_slot", "num_slots", 1),
+        ("no_match", "attention_matching", 0), ("no_div", "slot_divergence", 0), ("no_recon", "reconstruction", 0),
+        ("no_mask", "mask_ratio", 0), ("no_false_negatives", "reciprocal_k", 0), ("one_slot", "num_slots", 1),
     ],
 )  # fmt: skip
-def test_an_ablation_changes_one_flag_and_no_other(ablation, name, value, monkeypatch):
-    def flags(**environment):
+def test_an_ablation_changes_one_setting_and_no_other(ablation, name, value):
+    def settings(**environment):
         words = shell("vggss_10k", "vggss", "0", "run", **environment).stdout.split()
-        monkeypatch.setattr(sys, "argv", words)
-        return vars(train_slot.parse_args()) | {"experiment_name": ""}
+        args = vars(train_slot.parse_args(words[1:])) | {"experiment_name": ""}
+        return args | args.pop("weights")
 
-    whole, less = flags(), flags(ABLATION=ablation)
+    whole, less = settings(), settings(ABLATION=ablation)
     assert {key for key in whole if whole[key] != less[key]} == {name} and less[name] == value
 
 
 @pytest.mark.parametrize("trainset", ["synthetic", "vggss_144k", "flickr_10k", "custom"])
-def test_the_listening_objective_has_its_two_losses_in_the_place_of_attention_matching(trainset, monkeypatch):
-    def flags(**environment):
+def test_the_listening_objective_has_its_two_losses_in_place_of_attention_matching(trainset):
+    def settings(**environment):
         words = shell(trainset, "vggss", "0", "run", **environment).stdout.split()
-        monkeypatch.setattr(sys, "argv", words)
-        return vars(train_slot.parse_args())
+        return vars(train_slot.parse_args(words[1:]))
 
-    paper, listen = flags(), flags(OBJECTIVE="listen")
-    assert paper == flags(OBJECTIVE="paper") and paper["share_contrast"] == 0
+    paper, listen = settings(), settings(OBJECTIVE="listen")
+    assert paper == settings(OBJECTIVE="paper") and paper["weights"] == recipes.PAPER_WEIGHTS
     changed = {key for key in paper if paper[key] != listen[key]}
-    trained_with = changed - {"infer_sharpening", "infer_smoothing"}
-    assert trained_with == {"share_contrast", "foreign_claims", "lam3", "experiment_name"}
-    assert listen["share_contrast"] > 0 and listen["foreign_claims"] > 0 and listen["lam3"] == 0
+    assert changed - {"infer_sharpening", "infer_smoothing"} == {"weights", "objective", "experiment_name"}
+    ours = {"share_contrast": 1, "foreign_claims": 4, "attention_matching": 0}
+    assert listen["weights"] == recipes.PAPER_WEIGHTS | ours
+    assert (listen["infer_sharpening"], listen["infer_smoothing"]) == (0.1, 0.1)
     assert listen["experiment_name"] == "run_listen"
 
 
@@ -397,16 +373,7 @@ def test_wandb_without_a_login_records_offline_and_says_so(synthetic_root, tmp_p
     assert list((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--lam3", "100"],
-        ["--share_contrast", "0"],
-        ["--foreign_claims", "0"],
-        ["--foreign_claims=0"],
-        ["--objective", "x"],
-    ],
-)
+@pytest.mark.parametrize("flags", [["--lam3", "100"], ["--weights=foreign_claims=0"], ["--objective", "paper"]])
 def test_flags_that_would_undo_the_listening_objective_are_refused(flags):
     wrong = shell("synthetic", "synthetic", "cpu", "run", *flags, OBJECTIVE="listen")
-    assert wrong.returncode == 2 and f"OBJECTIVE=listen and {flags[0]} do not go together" in wrong.stderr
+    assert wrong.returncode == 2 and f"{flags[0]} do not go together" in wrong.stderr

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from wandb.proto.wandb_internal_pb2 import Record
 
-from reports.table import SHEET_SAMPLES, Drawer
+from reports.pictures import SHEET_SAMPLES, Drawer
 from training.log import RunLog, best_figures
 from utils import provenance
 

@@ -45,6 +45,19 @@ def test_booleans_are_true_or_false_and_nothing_else(text):
         utils.boolean(text)
 
 
+def test_a_bare_boolean_flag_means_true_and_its_default_stands_in_the_help(capsys):
+    parser = utils.ArgumentParser(prog="x")
+    utils.add_boolean(parser, "--report", help="write a page")
+    utils.add_boolean(parser, "--keep", help="keep it", default=True)
+    assert vars(parser.parse_args([])) == {"report": False, "keep": True}
+    assert vars(parser.parse_args(["--report", "--keep", "false"])) == {"report": True, "keep": False}
+    assert parser.parse_args(["--report", "true"]).report and not parser.parse_args(["--report=false"]).report
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--report", "yes"])
+    help_text = parser.format_help()
+    assert "--report [true|false]" in help_text and help_text.count("default: true") == 1
+
+
 @pytest.mark.parametrize("gpu", ["gpu", "-1", "1.5", ""])
 def test_a_device_that_is_no_number_is_refused(gpu):
     with pytest.raises(utils.UserError, match="--gpu"):

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from audio_io import load_resampler
-from reports.pictures import plot_curves
+from reports.curves import plot_curves
 from utils import provenance, strict_json, write_text
 
 COUNTS = ("samples", "empty", "images", "tied_half", "tied_adaptive")  # numbers of a test set that are no figures

@@ -1,27 +1,64 @@
-"""What lets a run go on: that it is the same run, that it was started anew by torchrun, that it was told to stop."""
+"""The folder of a run: who may write to it, what is saved, and how a run continues exactly where it stopped."""
 
-import fcntl
 import hashlib
+import math
 import os
+import shutil
 import signal
 import socket
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset import Pair
-from distributed import all_gather_object, under_torchrun, world_size
-from utils import UserError
+import torch
+from filelock import FileLock, Timeout
 
-MAY_CHANGE = {  # when a run goes on; its other flags belong to it
-    "resume", "force", "dry_run", "overwrite", "gpu", "num_workers", "wandb", "eval_every", "save_every_steps",
-    "keep_every", "model_dir", "experiment_name", "metadata", "train_data_path", "train_list", "val_list",
-    "test_data_path", "test_gt_path",
+from dataset import Pair
+from distributed import all_gather_object, any_rank, is_main, under_torchrun, world_size
+from recipes import DATA, INFERENCE, RUN, TESTS, modern, roles
+from training.log import RunLog
+from training.step import Optimisation
+from utils import (
+    UserError,
+    as_user_error,
+    load_checkpoint,
+    random_states,
+    remove_unfinished,
+    restore_random_states,
+    save_checkpoint,
+    write_json,
+    write_text,
+)
+
+LOCK_SECONDS = 10  # after a kill the data-loading workers hold the lock for some seconds more
+STATE = {
+    "model", "optimizer", "scaler", "args", "marks", "processes", "epoch", "step", "sums", "best", "lines", "wandb_run",
+    "random", "selected_by",
 }  # fmt: skip
-INFERENCE = {"alpha", "infer_sharpening", "infer_smoothing"}  # how tests ask for maps, which --select test goes by
-LAUNCH = "launch.txt"  # in the folder of a run: which start of torchrun it is of
+
+
+@dataclass
+class RunState:
+    """Where a run is: epochs finished, steps done in the epoch under way and their sums, the best score so far."""
+
+    epoch: int = 0
+    step: int = 0
+    best: float = -math.inf
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.epoch, self.step, self.best, self.sums = (state[name] for name in ("epoch", "step", "best", "sums"))
+
+    def end_epoch(self, score: float) -> bool:
+        """Count the epoch under way as finished; whether no epoch before had a better score."""
+        is_best = score >= self.best and score > -math.inf
+        self.best = max(self.best, score)
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+        return is_best
 
 
 # ---------------------------------------------------------------- the same run
@@ -32,14 +69,27 @@ def fingerprint(pairs: Sequence[Pair]) -> str:
     return f"{len(pairs)} ids {hashlib.sha256('/'.join(pair.id for pair in pairs).encode()).hexdigest()[:12]}"
 
 
-def differences(state: Mapping[str, Any], args, marks: Mapping[str, str]) -> list[str]:
-    """What the run that wrote a checkpoint had else than this one: flags that belong to a run, and its marks.
+def fingerprints(train: Sequence[Pair], held_out: Sequence[Pair], amp: torch.dtype | None) -> dict[str, str]:
+    """What belongs to a run and its settings do not say."""
+    return {
+        "training pairs": fingerprint(train),
+        "held-out pairs": fingerprint(held_out),
+        "precision": str(amp),
+    }
 
-    A flag that the older code did not know makes no difference where it is off.
+
+def differences(state: Mapping[str, Any], args, marks: Mapping[str, str]) -> list[str]:
+    """Settings and fingerprints in which this run differs from the one that wrote the checkpoint.
+
+    Which data are trained on, the fingerprints say. A setting that older code did not know makes no difference where it
+    is off.
     """
-    to_the_end = args.lr_schedule == "cosine" or args.lr_warmup
-    free = MAY_CHANGE | (set() if to_the_end else {"epochs"}) | (set() if args.select == "test" else INFERENCE)
-    then, now = state["args"] | state["marks"], vars(args) | marks
+    free = {name for name, role in roles().items() if role in (RUN, DATA)}
+    if args.select != "test":
+        free |= {name for name, role in roles().items() if role == TESTS}
+    if args.lr_schedule != "cosine" and not args.lr_warmup:
+        free.add("epochs")
+    then, now = modern(state["args"]) | state["marks"], vars(args) | marks
     return [
         f"{name if name in marks else f'--{name}'} {then.get(name)} -> {value}"
         for name, value in now.items()
@@ -47,82 +97,175 @@ def differences(state: Mapping[str, Any], args, marks: Mapping[str, str]) -> lis
     ]
 
 
-# ---------------------------------------------------------------- started anew
-
-
 def launch_name() -> str:
-    """What all processes that one start of torchrun brings up have in common, those of its restarts too, else ""."""
+    """What all processes that one start of torchrun brings up have in common, its restarts included; else ""."""
     if not under_torchrun():
         return ""
     name = os.environ["TORCHELASTIC_RUN_ID"]
     return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name
 
 
-def goes_on(folder: Path, args) -> bool:
-    """Whether to take up latest.pth: asked by --resume, or left there by this very start of torchrun.
+def should_resume(folder: Path, args) -> bool:
+    """Whether to continue from latest.pth: asked by --resume, or written by this very start of torchrun.
 
-    Decided by the first process for all. Raises UserError where a finished run would be replaced unasked, or there is
-    nothing to resume.
+    Decided by the first process for all. UserError where a finished run would be replaced unasked, or there is nothing
+    to resume.
     """
-    there, launch = (folder / "latest.pth").exists(), folder / LAUNCH
-    own = there and under_torchrun() and launch.is_file() and launch.read_text(encoding="utf-8") == launch_name()
+    path = folder / "latest.pth"
+    there = path.exists()
+    own = there and under_torchrun() and load_checkpoint(path).get("launch") == launch_name()
     there, own = all_gather_object((there, own))[0]
-    if args.resume and not there:
+    asked = args.resume != "false"
+    if asked and not there:
         raise UserError(f"there is nothing to resume in {folder}: no latest.pth")
-    if there and not (own or args.resume or args.overwrite or args.dry_run):
-        raise UserError(f"{folder} holds a trained model: --resume goes on with it, --overwrite replaces it")
-    return own or args.resume
-
-
-def hold(folder: Path):
-    """Take the run's folder for this process, as long as the file that is returned stays open.
-
-    Raises UserError when another process holds it. Where the file system knows no locks, nobody is held back.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "w")  # noqa: SIM115  (the run closes it by ending)
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader workers, which may outlive a kill
-    except (BlockingIOError, PermissionError) as error:
-        raise UserError(f"another process is training in {folder}: stop it, or take another name") from error
-    except OSError:
-        pass
-    return lock
+    if there and not (own or asked or args.overwrite or args.dry_run):
+        raise UserError(f"{folder} holds a trained model: --resume continues it, --overwrite replaces it")
+    return own or asked
 
 
 # ---------------------------------------------------------------- told to stop
 
 
-class StopSignal:
-    """SIGTERM, as it comes before a kill: `asked` turns True, and within `anywhere` one process ends at once."""
+class Stopped(Exception):
+    """The run was told to stop, and what was finished is saved."""
 
-    def __init__(self) -> None:
-        self.asked, self.may_leave = False, False
 
-    @contextmanager
-    def listening(self):
-        before = signal.signal(signal.SIGTERM, self._ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+class StopFlag:
+    """Set by SIGTERM, which schedulers send before they kill; asked between steps and batches, where Stopped is raised.
 
-    @contextmanager
-    def anywhere(self):
-        """Work that a resumed run does again. Of several processes each would leave the others waiting."""
-        self.may_leave = world_size() == 1
-        try:
-            if self.asked and self.may_leave:
-                self.leave()
-            yield
-        finally:
-            self.may_leave = False
+    As a context manager it ends the block on Stopped, with a line that says so.
+    """
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-        if self.may_leave:
-            self.leave()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.is_set = device, False
 
-    def leave(self) -> None:
-        print("stopped by SIGTERM; what was finished is kept, and --resume goes on", flush=True)
-        sys.exit(0)
+    def __enter__(self) -> "StopFlag":
+        self.before = signal.signal(signal.SIGTERM, self._set)
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> bool:
+        signal.signal(signal.SIGTERM, self.before)
+        if kind is Stopped:
+            print("stopped by SIGTERM; what was finished is kept, and --resume continues", flush=True)
+        return kind is Stopped
+
+    def _set(self, *_: Any) -> None:
+        self.is_set = True
+
+    def is_set_anywhere(self) -> bool:
+        """Whether any process was told to stop; every process has to ask."""
+        return any_rank(self.is_set, self.device)
+
+    def leave_together(self) -> None:
+        if self.is_set_anywhere():
+            raise Stopped
+
+    def leave_alone(self, *_: Any) -> None:
+        """Within work that a resumed run repeats; of several processes none may leave the others waiting."""
+        if self.is_set and world_size() == 1:
+            raise Stopped
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Take the run's folder for this process. UserError when another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise UserError(f"another process is training in {folder}: stop it, or take another name") from error
+    return lock
+
+
+class RunFolder:
+    """What a run leaves on disk and takes up again. Only the first process writes, and no dry run.
+
+    about: what else a checkpoint says of its run: `model_config`, `args`, `marks`, `selected_by`.
+    """
+
+    def __init__(self, path: Path, optimisation: Optimisation, state: RunState, about: Mapping[str, Any]) -> None:
+        self.path, self.optimisation, self.state, self.about = path, optimisation, state, about
+        self.log: RunLog | None = None
+
+    def open(self, args, left_out: Mapping[str, str], train: Sequence[Pair], resumed: Mapping[str, Any]) -> None:
+        """Lock the folder and begin its files and the log; an overwritten run goes first."""
+        if not is_main():
+            return
+        self.lock = lock_folder(self.path)
+        remove_unfinished(self.path)
+        if args.overwrite and not resumed:
+            for old in [*self.path.glob("*.pth"), self.path / "left_out.txt", self.path / "failed_ids.txt"]:
+                old.unlink(missing_ok=True)
+            shutil.rmtree(self.path / "results", ignore_errors=True)
+        write_json(self.path / "configs.json", vars(args) | self.about["model_config"])
+        if left_out:
+            write_text(self.path / "left_out.txt", "".join(f"{name}\t{why}\n" for name, why in left_out.items()))
+        write_text(self.path / "train_ids.txt", "".join(f"{pair.id}\n" for pair in train))
+        self.log = RunLog(self.path, args.wandb, args.experiment_name, vars(args), **resumed)
+
+    def save(self, *names: str) -> None:
+        """Write all that the rest of the run depends on under these names, as `weights_only` loading allows it."""
+        if not self.log:
+            return
+        state = self.optimisation.state_dict() | self.state.state_dict() | self.about
+        state |= {"processes": world_size(), "launch": launch_name(), "random": random_states()}
+        state |= {"lines": self.log.lines, "wandb_run": self.log.run_id}
+        for name in names:
+            save_checkpoint(self.path / f"{name}.pth", state)
+
+    def save_between_steps(self, steps: int, every: int, stop: StopFlag) -> None:
+        """Save every so many steps and after the last one; where the run is told to stop, save and raise Stopped."""
+        stopping = stop.is_set_anywhere()
+        if stopping or self.state.step == steps or (every and self.state.step % every == 0):
+            self.save("latest")  # after the last: a file that cannot be read while scoring does not cost the epoch
+        if stopping:
+            raise Stopped
+
+    def write(self, line: dict[str, Any], step: int) -> None:
+        """One epoch's numbers, after so many steps of the run."""
+        if self.log:
+            self.log.write(line, step)
+
+    def finish(self, scores: Mapping[str, float]) -> None:
+        """The figures of the chosen checkpoint."""
+        if self.log:
+            self.log.finish(scores)
+
+    def save_failed(self, ids: Sequence[str], random: Mapping[str, Any]) -> str:
+        """Keep the state before a step that failed, and the ids of its batch -> where they are, for a message."""
+        if not self.log:
+            return ""
+        restore_random_states(random)
+        write_text(self.path / "failed_ids.txt", "".join(f"{name}\n" for name in ids))
+        self.save("failed")
+        return f"; all in {self.path / 'failed_ids.txt'}, the state before the step in failed.pth"
+
+    def resume(self, args) -> dict[str, Any]:
+        """Continue from latest.pth -> what the log continues from. UserError where the run differs, unless forced."""
+        path = self.path / "latest.pth"
+        state = load_checkpoint(path)
+        if not state.keys() >= STATE:
+            raise UserError(f"{path} holds weights only, or is of another version, and cannot be resumed")
+        marks = self.about["marks"]
+        listed = "; ".join(different := differences(state, args, marks))
+        if different and args.resume != "force":
+            mend = "give the old ones to continue as before, or --resume force to continue with these"
+            raise UserError(f"{path} was trained with other settings: {listed} ({mend})")
+        with as_user_error(RuntimeError, ValueError, KeyError):
+            self.optimisation.load_state_dict(state)
+        restore_random_states(state["random"])
+        self.state.load_state_dict(state)
+        if different:
+            self.state.step, self.state.sums = 0, {}
+            measured = state["selected_by"] == self.about["selected_by"]
+            measured &= state["marks"]["held-out pairs"] == marks["held-out pairs"]
+            if not measured or any(f"--{name} " in listed for name in INFERENCE):
+                self.state.best = -math.inf  # another measure: the old best says nothing about it
+            print(f"--resume force: other settings, from the start of epoch {self.state.epoch + 1}: {listed}")
+        if state["processes"] != world_size():
+            print(f"{world_size()} processes continue what {state['processes']} began: batches of batch norm differ")
+        print(f"resumed after epoch {self.state.epoch} and {self.state.step} steps of {args.epochs} epochs")
+        return {"lines": state["lines"], "run_id": state["wandb_run"]}

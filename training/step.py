@@ -1,24 +1,26 @@
 """One optimisation step: precision, micro-batches, many processes, and the learning rate.
 
-B pairs of the global batch, of which each process holds its rows. A step gives the gradients of one loss over all B,
-however they are divided: into processes (`distributed.gather_rows`) or into parts that memory holds (`_cache`).
+B pairs of the global batch, of which each process holds an equal share. A step gives the gradients of one loss over all
+of them, however they are divided: over processes (`distributed.gather_rows`), or in parts that fit memory (GradCache).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed import average, gather_rows, local_slice, shares, world_size
+from distributed import average, gather_rows, local_slice, world_size
 from model_slot import TokenMasks
 from models import Model
 from utils import UserError, bf16_is_fast
 
 LR_DECAY = 0.9  # of schedule `step`, per epoch (paper)
+SURROGATE = "surrogate"  # what sends the gradient of the losses over a batch through a part of it
 
 
 class Inputs(NamedTuple):
@@ -41,46 +43,8 @@ class NotFinite(Exception):
 # ---------------------------------------------------------------- schedules
 
 
-MAP_LOSSES = {"map_contrast", "share_contrast", "foreign_claims", "foreign_tokens"}  # ours, not the paper's
-
-
-def loss_weights(
-    epoch: int,
-    warmup: int,
-    lam1: float,
-    lam2: float,
-    lam3: float,
-    map_contrast: float = 0.0,
-    share_contrast: float = 0.0,
-    foreign_claims: float = 0.0,
-    foreign_tokens: float = 0.0,
-    silence: float = 0.0,
-) -> dict[str, float]:
-    """Weight of each loss; during the first `warmup` epochs only the contrastive one counts.
-
-    foreign_tokens: within attention matching, so times lam3. Losses that are not the paper's are named where they are
-    on; those of the map all where one is.
-    """
-    on = float(epoch >= warmup)
-    weights = {
-        "info_nce": 1.0,
-        "reconstruction": lam1 * on,
-        "slot_divergence": lam2 * on,
-        "attention_matching": lam3 * on,
-    }
-    of_the_map = {
-        "map_contrast": map_contrast * on,
-        "share_contrast": share_contrast * on,
-        "foreign_claims": foreign_claims * on,
-        "foreign_tokens": lam3 * foreign_tokens * on,
-    }
-    if map_contrast or share_contrast or foreign_claims or foreign_tokens:
-        weights |= of_the_map
-    return weights | ({"silence": silence * on} if silence else {})
-
-
-def lr_factor(step: int, steps_per_epoch: int, epochs: int, schedule: str, warmup: float) -> float:
-    """Learning rate of a step as a share of --lr: a linear start over `warmup` of all steps, then the schedule.
+def lr_factor(steps_per_epoch: int, epochs: int, schedule: str, warmup: float, step: int) -> float:
+    """Learning rate of a step of the run as a share of --lr: a linear start over `warmup` of all steps, then schedule.
 
     constant stays; step multiplies by LR_DECAY after every epoch; cosine falls to 0 at the end.
     """
@@ -105,51 +69,14 @@ def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:
 # ---------------------------------------------------------------- the step
 
 
-class Objective(nn.Module):
-    """The model and the loss that training minimises as one module: what DistributedDataParallel has to wrap."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, inputs: Inputs, weights: Mapping[str, float], total: int, cached: Iterable[torch.Tensor] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Losses of some rows of a batch of `total`, each loss's part of the batch's; only "objective" has a gradient.
-
-        cached: what the batch losses' gradient says of these rows; without it they are computed from all rows.
-        """
-        pairs = self.model.represent(*inputs)
-        own = self.model.contrasted(pairs, wants_maps(weights))
-        share = len(inputs.image) * world_size() / total  # DistributedDataParallel divides by the processes
-        losses = {name: share * loss for name, loss in self.model.pair_losses(pairs).items()}
-        if cached is None:
-            everyones = type(own)(*(gather_rows(x, total) for x in present(own)))
-            losses = self.model.batch_losses(everyones) | losses
-        objective = weighted(losses, weights if cached is None else weights_of(losses, weights))
-        if cached is not None:
-            objective = objective + sum((x * gradient).sum() for x, gradient in zip(present(own), cached, strict=True))
-        return {name: loss.detach() for name, loss in losses.items()} | {"objective": objective}
-
-
-def present(contrasted: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
-    """What is there of the tuple that a model's batch losses take; they are its first ones."""
-    return [x for x in contrasted if x is not None]
-
-
 def weighted(losses: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
-    """Sum of the losses times their weights; those of weight 0 send no gradient."""
-    return sum(weight * losses[name] for name, weight in weights.items() if weight)
+    """Sum of the losses that are there times their weights; those of weight 0 send no gradient."""
+    return sum(weight * losses[name] for name, weight in weights.items() if weight and name in losses)
 
 
-def weights_of(losses: Iterable[str], weights: Mapping[str, float]) -> dict[str, float]:
-    """The weights of these losses alone, where a pass knows only a part of them."""
-    return {name: weight for name, weight in weights.items() if name in losses}
-
-
-def wants_maps(weights: Mapping[str, float]) -> bool:
-    """Whether a loss of the map is among the weights."""
-    return bool(MAP_LOSSES & weights.keys())
+def surrogate(gradients: Mapping[str, torch.Tensor], compared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """In place of a model's `batch_losses`: {SURROGATE: scalar} whose gradient at `compared` is `gradients`."""
+    return {SURROGATE: sum((value * gradients[name]).sum() for name, value in compared.items())}
 
 
 class Optimisation:
@@ -178,24 +105,22 @@ class Optimisation:
         self.micro_batch = micro_batch
         self.optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-        self.objective: nn.Module = Objective(model)
+        self.parallel: nn.Module = model
         if world_size() > 1:
             devices = [device.index] if device.type == "cuda" else None
-            self.objective = DistributedDataParallel(
-                self.objective, device_ids=devices, find_unused_parameters=not all_weights
-            )
+            self.parallel = DistributedDataParallel(model, device_ids=devices, find_unused_parameters=not all_weights)
 
-    def step(self, inputs: Inputs, total: int, weights: Mapping[str, float], lr_factor: float) -> dict[str, float]:
-        """One step on a batch of `total` pairs -> its losses by name, `loss`, `grad_norm`, `skipped_steps`.
+    def step(self, inputs: Inputs, weights: Mapping[str, float], lr_factor: float) -> dict[str, float]:
+        """One step on this process's rows of a batch -> losses by name, `loss`, `grad_norm`, `skipped_steps`.
 
-        The fp16 scaler leaves out a step whose scaled gradient overflows, which counts as skipped and has no norm.
-        Raises NotFinite, on every process alike, also when no scale above 1 helps.
+        weights: of the losses by name. The fp16 scaler leaves out a step whose scaled gradient overflows, which counts
+        as skipped and has no norm. Raises NotFinite, on every process alike, also when no scale above 1 helps.
         """
         before = self._what_a_forward_changes()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self.backward(inputs, total, weights)
+        losses = self.backward(inputs, weights)
         self.scaler.unscale_(self.optimizer)
         trained = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in trained])
@@ -212,41 +137,57 @@ class Optimisation:
         self.scaler.update()
         return values | {"grad_norm": 0.0 if overflow else norm, "skipped_steps": float(overflow)}
 
-    def backward(self, inputs: Inputs, total: int, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    def backward(self, inputs: Inputs, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
         """Add the batch's gradients to the weights' and return its losses, of which the mean over processes counts."""
-        losses: dict[str, torch.Tensor] = {}
-        parts, caches = [inputs], [None]
-        if self.micro_batch and self.micro_batch < max(shares(total)):  # on all processes or on none
-            parts = list(inputs.parts(self.micro_batch))
-            losses, caches = self._cache(parts, total, weights)
-        for part, cached in zip(parts, caches, strict=True):
+        if self.micro_batch and self.micro_batch < len(inputs.image):
+            return self._backward_in_parts(list(inputs.parts(self.micro_batch)), weights)
+        with self._autocast():
+            losses = self.parallel(*inputs, wanted=weights, compare=self._compare_all)
+        self.scaler.scale(weighted(losses, weights)).backward()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _compare_all(self, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The model's `batch_losses` over the rows of all processes."""
+        return self.model.batch_losses({name: gather_rows(rows) for name, rows in own.items()})
+
+    def _backward_in_parts(self, parts: list[Inputs], weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
+        """GradCache: the losses over the batch are taken once, their gradient goes through the model part by part."""
+        losses, gradients = self._batch_losses_of(parts, weights)
+        own = sum(len(part.image) for part in parts)
+        for part, at_rows in zip(parts, gradients, strict=True):
+            share = len(part.image) / own
             more_to_come = world_size() > 1 and part is not parts[-1]
-            with self.objective.no_sync() if more_to_come else nullcontext():
+            with self.parallel.no_sync() if more_to_come else nullcontext():
                 with self._autocast():
-                    found = self.objective(part, weights, total, cached)
-                self.scaler.scale(found.pop("objective")).backward()
-            for name, value in found.items():
-                losses[name] = losses[name] + value if name in losses else value
+                    found = self.parallel(*part, wanted=weights, compare=partial(surrogate, at_rows))
+                at_batch = found.pop(SURROGATE)
+                found = {name: share * loss for name, loss in found.items()}
+                self.scaler.scale(weighted(found, weights) + at_batch).backward()
+            for name, loss in found.items():
+                losses[name] = losses[name] + loss.detach() if name in losses else loss.detach()
         return losses
 
-    def _cache(
-        self, parts: list[Inputs], total: int, weights: Mapping[str, float]
-    ) -> tuple[dict[str, torch.Tensor], list[tuple[torch.Tensor, ...]]]:
-        """The batch losses over all parts of all processes, and their gradient at the rows of each part of ours."""
-        rewind, rows = self._what_a_forward_changes(), []
+    def _batch_losses_of(
+        self, parts: list[Inputs], weights: Mapping[str, float]
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+        """The losses over all parts of all processes, and for each part of ours their gradient at its rows, by name."""
+        rewind, compared = self._what_a_forward_changes(), []
         with torch.no_grad():
             for part in parts:
                 with self._autocast():
-                    contrasted = self.model.contrasted(self.model.represent(*part), wants_maps(weights))
-                rows.append(present(contrasted))
-            whole = [gather_rows(torch.cat(columns), total).requires_grad_() for columns in zip(*rows, strict=True)]
+                    compared.append(self.model.compared(self.model.represent(*part), weights))
+            whole = {name: gather_rows(torch.cat([rows[name] for rows in compared])) for name in compared[0]}
         rewind()
-        losses = self.model.batch_losses(type(contrasted)(*whole))
-        gradients = torch.autograd.grad(weighted(losses, weights_of(losses, weights)), whole, materialize_grads=True)
-        own = (world_size() * gradient[local_slice(total)] for gradient in gradients)
-        sizes = [len(part.image) for part in parts]
-        caches = list(zip(*(gradient.split(sizes) for gradient in own), strict=True))
-        return {name: loss.detach() for name, loss in losses.items()}, caches
+        whole = {name: rows.requires_grad_() for name, rows in whole.items()}
+        losses = self.model.batch_losses(whole)
+        at_all = torch.autograd.grad(weighted(losses, weights), [*whole.values()], materialize_grads=True)
+        sizes, gradients = [len(part.image) for part in parts], [{} for _ in parts]
+        for name, gradient in zip(whole, at_all, strict=True):
+            # times the processes, by whose number DistributedDataParallel divides
+            own = world_size() * gradient[local_slice(len(gradient))]
+            for at_rows, rows in zip(gradients, own.split(sizes), strict=True):
+                at_rows[name] = rows
+        return {name: loss.detach() for name, loss in losses.items()}, gradients
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)

@@ -1,0 +1,295 @@
+"""The settings of a training: their flags, by group, and their values, by recipe and objective.
+
+The training set chooses the recipe, or --recipe does. Its values are the defaults of train_slot.py's flags,
+however that is started: a flag beats the recipe, and so does NAME=VALUE after --recipe, for settings without a flag.
+"""
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dataset import TRAIN_SETS
+from resnet import ARCHITECTURES
+from sets import add_run_data_flags, add_test_set_flags
+from utils import ArgumentParser, UserError, add_boolean, number
+
+PAPER = {  # Kim et al., CVPR 2025, sections 3 and 4, for the sets of 10k pairs
+    "arch": "resnet18",
+    "dim": None,  # of the architecture
+    "imagenet_weights": "auto",
+    "image_size": 224,
+    "audio_seconds": 5.0,
+    "num_slots": 2,
+    "iterations": 5,
+    "augment": "hard",
+    "tau": 0.03,
+    "mask_ratio": 0.1,
+    "reciprocal_k": None,  # 20 per 256 pairs
+    "warmup": 0,  # first epochs with the contrastive loss only
+    "epochs": 100,
+    "batch_size": 256,
+    "lr": 5e-5,
+    "weight_decay": 0.01,
+    "lr_schedule": "constant",
+    "lr_warmup": 0.0,  # share of all steps until --lr is reached
+    "clip": 0.0,  # largest gradient norm; 0: no clipping
+    "eval_every": 1,
+    "infer_sharpening": 0.1,
+    "infer_smoothing": 0.0,
+}
+RECIPES = {
+    "paper": PAPER,
+    "paper_144k": PAPER | {"epochs": 50, "infer_sharpening": 1.0},
+    "small": PAPER  # minutes of a CPU
+    | {
+        "arch": "small",
+        "imagenet_weights": "none",
+        "image_size": 112,
+        "audio_seconds": 1.6,
+        "iterations": 3,
+        "augment": "plain",
+        "tau": 0.05,
+        "reciprocal_k": 0,
+        "epochs": 10,
+        "batch_size": 64,
+        "lr": 1e-3,
+        "lr_schedule": "cosine",
+        "lr_warmup": 0.06,
+        "clip": 5.0,
+        "eval_every": 0,
+        "infer_sharpening": 0.02,
+    },
+}
+RECIPE_OF = {  # training sets with another recipe than `paper`
+    "vggss_144k": "paper_144k",
+    "vggss_heard": "paper_144k",
+    "flickr_144k": "paper_144k",
+    "synthetic": "small",
+}
+WITHOUT_FLAG = {  # settings that NAME=VALUE after --recipe changes
+    "dim": number(int, low=2),
+    "weight_decay": number(float, low=0),
+    "clip": number(float, low=0),
+    "lr_warmup": number(float, low=0, high=1),
+    "warmup": number(int, low=0),
+    "infer_sharpening": number(float, above=0),
+    "infer_smoothing": number(float, low=0, high=1 / 3),
+}
+INFERENCE = {"infer_sharpening", "infer_smoothing"}  # how maps are asked for in tests
+
+PAPER_WEIGHTS = {"info_nce": 1.0, "reconstruction": 0.1, "slot_divergence": 0.1, "attention_matching": 100.0}
+PAPER_NAMES = {"lam1": "reconstruction", "lam2": "slot_divergence", "lam3": "attention_matching"}
+OUR_LOSSES = ("share_contrast", "foreign_claims", "silence")  # not in the paper
+OBJECTIVES = {  # objective: (weights of losses, settings) beside the paper's and the recipe's
+    "paper": ({}, {}),
+    "listen": (
+        {"share_contrast": 1.0, "foreign_claims": 4.0, "attention_matching": 0.0},
+        {"infer_sharpening": 0.1, "infer_smoothing": 0.1},
+    ),
+    "maxpool": ({}, {}),
+}
+
+DATA, TESTS, MODEL, LOSSES, OPTIMISATION, RUN = (
+    "training data", "test data", "model", "losses", "optimisation", "run",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- flags
+
+
+class _Weight(argparse.Action):
+    """Adds (loss, weight) of `--lam3 0` or of `--weights lam3=0 silence=1` to those given before."""
+
+    def __call__(self, parser, args, values, option=None) -> None:
+        given = values if isinstance(values, list) else [(option.lstrip("-"), values)]
+        setattr(args, self.dest, [*(getattr(args, self.dest) or ()), *given])
+
+
+def _weight(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    known = [*PAPER_NAMES, *PAPER_NAMES.values(), *OUR_LOSSES]
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"{text!r}: NAME=W with NAME of {', '.join(known)}")
+    return name, number(float, low=0)(value)
+
+
+def add_flags(parser: ArgumentParser) -> dict[str, str]:
+    """Every flag of a training -> {flag: its group}. The group says what the flag may change.
+
+    Only flags of the groups "training data", "model", "losses" and "optimisation" change what is learnt; those of "test
+    data" count where --select test lets tests choose the checkpoint.
+    """
+    group = parser.add_argument_group("recipe")
+    group.add_argument(
+        "--recipe", nargs="+", action="extend", metavar=("NAME", "SETTING=VALUE"),
+        help=f"defaults of all flags below: {', '.join(RECIPES)} (default: by --trainset); after it, values of "
+        f"settings that have no flag: {', '.join(WITHOUT_FLAG)}",
+    )  # fmt: skip
+
+    data = parser.add_argument_group(DATA)
+    data.add_argument("--trainset", choices=sorted(TRAIN_SETS), default="synthetic", help="training set, by its name")
+    data.add_argument("--train_list", help="file of training ids, in place of the set's own list")
+    data.add_argument("--val_list", help="file of held-out ids, by whose retrieval best.pth is chosen")
+    data.add_argument(
+        "--val_fraction", type=number(float, low=0, high=0.5), default=0.02,
+        help="fraction of training pairs held out to choose best.pth, unless --val_list",
+    )  # fmt: skip
+    add_boolean(data, "--exclude_test_overlap", "do not train on ids of the test lists that are in --metadata")
+
+    tests = parser.add_argument_group(TESTS)
+    add_test_set_flags(tests, default=None)
+    tests.add_argument(
+        "--eval_every", type=number(int, low=0), help="epochs between scorings of --testset; 0: at the end only"
+    )
+
+    model = parser.add_argument_group(MODEL)
+    model.add_argument(
+        "--objective", choices=[*OBJECTIVES], default="paper",
+        help="paper; listen: share contrast and foreign claims in place of attention matching, so that maps follow the "
+        "audio; maxpool: max-pooled contrast on the same encoders, without slots (EZ-VSL's objective)",
+    )  # fmt: skip
+    model.add_argument("--arch", choices=sorted(ARCHITECTURES), help="architecture of both encoders")
+    model.add_argument("--num_slots", type=number(int, low=1), help="number of slots; slot 0 is the target slot")
+    model.add_argument("--iterations", type=number(int, low=1), help="iterations of slot attention")
+    model.add_argument("--image_size", type=number(int, low=16), help="side of the square input image, in pixels")
+    model.add_argument("--audio_seconds", type=number(float, low=0.1), help="length of the input audio, in seconds")
+    model.add_argument(
+        "--imagenet_weights", help="start of the image encoder: auto (download), none (random), or a file"
+    )
+
+    losses = parser.add_argument_group(LOSSES)
+    losses.add_argument("--tau", type=number(float, above=0), help="temperature of the contrastive loss")
+    losses.add_argument("--mask_ratio", type=number(float, low=0, high=0.99), help="fraction of tokens that are masked")
+    losses.add_argument(
+        "--reciprocal_k", type=number(int, low=0),
+        help="k of the k-reciprocal false-negative rule (default: 20 at batch 256, scaled with the batch; 0 = off)",
+    )  # fmt: skip
+    losses.add_argument(
+        "--weights", type=_weight, nargs="+", action=_Weight, metavar="NAME=W",
+        help=f"weights of losses: {', '.join(f'{name} ({paper})' for paper, name in PAPER_NAMES.items())}; not in the "
+        f"paper: {', '.join(OUR_LOSSES)} (default: the paper's 0.1, 0.1, 100, or those of --objective)",
+    )  # fmt: skip
+    losses.add_argument(
+        "--lam1", "--lam2", "--lam3", type=number(float, low=0), dest="weights", action=_Weight, metavar="W",
+        help="the same under the paper's names: --lam3 0 is --weights lam3=0",
+    )  # fmt: skip
+
+    optimisation = parser.add_argument_group(OPTIMISATION)
+    optimisation.add_argument("--augment", choices=("hard", "plain"), help="hard: the paper's; plain: crop and flip")
+    optimisation.add_argument("--epochs", type=number(int, low=1), help="passes over the training pairs")
+    optimisation.add_argument(
+        "--batch_size", type=number(int, low=2), help="pairs per step, over all processes together"
+    )
+    optimisation.add_argument(
+        "--micro_batch", type=number(int, low=1),
+        help="pairs that go through the network at a time, to save memory; the losses still see the whole batch",
+    )  # fmt: skip
+    add_boolean(optimisation, "--sync_bn", "batch-norm statistics over all processes (CUDA only)")
+    optimisation.add_argument("--lr", type=number(float, above=0), help="learning rate of AdamW")
+    optimisation.add_argument(
+        "--lr_schedule", choices=("constant", "step", "cosine"), help="after the warm-up; step: x 0.9 per epoch"
+    )
+    optimisation.add_argument(
+        "--amp", choices=("auto", "bf16", "fp16", "none"), default="auto",
+        help="precision of the encoders; auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPUs",
+    )  # fmt: skip
+    optimisation.add_argument(
+        "--select", choices=("retrieval", "test"), default="retrieval",
+        help="what chooses best.pth: retrieval on held-out pairs (no boxes), or cIoU on the first --testset",
+    )  # fmt: skip
+    optimisation.add_argument(
+        "--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="same seed, same numbers on a CPU"
+    )
+
+    run = parser.add_argument_group(RUN)
+    run.add_argument("--train_data_path", help="root of the training data (default: the set's environment variable)")
+    add_run_data_flags(run)
+    run.add_argument("--num_workers", type=number(int, low=0), default=2, help="data-loading workers per process")
+    run.add_argument("--gpu", default="0", help="number of a CUDA device, or cpu; torchrun numbers them itself")
+    run.add_argument("--model_dir", default="./checkpoints", help="folder of experiments")
+    run.add_argument("--experiment_name", required=True, help="name of this run: its folder below --model_dir")
+    run.add_argument("--wandb", choices=("true", "offline", "false"), default="false", help="log to Weights & Biases")
+    run.add_argument(
+        "--resume", nargs="?", const="true", choices=("true", "false", "force"), default="false",
+        help="continue from latest.pth; force: also with other settings or data, from the start of the epoch",
+    )  # fmt: skip
+    run.add_argument(
+        "--save_every_steps", type=number(int, low=0), default=0, metavar="N",
+        help="write latest.pth every N steps, too; 0: only at the end of an epoch",
+    )  # fmt: skip
+    run.add_argument(
+        "--keep_every", type=number(int, low=0), default=0, metavar="K",
+        help="keep epoch_NNNN.pth of every K-th epoch; 0: none",
+    )  # fmt: skip
+    add_boolean(run, "--overwrite", "replace an experiment of the same name")
+    add_boolean(run, "--dry_run", "one batch, one step and one batch of every test set; writes nothing")
+
+    groups = data, tests, model, losses, optimisation, run
+    return {action.dest: group.title for group in groups for action in group._group_actions}
+
+
+def roles() -> dict[str, str]:
+    """{setting: group of its flag}; those without a flag count as "optimisation", those of inference as "test data"."""
+    found = add_flags(ArgumentParser())
+    return dict.fromkeys(WITHOUT_FLAG, OPTIMISATION) | dict.fromkeys(INFERENCE, TESTS) | found | {"recipe": RUN}
+
+
+# ---------------------------------------------------------------- values
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags of `add_flags`, with the values of the recipe and of the objective where a flag is not given.
+
+    Settings without a flag are in it, too; `recipe` is the recipe's name, `weights` is {loss: weight} of all losses
+    that are computed. UserError for a recipe or setting that there is not.
+    """
+    first = ArgumentParser(prog=parser.prog, add_help=False)
+    first.add_argument("--trainset", default="synthetic")
+    first.add_argument("--recipe", nargs="+", action="extend", default=[])
+    first.add_argument("--objective", default="paper")
+    early, _ = first.parse_known_args(argv)
+    name, own = read_recipe(early.recipe, RECIPE_OF.get(early.trainset, "paper"))
+    weights, settings = OBJECTIVES.get(early.objective, ({}, {}))
+    settings = RECIPES[name] | settings | own
+    parser.set_defaults(**{key: value for key, value in settings.items() if key not in WITHOUT_FLAG})
+    args = parser.parse_args(argv)
+    vars(args).update({key: settings[key] for key in WITHOUT_FLAG}, recipe=name)
+    given = {PAPER_NAMES.get(loss, loss): weight for loss, weight in args.weights or ()}
+    weights = PAPER_WEIGHTS | weights | given
+    args.weights = {loss: weight for loss, weight in weights.items() if weight or loss in PAPER_WEIGHTS}
+    return args
+
+
+def read_recipe(words: Iterable[str], name: str) -> tuple[str, dict[str, Any]]:
+    """Words after --recipe -> the recipe's name (`name` where they give none), and {setting: value} of NAME=VALUE."""
+    own = {}
+    for word in words:
+        setting, is_setting, value = word.partition("=")
+        if not is_setting:
+            name = word
+            continue
+        if setting not in WITHOUT_FLAG:
+            flag = f": it has a flag of its own, --{setting} {value}" if setting in PAPER else ""
+            raise UserError(f"--recipe {word}: the settings to give here are {', '.join(WITHOUT_FLAG)}{flag}")
+        try:
+            own[setting] = WITHOUT_FLAG[setting](value)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--recipe {word}: {error}") from error
+    if name not in RECIPES:
+        raise UserError(f"--recipe {name}: choose from {', '.join(RECIPES)}")
+    return name, own
+
+
+def modern(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that an older run was trained with under today's names: weights in one dict, names of objectives."""
+    if "lam1" not in flags:
+        return dict(flags)
+    old = {"joint_slot": "paper", "maxpool_contrastive": "maxpool"}
+    renamed = PAPER_NAMES | {name: name for name in OUR_LOSSES}
+    weights = {"info_nce": 1.0} | {renamed[key]: flags[key] for key in renamed if key in PAPER_NAMES or flags.get(key)}
+    gone = {*renamed, "alpha", "force", *(key for key in ("map_contrast", "foreign_tokens") if not flags.get(key))}
+    objective = old.get(flags.get("objective", "joint_slot"), flags.get("objective"))
+    if objective == "paper" and OBJECTIVES["listen"][0].items() <= weights.items():
+        objective = "listen"
+    kept = {key: value for key, value in flags.items() if key not in gone}
+    return kept | {"weights": weights, "objective": objective}

@@ -1,0 +1,81 @@
+"""Ratios of sums over the samples of a set, and their 95 % intervals by resampling what was drawn together.
+
+N samples, U units (what a resample draws: images, or videos whose frames share their audio), T thresholds. As every
+figure is a ratio of two sums, one resample of all figures is a matrix product.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 1000
+INTERVAL = (2.5, 97.5)  # percentiles
+CHUNK = 2**22  # draws that are in memory at once
+
+
+class Ratio(NamedTuple):
+    """sum(numerator) / sum(denominator) over samples; with several numerators per sample the largest of the ratios."""
+
+    numerator: np.ndarray  # (N,), or (N, T)
+    denominator: np.ndarray  # (N,)
+
+    def value(self) -> float:
+        total = self.denominator.sum()
+        return float((self.numerator.sum(0) / total).max()) if total else math.nan
+
+
+Ratios = Mapping[str, Mapping[str, Ratio]]  # by map, then by metric
+
+
+def resampled_counts(units: int, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
+    """How often each of U units is drawn in a bootstrap resample, in chunks (some resamples, U), the same per seed."""
+    rng = np.random.default_rng(seed)
+    chunk = max(1, min(resamples, CHUNK // max(units, 1)))
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        draws = rng.integers(units, size=(size, units)) + units * np.arange(size)[:, None]
+        yield np.bincount(draws.ravel(), minlength=size * units).reshape(size, units)
+
+
+def bootstrap(
+    ratios: Mapping[str, Ratio], units: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Resample the units (N >= 1 labels) -> {name: (resamples,) values}, NaN where a resample leaves it undefined."""
+    labels, unit_of = np.unique(np.asarray(units), return_inverse=True)
+    tops = [ratio.numerator.reshape(len(unit_of), -1) for ratio in ratios.values()]
+    widths = [top.shape[1] for top in tops]
+    first = np.cumsum([0, *widths[:-1]])  # each ratio's first column
+    top, bottom = np.zeros((len(labels), sum(widths))), np.zeros((len(labels), len(tops)))
+    np.add.at(top, unit_of, np.concatenate(tops, 1))
+    np.add.at(bottom, unit_of, np.stack([ratio.denominator for ratio in ratios.values()], 1))
+    drawn = []
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for counts in resampled_counts(len(labels), resamples, seed):
+            counts = counts.astype(float)
+            values = (counts @ top) / np.repeat(counts @ bottom, widths, axis=1)
+            drawn.append(np.maximum.reduceat(values, first, axis=1))
+    return dict(zip(ratios, np.concatenate(drawn).T, strict=True))
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Bootstrap values -> [low, high] of the 95 % interval; NaN where none is defined."""
+    values = values[np.isfinite(values)]
+    return [float(v) for v in np.percentile(values, INTERVAL)] if len(values) else [math.nan, math.nan]
+
+
+def values_of(ratios: Ratios) -> dict[str, dict[str, float]]:
+    """{map: {metric: Ratio}} -> {map: {metric: value}}."""
+    return {name: {metric: ratio.value() for metric, ratio in row.items()} for name, row in ratios.items()}
+
+
+def intervals_of(
+    ratios: Ratios, units: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, dict[str, list[float]]]:
+    """{map: {metric: Ratio}} -> {map: {metric: [low, high]}}, all maps resampled together; empty for 0 resamples."""
+    if not resamples:
+        return {}
+    flat = {(name, metric): ratio for name, row in ratios.items() for metric, ratio in row.items()}
+    drawn = bootstrap(flat, units, resamples, seed)
+    return {name: {metric: interval(drawn[name, metric]) for metric in row} for name, row in ratios.items()}

@@ -1,0 +1,85 @@
+"""Recipes: the defaults of every training, however it is started, and what overrides them."""
+
+import sys
+
+import pytest
+
+import recipes
+import train_slot
+from recipes import DATA, LOSSES, OPTIMISATION, RUN, TESTS, modern, roles
+from utils import UserError
+
+
+def settings(*flags):
+    return vars(train_slot.parse_args(["--experiment_name", "x", *flags]))
+
+
+@pytest.mark.parametrize(
+    "trainset, epochs, sharpening, arch",
+    [
+        ("vggss_10k", 100, 0.1, "resnet18"), ("vggss_144k", 50, 1.0, "resnet18"), ("vggss_heard", 50, 1.0, "resnet18"),
+        ("flickr_144k", 50, 1.0, "resnet18"), ("custom", 100, 0.1, "resnet18"), ("synthetic", 10, 0.02, "small"),
+    ],
+)  # fmt: skip
+def test_the_training_set_chooses_the_recipe(trainset, epochs, sharpening, arch):
+    found = settings("--trainset", trainset)
+    assert (found["epochs"], found["infer_sharpening"], found["arch"]) == (epochs, sharpening, arch)
+
+
+def test_one_word_gives_any_set_the_small_recipe_with_either_objective():
+    built_in, own = settings("--trainset", "synthetic"), settings("--trainset", "custom", "--recipe", "small")
+    assert {key for key in own if own[key] != built_in[key]} == {"trainset"}
+    listen = settings("--trainset", "custom", "--recipe", "small", "--objective", "listen")
+    assert listen["arch"] == "small" and listen["weights"]["share_contrast"] == 1
+    assert (listen["infer_sharpening"], listen["infer_smoothing"]) == (0.1, 0.1)
+
+
+def test_a_flag_beats_the_recipe_and_so_does_a_setting_after_its_name():
+    found = settings("--recipe", "small", "clip=1", "dim=32", "--epochs", "3", "--recipe", "warmup=2")
+    assert (found["clip"], found["dim"], found["epochs"], found["warmup"]) == (1, 32, 3, 2)
+    assert found["recipe"] == "small" and found["lr"] == 1e-3
+    assert settings("--objective", "listen", "--recipe", "infer_smoothing=0")["infer_smoothing"] == 0
+
+
+def test_weights_have_the_names_of_the_losses_and_of_the_paper():
+    plain = recipes.PAPER_WEIGHTS
+    assert settings()["weights"] == plain
+    for flags in (["--lam3", "7"], ["--weights", "lam3=7"], ["--weights", "attention_matching=7"], ["--lam3=7"]):
+        assert settings(*flags)["weights"] == plain | {"attention_matching": 7}
+    found = settings("--objective", "listen", "--weights", "silence=1", "foreign_claims=0", "--lam1", "0.2")["weights"]
+    assert found == plain | {"reconstruction": 0.2, "attention_matching": 0, "share_contrast": 1, "silence": 1}
+
+
+@pytest.mark.parametrize("words", [["luck"], ["luck=1"], ["epochs=3"], ["clip=-1"]])
+def test_a_recipe_or_setting_that_there_is_not_is_refused(words):
+    with pytest.raises(UserError, match=words[0]):
+        settings("--recipe", *words)
+
+
+def test_the_group_of_a_flag_says_what_it_may_change():
+    found = roles()
+    assert found.keys() == settings().keys() - {"experiment_name"} | {"experiment_name"}
+    expected = {"lr": OPTIMISATION, "weights": LOSSES, "train_list": DATA, "testset": TESTS, "infer_sharpening": TESTS}
+    expected |= dict.fromkeys(("keep_every", "save_every_steps", "resume", "gpu", "allow_missing", "recipe"), RUN)
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_there_are_at_most_46_flags(capsys):
+    with pytest.raises(SystemExit):
+        train_slot.parse_args(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert 40 < sum(line.startswith("  --") for line in lines) <= 46
+
+
+def test_settings_of_older_runs_have_todays_names():
+    old = {"lam1": 0.1, "lam2": 0.1, "lam3": 0.0, "share_contrast": 1.0, "foreign_claims": 4.0, "silence": 0.0}
+    found = modern(old | {"map_contrast": 0.0, "foreign_tokens": 2.0, "objective": "joint_slot", "tau": 0.05})
+    assert found["objective"] == "listen" and found["tau"] == 0.05 and found["foreign_tokens"] == 2.0
+    assert found["weights"] == settings("--objective", "listen")["weights"] and "map_contrast" not in found
+    assert modern(old | {"objective": "maxpool_contrastive"})["objective"] == "maxpool"
+    assert modern(found) == found
+
+
+def test_flags_of_the_command_line_are_taken_where_none_are_given(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_slot.py", "--experiment_name", "x", "--trainset", "vggss_144k"])
+    assert train_slot.parse_args().epochs == 50
