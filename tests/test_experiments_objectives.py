@@ -22,6 +22,7 @@ from experiments.objectives import ROWS
 from experiments.runs import SPLITS, Row
 from experiments.tables import CLASS_RECALL, TABLES
 from model_slot import JointSlotModel
+from models import load_model
 from synthetic.generate import generate
 from synthetic.probe import probe
 from utils import ArgumentParser, load_checkpoint, save_checkpoint
@@ -118,16 +119,17 @@ def test_a_finished_run_with_other_flags_is_refused_before_anything_is_trained(s
     assert compare("--rows", "published").returncode == 0
     done = compare("--rows", "maxpool", "published", "--epochs", 3)
     assert done.returncode == 2
-    assert "published_seed_0 was trained with --epochs None and not 3: remove that folder" in done.stderr
+    assert "published_seed_0 was trained with --epochs 10 and not 3: remove that folder" in done.stderr
     assert not (stub / "maxpool_seed_0").exists()
     monkeypatch.setitem(ROWS, "published", Row("published", "--weights lam2=0.5 lam3=0"))
     done = compare("--rows", "published")
-    assert "--weights None and not lam2=0.5 lam3=0" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "--weights attention_matching 100.0 and not 0.0, --weights slot_divergence 0.1 and not 0.5" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     monkeypatch.setitem(ROWS, "published", Row("published", "--tau 5"))
     assert compare("--rows", "published", "--model_dir", stub / "less").returncode == 0
     monkeypatch.setitem(ROWS, "published", Row("published"))
     less = compare("--rows", "published", "--model_dir", stub / "less")
-    assert less.returncode == 2 and "--tau 5 and not None" in less.stderr, "a flag that a row no longer has"
+    assert less.returncode == 2 and "--tau 5.0 and not 0.05" in less.stderr, "a flag that a row no longer has"
 
 
 def test_a_failed_training_is_shown_with_its_last_lines_and_stops_no_other(stub, compare, monkeypatch):
@@ -249,7 +251,7 @@ def test_an_exported_model_keeps_what_testing_needs_and_nothing_of_resuming(tmp_
     save_checkpoint(tmp_path / "best.pth", state)
     objectives.export(tmp_path / "best.pth", tmp_path / "demo.pth")
     assert set(load_checkpoint(tmp_path / "demo.pth")) == {"model", "model_config", "epoch"}
-    assert JointSlotModel.from_checkpoint(tmp_path / "demo.pth").config == model.config
+    assert load_model(tmp_path / "demo.pth").config == model.config
 
 
 @pytest.mark.parametrize(
@@ -303,7 +305,7 @@ def test_tables_of_finished_trainings_go_into_the_pages(demo, compare, stub, tmp
 
 def test_the_committed_model_is_small_loads_and_is_the_one_that_the_readme_names():
     assert CHECKPOINT.stat().st_size <= 4e6
-    assert JointSlotModel.from_checkpoint(CHECKPOINT).shape["arch"] == "small"
+    assert load_model(CHECKPOINT).shape["arch"] == "small"
     assert hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest() in (ROOT / "README.md").read_text()
 
 
