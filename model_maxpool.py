@@ -50,7 +50,6 @@ class MaxPoolModel(nn.Module):
     """
 
     primary_map = "AUD"  # the map that the model is judged by
-    losses = ("info_nce",)
 
     def __init__(
         self,

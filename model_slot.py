@@ -335,10 +335,6 @@ class JointSlotModel(nn.Module):
     """
 
     primary_map = "IQR"  # the map that the model is judged by
-    losses = (
-        "info_nce", "reconstruction", "slot_divergence", "attention_matching",
-        "share_contrast", "foreign_claims", "silence",
-    )  # fmt: skip
 
     def __init__(
         self,

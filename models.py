@@ -1,8 +1,9 @@
 """The models by objective, and the one way to load a checkpoint of any of them, ours or the paper's.
 
 A further model is a row of `OBJECTIVES`, a class whose constructor's arguments `train_slot.build_model` knows, and what
-the two classes offer: to training `forward`, `draw_masks`, `represent`, `compared`, `batch_losses`, `config`, `shape`; to
-evaluation `attend_image`, `attend_audio`, `maps`, `confidences`, `embedding`, `primary_map`; and to those who use it from Python `localize`, `embed`.
+the two classes offer: to training `forward`, `draw_masks`, `represent`, `compared`, `batch_losses`, `config`, `shape`;
+to evaluation `attend_image`, `attend_audio`, `maps`, `confidences`, `embedding`, `primary_map`; and to those who use it
+from Python `localize`, `embed`.
 """
 
 import inspect
