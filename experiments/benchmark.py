@@ -2,8 +2,8 @@
 
     python -m experiments.benchmark step|input|eval|scaling|all
 
-The baselines below stay as the released code does the work; each is timed in alternation with ours, and medians are
-compared. After the table comes one JSON object per figure: name, value, baseline, ratio (baseline / value), unit.
+The baselines do the work as the released code does; each is timed in alternation with ours, and medians are compared.
+After the table comes one JSON object per figure: name, value, baseline, ratio (baseline / value), unit.
 Where nothing of the released code compares, the baseline is what the name says, or null.
 """
 
@@ -21,36 +21,34 @@ import cv2
 import numpy as np
 import soundfile
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from tabulate import tabulate
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms as torchvision_v1
 from tqdm import tqdm
 
 from annotations import GroundTruth, box_map
 from audio_io import SAMPLE_RATE, load_audio, num_frames, num_samples, power_spectrogram
-from dataset import Pair, Sample, TrainingPairs, make_loader
+from dataset import Pair, TrainingPairs, make_loader
 from distributed import local_slice
+from experiments.released import ALPHA, BATCH, SIX_MAPS, ReleasedPairs, released_scoring, released_step
 from maps import enlarge
-from model_slot import JointSlotModel, TokenMasks
+from model_slot import MAP_LOSSES, JointSlotModel, TokenMasks
+from recipes import PAPER_WEIGHTS
 from scoring.bootstrap import RESAMPLES
 from scoring.evaluate import evaluate_stored
 from scoring.maps_file import StoredMaps
 from scoring.metrics import consensus_iou, region_fixed
 from scoring.summary import area_under_success, in_parts, success
-from training.step import MAP_LOSSES, Inputs, Optimisation, choose_amp, loss_weights, wants_maps, weighted
+from training.step import Inputs, Optimisation, choose_amp, weighted
 from utils import ArgumentParser, bf16_is_fast, number, peak_memory_gib, provenance, run_cli, strict_json
 
-ALPHA = 0.6
-SIX_MAPS = ("AUD", "IMG_QUERY", "OBJ_PRIOR", "IQR", "OGL", "IQR_OGL")
 VGGSS_PAIRS = 5158
-BATCH = 64
 IMAGE_SIZE, AUDIO_SECONDS = 224, 5.0
-INPUT_FILES = 32  # different pictures and sounds
-LOSS_WEIGHTS = loss_weights(0, 0, 0.1, 0.1, 100.0)
-WITH_MAPS = loss_weights(0, 0, 0.1, 0.1, 100.0, **dict.fromkeys(MAP_LOSSES, 1.0))
+INPUT_FILES = 32  # different images and audio files
+WITH_MAPS = PAPER_WEIGHTS | dict.fromkeys(MAP_LOSSES, 1.0)
 TRAIN_BATCH, TRAIN_WORKERS = 32, 2
+MATRIX = 4096  # rows and columns, large enough to reach a machine's limit
 
 
 class Timing(NamedTuple):
@@ -59,7 +57,7 @@ class Timing(NamedTuple):
     baseline: float | None
     unit: str
 
-    def line(self) -> dict:
+    def figures(self) -> dict[str, str | float | None]:
         ratio = None if self.baseline is None else self.baseline / self.value
         return {"name": self.name, "value": self.value, "baseline": self.baseline, "ratio": ratio, "unit": self.unit}
 
@@ -95,7 +93,7 @@ def apart(work: Callable, *arguments) -> object:
 
 
 def random_inputs(model: JointSlotModel, batch: int) -> Inputs:
-    """Pictures and spectrograms of the full size, on the CPU."""
+    """Images and spectrograms of the full size, on the CPU."""
     image = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE).contiguous(memory_format=torch.channels_last)
     return Inputs(image, torch.randn(batch, 1, 257, num_frames(AUDIO_SECONDS)), model.draw_masks(batch))
 
@@ -114,28 +112,16 @@ def our_step(batch: int, micro_batch: int | None = None) -> Callable[[], object]
     inputs = Inputs(
         *(x[local_slice(batch)] for x in inputs[:2]), TokenMasks(*(x[local_slice(batch)] for x in inputs.masks))
     )
-    return lambda: optimisation.step(inputs, batch, LOSS_WEIGHTS, 1.0)
+    return lambda: optimisation.step(inputs, PAPER_WEIGHTS, 1.0)
 
 
-def released_step(batch: int) -> Callable[[], object]:
-    """The same step as the released code takes it: fp32, contiguous."""
+def their_step(batch: int) -> Callable[[], object]:
+    """The same step as the released code takes it."""
     model = full_model()
-    optimizer = torch.optim.AdamW(model.parameters(), 5e-5)
-    image, spectrogram, _ = random_inputs(model, batch)
-    image = image.contiguous()
-
-    def step() -> None:
-        losses = model(image, spectrogram)
-        loss = sum(weight * losses[name] for name, weight in LOSS_WEIGHTS.items())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss.item()
-
-    return step
+    return released_step(model, random_inputs(model, batch), PAPER_WEIGHTS)
 
 
-def slots_and_losses(batch: int, weights: Mapping[str, float] = LOSS_WEIGHTS) -> Callable[[], object]:
+def slots_and_losses(batch: int, weights: Mapping[str, float] = PAPER_WEIGHTS) -> Callable[[], object]:
     """What a step does beside the encoders, forward and backward."""
     model = full_model()
     with torch.no_grad():
@@ -147,7 +133,7 @@ def slots_and_losses(batch: int, weights: Mapping[str, float] = LOSS_WEIGHTS) ->
     def run() -> None:
         with torch.autocast("cpu", amp, enabled=amp is not None):
             pairs = model.represent_tokens(*tokens, masks)
-            losses = model.batch_losses(model.contrasted(pairs, wants_maps(weights))) | model.pair_losses(pairs)
+            losses = model.batch_losses(model.compared(pairs, weights)) | model.pair_losses(pairs)
         weighted(losses, weights).backward()
 
     return run
@@ -161,13 +147,13 @@ def memory_of(make_step: Callable, *arguments) -> float:
 
 
 def limit_of_this_machine(dtype: torch.dtype) -> float:
-    """FLOP per second of the best of 5 products of 4096 x 4096 matrices."""
-    a, b = (torch.randn(4096, 4096).to(dtype) for _ in range(2))
-    return 2 * 4096**3 / min(seconds(lambda: a @ b, time.perf_counter) for _ in range(5))
+    """FLOP per second of the best of 5 products of square matrices."""
+    a, b = (torch.randn(MATRIX, MATRIX).to(dtype) for _ in range(2))
+    return 2 * MATRIX**3 / min(seconds(lambda: a @ b, time.perf_counter) for _ in range(5))
 
 
 def bench_step(rounds: int, batch: int) -> Iterator[Timing]:
-    ours, baseline, rest = our_step(batch), released_step(batch), slots_and_losses(batch)
+    ours, baseline, rest = our_step(batch), their_step(batch), slots_and_losses(batch)
     with FlopCounterMode(display=False) as counter:
         baseline()
     spent, released = alternate(ours, baseline, rounds)
@@ -180,7 +166,7 @@ def bench_step(rounds: int, batch: int) -> Iterator[Timing]:
     with_maps, beside = alternate(slots_and_losses(batch, WITH_MAPS), rest, rounds)
     yield Timing("step: all losses of the map, share of the step", 100 * (with_maps - beside) / spent, None, "%")
     del ours, baseline, rest
-    memory = [apart(memory_of, make, batch) for make in (our_step, released_step)]
+    memory = [apart(memory_of, make, batch) for make in (our_step, their_step)]
     yield Timing("step: peak memory", *memory, "GiB")
 
 
@@ -227,69 +213,37 @@ def bench_scaling(rounds: int, sizes: Sequence[int], part_size: int) -> Iterator
 # ---------------------------------------------------------------- input
 
 
-def random_picture(rng: np.random.Generator, height: int = 360, width: int = 640) -> np.ndarray:
+def random_image(rng: np.random.Generator, height: int = 360, width: int = 640) -> np.ndarray:
     """(height, width, 3) uint8: smooth fields of several scales, discs with sharp edges, a little noise."""
-    picture = np.zeros((height, width, 3))
+    image = np.zeros((height, width, 3))
     for cells in (3, 8, 20, 60, 160):
         field = rng.normal(size=(cells, cells * width // height, 3))
-        picture += cells**-0.5 * cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC)
-    picture = 128 + 45 * picture / picture.std()
+        image += cells**-0.5 * cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC)
+    image = 128 + 45 * image / image.std()
     for _ in range(6):
         centre, radius = rng.integers((width, height)).tolist(), int(rng.integers(height // 36, height // 4))
-        cv2.circle(picture, centre, radius, rng.uniform(0, 255, 3).tolist(), cv2.FILLED, cv2.LINE_AA)
-    return (picture + rng.normal(0, 2, picture.shape)).clip(0, 255).astype(np.uint8)
+        cv2.circle(image, centre, radius, rng.uniform(0, 255, 3).tolist(), cv2.FILLED, cv2.LINE_AA)
+    return (image + rng.normal(0, 2, image.shape)).clip(0, 255).astype(np.uint8)
 
 
-def random_sound(rng: np.random.Generator, length: int) -> np.ndarray:
+def random_audio(rng: np.random.Generator, length: int) -> np.ndarray:
     """(length,) in -1..1: a tone in noise."""
     time_axis = np.arange(length) / SAMPLE_RATE
     return 0.3 * np.sin(2 * np.pi * rng.uniform(100, 4000) * time_axis) + rng.normal(0, 0.05, length)
 
 
 def make_input_files(folder: Path, count: int) -> tuple[list[Pair], list[Pair]]:
-    """Pictures of 640 x 360 and 10-s sounds, as ours reads them and, with stored spectrograms, as the baseline does."""
+    """Images of 640 x 360 and 10 s of audio, as ours reads them and, with stored spectrograms, as the baseline does."""
     rng = np.random.default_rng(0)
     ours, baseline = [], []
     for i in range(count):
-        picture, sound, stored = (str(folder / f"{i}.{suffix}") for suffix in ("jpg", "wav", "npy"))
-        Image.fromarray(random_picture(rng)).save(picture, quality=90)
-        soundfile.write(sound, random_sound(rng, 10 * SAMPLE_RATE), SAMPLE_RATE, subtype="PCM_16")
-        np.save(stored, power_spectrogram(load_audio(sound, num_samples(AUDIO_SECONDS))).numpy())
-        ours.append(Pair(str(i), picture, sound))
-        baseline.append(Pair(str(i), picture, stored))
+        image, audio, stored = (str(folder / f"{i}.{suffix}") for suffix in ("jpg", "wav", "npy"))
+        Image.fromarray(random_image(rng)).save(image, quality=90)
+        soundfile.write(audio, random_audio(rng, 10 * SAMPLE_RATE), SAMPLE_RATE, subtype="PCM_16")
+        np.save(stored, power_spectrogram(load_audio(audio, num_samples(AUDIO_SECONDS))).numpy())
+        ours.append(Pair(str(i), image, audio))
+        baseline.append(Pair(str(i), image, stored))
     return ours, baseline
-
-
-class ReleasedPairs(Dataset):
-    """Training pairs as the released code makes them: torchvision's transforms on PIL pictures, stored spectrograms."""
-
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self.pairs = pairs
-        self.transform = torchvision_v1.Compose(
-            [
-                torchvision_v1.Resize(int(224 * 1.1), torchvision_v1.InterpolationMode.BICUBIC),
-                torchvision_v1.RandomCrop(224),
-                torchvision_v1.RandomApply([torchvision_v1.GaussianBlur(5, (0.1, 2.0))], p=0.8),
-                torchvision_v1.RandomHorizontalFlip(),
-                torchvision_v1.RandomApply([torchvision_v1.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
-                torchvision_v1.RandomGrayscale(0.2),
-                torchvision_v1.ToTensor(),
-                torchvision_v1.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> Sample:
-        pair = self.pairs[index]
-        image = self.transform(Image.open(pair.image).convert("RGB"))
-        spectrogram = torch.log(torch.from_numpy(np.load(pair.audio)) + 1e-7) / 12
-        for axis in (1, 2):
-            width = int(torch.randint(10, (1,)))
-            start = int(torch.randint(spectrogram.shape[axis] - width + 1, (1,)))
-            spectrogram.narrow(axis, start, width).fill_(0)
-        return Sample(image, spectrogram, torch.empty(0), pair.id, "")
 
 
 @contextmanager
@@ -342,7 +296,7 @@ def bench_input(rounds: int, train_pairs: int) -> Iterator[Timing]:
             lambda: train_epoch(baseline, model, optimizer, device),
             rounds,
         )
-        name = f"input: training epoch, {TRAIN_WORKERS} loader workers, {device.type}, per pair"
+        name = f"input: training epoch, {TRAIN_WORKERS} data-loading workers, {device.type}, per pair"
         yield Timing(name, *(1000 * t / len(ours) for t in spent), "ms")
 
 
@@ -356,42 +310,6 @@ def random_maps(count: int, seed: int = 0) -> tuple[dict[str, torch.Tensor], tor
     corners = rng.random((count, 2, 2)) / 2
     truth = torch.stack([box_map([[*low, *(low + 0.2 + size / 2)]]) for low, size in corners])
     return raw, truth
-
-
-def released_scoring(raw: dict[str, torch.Tensor], truth: torch.Tensor) -> dict[str, tuple[float, float]]:
-    """cIoU and AUC of the six maps, sample by sample in NumPy: (cIoU, AUC) by map."""
-
-    def rescale(values: np.ndarray) -> np.ndarray:
-        return (values - values.min()) / (values.max() - values.min())
-
-    ious = {name: [] for name in SIX_MAPS}
-    for start in range(0, len(truth), BATCH):
-        large = {
-            name: F.interpolate(maps[start : start + BATCH, None], (224, 224), mode="bicubic", align_corners=False)
-            for name, maps in raw.items()
-        }
-        large = {name: maps.numpy() for name, maps in large.items()}
-        for i in range(len(large["AUD"])):
-            audio, image, prior = (rescale(large[name][i, 0]) for name in SIX_MAPS[:3])
-            maps = {
-                "AUD": audio,
-                "IMG_QUERY": image,
-                "OBJ_PRIOR": prior,
-                "IQR": rescale(audio * ALPHA + image * (1 - ALPHA)),
-                "OGL": rescale(audio * ALPHA + prior * (1 - ALPHA)),
-                "IQR_OGL": rescale(audio * ALPHA + image * (1 - ALPHA) / 2 + prior * (1 - ALPHA) / 2),
-            }
-            ground_truth = truth[start + i].numpy()
-            for name, heat in maps.items():
-                region = np.zeros((224, 224))
-                region[heat >= 0.6] = 1
-                inside = np.sum(region * ground_truth)
-                ious[name].append(inside / (np.sum(ground_truth) + np.sum(region * (ground_truth == 0))))
-    scores = {}
-    for name, values in ious.items():
-        curve = [np.sum(np.array(values) >= 0.05 * step) / len(values) for step in range(21)]
-        scores[name] = (np.mean(np.array(values) >= 0.5), sum(curve[1:-1]) * 0.05 + (curve[0] + curve[-1]) * 0.025)
-    return scores
 
 
 def our_scoring(raw: dict[str, torch.Tensor], truth: torch.Tensor) -> dict[str, tuple[float, float]]:
@@ -444,22 +362,33 @@ def bench_eval(rounds: int, pairs: int) -> Iterator[Timing]:
 # ---------------------------------------------------------------- the command line
 
 
+def results_table(timings: Sequence[Mapping[str, str | float | None]]) -> str:
+    rows = [[line["name"], line["value"], line["unit"], line["baseline"], line["ratio"]] for line in timings]
+    heads = ("", "ours", "", "released", "ratio")
+    return tabulate(rows, heads, tablefmt="simple", floatfmt=".3g", missingval="-")
+
+
 def main() -> None:
     parser = ArgumentParser(description="Time our way against the released code's.")
     parser.add_argument("what", choices=("step", "input", "eval", "scaling", "all"), help="what is timed")
     parser.add_argument(
-        "--rounds", type=number(int, low=1), default=5, help="alternating pairs of timings (scaling: 2 steps at most)"
+        "--rounds",
+        type=number(int, low=1),
+        default=5,
+        help="timings of each of the two ways (scaling: at most 2)",
     )
-    parser.add_argument("--pairs", type=number(int, low=2), default=VGGSS_PAIRS, help="samples of the stored set")
-    parser.add_argument("--train_pairs", type=number(int, low=2), default=256, help="pairs of a training epoch")
+    parser.add_argument(
+        "--pairs", type=number(int, low=2), default=VGGSS_PAIRS, help="eval: samples of the set of stored maps"
+    )
+    parser.add_argument("--train_pairs", type=number(int, low=2), default=256, help="input: pairs of a training epoch")
     parser.add_argument(
         "--batch_size",
         type=number(int, low=2),
         default=32,
-        help="of the step that is timed; in scaling of parts and processes",
+        help="step: pairs in a batch; scaling: pairs in a part, and in the batch that processes share",
     )
     parser.add_argument(
-        "--batch_sizes", type=number(int, low=2), nargs="+", default=[16, 32, 64, 128, 256], help="of scaling"
+        "--batch_sizes", type=number(int, low=2), nargs="+", default=[16, 32, 64, 128, 256], help="scaling: batch sizes"
     )
     args = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in provenance().items()) + f", {torch.get_num_threads()} threads")
@@ -470,13 +399,9 @@ def main() -> None:
         "scaling": lambda: bench_scaling(min(args.rounds, 2), args.batch_sizes, args.batch_size),
     }
     chosen = benches if args.what == "all" else [args.what]
-    lines = [timing.line() for name in chosen for timing in benches[name]()]
-    print(f"\n{'':72} {'ours':>11} {'released':>10} {'ratio':>7}")
-    for line in lines:
-        baseline, ratio = (f"{line[key]:.3g}" if line[key] is not None else "-" for key in ("baseline", "ratio"))
-        print(f"{line['name']:72} {line['value']:>7.3g} {line['unit']:3} {baseline:>10} {ratio:>7}")
-    print()
-    for line in lines:
+    timings = [timing.figures() for name in chosen for timing in benches[name]()]
+    print(f"\n{results_table(timings)}\n")
+    for line in timings:
         print(strict_json(line))
 
 

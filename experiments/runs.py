@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from utils import UserError, write_json
+import recipes
+from utils import ArgumentParser, UserError, write_json
 
 DATA = {1: Path("data/synthetic"), 3: Path("data/synthetic_3")}  # by `objects`; the test splits of both are the same
 TEST, DISTRACTOR, INTERACTIVE, OFFSCREEN = SPLITS = (
@@ -55,15 +56,15 @@ class Training(NamedTuple):
         into = ["--model_dir", str(self.folder.parent), "--experiment_name", self.folder.name, "--overwrite"]
         return ["bash", "train_script.sh", "synthetic", ",".join(self.splits), "cpu", *self.words(), *into]
 
-    def wanted(self) -> dict[str, str]:
-        """{flag: its values} of `words`."""
-        wanted, name = {}, ""
-        for word in self.words():
-            if word.startswith("--"):
-                name = word.removeprefix("--")
-            else:
-                wanted[name] = f"{wanted.get(name, '')} {word}".strip()
-        return wanted
+    def wanted(self) -> dict[str, Any]:
+        """Every setting that says what is learnt or how maps are asked for, also those of the recipe."""
+        recipes.add_flags(parser := ArgumentParser())
+        words = ["--trainset", "synthetic", *self.words(), "--experiment_name", self.folder.name]
+        settings, roles = vars(recipes.parse(parser, words)), recipes.roles()
+        matter = {name for name, role in roles.items() if role not in (recipes.RUN, recipes.TESTS)}
+        matter |= recipes.INFERENCE | {"train_data_path"}
+        weights = {f"weights {loss}": weight for loss, weight in settings["weights"].items()}
+        return {name: settings[name] for name in matter - {"weights"}} | weights
 
     def is_finished(self) -> bool:
         return all(self.results(split).is_file() for split in self.splits)

@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from annotations import read_ids
 from experiments.runs import DISTRACTOR, INTERACTIVE, OFFSCREEN, TEST, Rows, Training
-from scoring.metrics import interactive_groups
+from scoring.summary import interactive_groups
 from synthetic.probe import oracle_scores
 from utils import UserError, write_text
 

@@ -1,6 +1,7 @@
 """The benchmark compares equal work and prints figures that programs can read."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ def test_both_ways_of_scoring_give_the_same_figures():
     assert theirs["AUD"][1] == pytest.approx(ours["AUD"][1], abs=1e-6)
 
 
-def test_the_command_prints_a_table_and_one_object_a_line(cli):
+def test_the_command_prints_a_table_and_one_object_a_line(cli, monkeypatch):
+    monkeypatch.setattr(benchmark, "RESAMPLES", 20)
     done = cli("experiments.benchmark", "eval", "--pairs", "8", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert re.search(r"^eval: every metric, per map +[\d.]+ +ms +- +-$", done.stdout, re.M)
     assert len(lines) == 3 and all(line.keys() == {"name", "value", "baseline", "ratio", "unit"} for line in lines)
     assert lines[0]["ratio"] == pytest.approx(lines[0]["baseline"] / lines[0]["value"])
 
@@ -46,6 +49,7 @@ def test_the_input_figures_are_costs_of_both_pipelines(cli, monkeypatch):
 
 def test_a_step_is_timed_against_the_same_work(cli, monkeypatch):
     """Both take the losses and the gradient of one batch; the figures come in the order of the table."""
+    monkeypatch.setattr(benchmark, "MATRIX", 256)
     monkeypatch.setattr(benchmark, "apart", lambda work, *arguments: work(*arguments))
     done = cli("experiments.benchmark", "step", "--rounds", "1", "--batch_size", "2")
     assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ from conftest import ROOT
 
 import experiments.objectives as objectives
 import experiments.runs as runs
+import recipes
 from experiments.objectives import ROWS
 from experiments.runs import SPLITS, Row
 from experiments.tables import CLASS_RECALL, TABLES
@@ -118,16 +119,17 @@ def test_a_finished_run_with_other_flags_is_refused_before_anything_is_trained(s
     assert compare("--rows", "published").returncode == 0
     done = compare("--rows", "maxpool", "published", "--epochs", 3)
     assert done.returncode == 2
-    assert "published_seed_0 was trained with --epochs None and not 3: remove that folder" in done.stderr
+    assert "published_seed_0 was trained with --epochs 10 and not 3: remove that folder" in done.stderr
     assert not (stub / "maxpool_seed_0").exists()
     monkeypatch.setitem(ROWS, "published", Row("published", "--weights lam2=0.5 lam3=0"))
     done = compare("--rows", "published")
-    assert "--weights None and not lam2=0.5 lam3=0" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "--weights attention_matching 100.0 and not 0.0, --weights slot_divergence 0.1 and not 0.5" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     monkeypatch.setitem(ROWS, "published", Row("published", "--tau 5"))
     assert compare("--rows", "published", "--model_dir", stub / "less").returncode == 0
     monkeypatch.setitem(ROWS, "published", Row("published"))
     less = compare("--rows", "published", "--model_dir", stub / "less")
-    assert less.returncode == 2 and "--tau 5 and not None" in less.stderr, "a flag that a row no longer has"
+    assert less.returncode == 2 and "--tau 5.0 and not 0.05" in less.stderr, "a flag that a row no longer has"
 
 
 def test_a_failed_training_is_shown_with_its_last_lines_and_stops_no_other(stub, compare, monkeypatch):
@@ -162,8 +164,6 @@ def test_an_interrupted_comparison_leaves_no_training_behind(compare, monkeypatc
 
 @pytest.mark.parametrize(("key", "arch"), [*((key, "small") for key in ROWS), ("listen", "resnet18")])
 def test_the_flags_of_every_row_are_flags_of_the_training(key, arch, tmp_path):
-    import recipes
-
     ((run,),) = objectives.objective_rows([key], [3], tmp_path, arch, 7).values()
     words = ["--trainset", "synthetic", *run.words(), "--experiment_name", run.folder.name]
     recipes.add_flags(parser := ArgumentParser())

@@ -3,20 +3,29 @@
 import pytest
 
 import experiments.runs as runs
+import recipes
 from experiments.runs import Row, Training
 from utils import UserError
 
 
-def test_flags_with_several_values_are_told_apart(tmp_path):
+def test_what_is_asked_for_is_told_by_its_settings_with_those_of_the_recipe(tmp_path, monkeypatch):
     row = Row("share", "--weights share_contrast=1 lam3=0 --recipe infer_smoothing=0.1")
-    run = Training(row, 3, tmp_path / "share_seed_3", flags=("--epochs", "2"))
-    wanted = {"weights": "share_contrast=1 lam3=0", "recipe": "infer_smoothing=0.1", "epochs": "2", "seed": "3"}
-    assert run.wanted() == wanted
+    run = Training(row, 3, tmp_path / "share_seed_3", flags=("--epochs", "2", "--train_data_path", "data/synthetic_3"))
+    wanted = run.wanted()
+    ours = {
+        "seed": 3,
+        "epochs": 2,
+        "infer_smoothing": 0.1,
+        "infer_sharpening": 0.02,
+        "train_data_path": "data/synthetic_3",
+    }
+    assert ours.items() <= wanted.items()
+    assert wanted["weights share_contrast"] == 1 and wanted["weights attention_matching"] == 0
+    assert not {"gpu", "experiment_name", "model_dir", "num_workers", "testset"} & wanted.keys()
+    monkeypatch.setitem(recipes.RECIPES["small"], "lr", 0.5)
+    assert run.wanted() == wanted | {"lr": 0.5}, "a recipe that changed makes another run"
     command = " ".join(run.command())
-    assert (
-        "train_script.sh synthetic synthetic,synthetic_distractor,synthetic_interactive,synthetic_offscreen cpu"
-        in command
-    )
+    assert f"train_script.sh synthetic {','.join(runs.SPLITS)} cpu" in command
     assert f"--model_dir {tmp_path} --experiment_name share_seed_3 --overwrite" in command
 
 
