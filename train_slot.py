@@ -248,8 +248,7 @@ def main() -> None:
             return dry_run(partial(train, args.weights), partial(held_out, count=args.batch_size), test)
 
         resumed = folder.resume(args) if resume else {}
-        folder.open(args, data.left_out, data.train.pairs, resumed)
-        with StopFlag(device) as stop:
+        with folder.opened(args, data.left_out, data.train.pairs, resumed), StopFlag(device) as stop:
             save_between = partial(folder.save_between_steps, every=args.save_every_steps, stop=stop)
             for epoch in range(state.epoch, args.epochs):
                 line, title = {"epoch": epoch + 1}, f"epoch {epoch + 1}/{args.epochs}"

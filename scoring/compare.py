@@ -12,7 +12,7 @@ import numpy as np
 from tabulate import tabulate
 
 from annotations import first_ids
-from recipes import OUR_LOSSES, RUN, TESTS, modern, roles
+from recipes import OUR_LOSSES, PAPER_NAMES, RUN, TESTS, modern, roles
 from scoring.bootstrap import RESAMPLES, Ratio, bootstrap, interval
 from scoring.metrics import RULES
 from scoring.summary import interactive_groups, ratios_of
@@ -189,7 +189,9 @@ def _traits(run: Run) -> dict[str, Any]:
     ignored = {"seed", "weights", "alpha", *(name for name, role in roles().items() if role in no_effect)}
     if flags.get("trainset") == "custom":
         ignored.discard("train_data_path")  # here it is the training set
+    short = {loss: name for name, loss in PAPER_NAMES.items()}
     weights = dict.fromkeys(OUR_LOSSES, 0.0) | flags["weights"] if "weights" in flags else {}
+    weights = {short.get(loss, loss): weight for loss, weight in weights.items()}
     traits = {key: value for key, value in flags.items() if key not in ignored} | weights or {"file": str(run.path)}
     settings = {key: run.results["settings"][key] for key in SETTINGS if run.results["settings"].get(key) is not None}
     return traits | {"selected by": run.checkpoint.get("selected_by")} | settings

@@ -265,8 +265,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
 
 def test_two_runs_do_not_write_into_one_folder(synthetic_root, tmp_path, train, monkeypatch):
     monkeypatch.setattr(resume, "LOCK_SECONDS", 0.2)
-    take = f"lock = training.resume.lock_folder(pathlib.Path({str(tmp_path / 'run')!r}))"
-    holding = f"import pathlib, training.resume; {take}; input(1)"
+    lock = f"training.resume.lock_folder(pathlib.Path({str(tmp_path / 'run')!r}))"
+    holding = f"import pathlib, training.resume\nwith {lock}: input(1)"
     with subprocess.Popen(
         [sys.executable, "-c", holding], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
@@ -310,7 +310,7 @@ def test_a_run_of_older_code_continues_where_what_it_did_not_know_is_off():
     assert resume.differences({"args": old, "marks": {}}, args, {}) == []
     args.weights, args.select = args.weights | {"silence": 1.0}, "test"
     found = resume.differences({"args": old, "marks": {}}, args, {})
-    assert [line.split()[0] for line in found] == ["--select", "--infer_sharpening", "--infer_smoothing", "--weights"]
+    assert {line.split()[0] for line in found} == {"--select", "--infer_sharpening", "--infer_smoothing", "--weights"}
 
 
 def test_a_forced_resume_with_another_way_of_testing_forgets_the_best_that_tests_chose(synthetic_root, tmp_path, train):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,15 +170,16 @@ class StopFlag:
 # ---------------------------------------------------------------- the folder
 
 
-def lock_folder(folder: Path) -> FileLock:
-    """Take the run's folder for this process. UserError when another process holds it."""
+@contextmanager
+def lock_folder(folder: Path):
+    """Hold the run's folder for this process. UserError when another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")
     try:
-        lock.acquire(timeout=LOCK_SECONDS)
+        lock = FileLock(folder / "lock").acquire(timeout=LOCK_SECONDS)
     except Timeout as error:
         raise UserError(f"another process is training in {folder}: stop it, or take another name") from error
-    return lock
+    with lock:
+        yield
 
 
 class RunFolder:
@@ -190,11 +192,17 @@ class RunFolder:
         self.path, self.optimisation, self.state, self.about = path, optimisation, state, about
         self.log: RunLog | None = None
 
-    def open(self, args, left_out: Mapping[str, str], train: Sequence[Pair], resumed: Mapping[str, Any]) -> None:
-        """Lock the folder and begin its files and the log; an overwritten run goes first."""
-        if not is_main():
-            return
-        self.lock = lock_folder(self.path)
+    @contextmanager
+    def opened(self, args, left_out: Mapping[str, str], train: Sequence[Pair], resumed: Mapping[str, Any]):
+        """The folder locked, its files and the log begun; an overwritten run goes first."""
+        if is_main():
+            with lock_folder(self.path):
+                self._begin(args, left_out, train, resumed)
+                yield
+        else:
+            yield
+
+    def _begin(self, args, left_out: Mapping[str, str], train: Sequence[Pair], resumed: Mapping[str, Any]) -> None:
         remove_unfinished(self.path)
         if args.overwrite and not resumed:
             for old in [*self.path.glob("*.pth"), self.path / "left_out.txt", self.path / "failed_ids.txt"]:
