@@ -97,7 +97,7 @@ def sample_panel(
     image = _as_image(image)
     if ious is None:
         ious = {name: _fixed_iou(heat, truth) for name, heat in maps.items()}
-    tiles = [("picture", image), ("ground truth", draw_truth(_veil(image, truth), truth))]
+    tiles = [("image", image), ("ground truth", draw_truth(_veil(image, truth), truth))]
     for name, heat in maps.items():
         label = f"{name}   IoU {100 * ious[name]:.0f} %" if name in ious else name
         tiles.append((label, draw_truth(overlay(image, heat), truth)))
@@ -150,16 +150,16 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(findfont("DejaVu Sans"), size)  # matplotlib carries it
 
 
-def _write(picture: np.ndarray, text: str, corner: tuple[int, int], size: int, width: int, colour=INK) -> np.ndarray:
-    """A copy of the picture with one line of text, cut with an ellipsis where it would be wider than `width` pixels."""
+def _write(canvas: np.ndarray, text: str, corner: tuple[int, int], size: int, width: int, colour=INK) -> np.ndarray:
+    """A copy of the canvas with one line of text, cut with an ellipsis where it would be wider than `width` pixels."""
     font = _font(size)
     if font.getlength(text) > width:
         while text and font.getlength(text + "…") > width:
             text = text[:-1]
         text += "…"
-    canvas = Image.fromarray(picture)
-    ImageDraw.Draw(canvas).text(corner, text, fill=colour, font=font)
-    return np.array(canvas)
+    drawn = Image.fromarray(canvas)
+    ImageDraw.Draw(drawn).text(corner, text, fill=colour, font=font)
+    return np.array(drawn)
 
 
 # ---------------------------------------------------------------- pictures of a test set
