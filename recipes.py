@@ -6,6 +6,7 @@ however that is started: a flag beats the recipe, and so does NAME=VALUE after -
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from dataset import TRAIN_SETS
@@ -228,6 +229,7 @@ def add_flags(parser: ArgumentParser) -> dict[str, str]:
     return {action.dest: group.title for group in groups for action in group._group_actions}
 
 
+@cache
 def roles() -> dict[str, str]:
     """{setting: group of its flag}; those without a flag count as "optimisation", those of inference as "test data"."""
     found = add_flags(ArgumentParser())
@@ -286,7 +288,8 @@ def modern(flags: Mapping[str, Any]) -> dict[str, Any]:
         return dict(flags)
     old = {"joint_slot": "paper", "maxpool_contrastive": "maxpool"}
     renamed = PAPER_NAMES | {name: name for name in OUR_LOSSES}
-    weights = {"info_nce": 1.0} | {renamed[key]: flags[key] for key in renamed if key in PAPER_NAMES or flags.get(key)}
+    weights = {renamed[key]: flags[key] for key in renamed if key in flags and (key in PAPER_NAMES or flags[key])}
+    weights = {"info_nce": 1.0} | weights
     gone = {*renamed, "alpha", "force", *(key for key in ("map_contrast", "foreign_tokens") if not flags.get(key))}
     objective = old.get(flags.get("objective", "joint_slot"), flags.get("objective"))
     if objective == "paper" and OBJECTIVES["listen"][0].items() <= weights.items():

@@ -20,6 +20,7 @@ OWN_AXES = {  # key: title of its axis
     "pairs_per_second": "pairs per second",
     "data_wait": "share of time waiting for data",
 }
+AXIS_INCHES = 5.4, 4.0  # width and height, with title and legend
 DRAWN_SCORES = ("cIoU", "AUC", "cIoU_half", "mAP", "pointing", "IIoU", "listening")  # of a test set, one axis each
 
 
@@ -36,13 +37,19 @@ def plot_curves(log_lines: Log, path: str | Path) -> None:
     axes_of = _sort_keys(log_lines)
     columns = min(3, len(axes_of))
     rows = -(-len(axes_of) // columns)
-    figure = Figure(figsize=(5.4 * columns, 4.0 * rows), dpi=110, layout="constrained")
+    width, height = AXIS_INCHES
+    figure = Figure(figsize=(width * columns, height * rows), dpi=110)
     FigureCanvasAgg(figure)
+    # margins by hand: measuring every label would take most of the time, in each epoch anew
+    figure.subplots_adjust(
+        left=0.6 / (width * columns), right=1 - 0.2 / (width * columns), wspace=0.16,
+        bottom=1.2 / (height * rows), top=1 - 0.35 / (height * rows), hspace=0.62,
+    )  # fmt: skip
     epochs = [line.get("epoch", index) for index, line in enumerate(log_lines)]
     for index, (title, keys) in enumerate(axes_of.items()):
         _plot_axis(figure.add_subplot(rows, columns, index + 1), title, keys, epochs, log_lines)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", pil_kwargs={"compress_level": 3})
 
 
 def _sort_keys(log_lines: Log) -> dict[str, dict[str, str]]:
@@ -90,6 +97,7 @@ def _plot_axis(axis, title: str, keys: Mapping[str, str], epochs: Sequence[float
     axis.set_xlabel("epoch", fontsize=9)
     axis.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.locator_params(axis="y", nbins=6)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)

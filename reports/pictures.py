@@ -128,7 +128,7 @@ def contact_sheet(panels: Sequence[np.ndarray], path: str | Path, header: str = 
         sheet[top : top + panel.shape[0], : panel.shape[1]] = panel
         top += panel.shape[0]
     with atomic_path(path) as temporary:
-        Image.fromarray(sheet).save(temporary, format="PNG")
+        Image.fromarray(sheet).save(temporary, format="PNG", compress_level=3)
 
 
 def _fixed_iou(heat: np.ndarray, truth: np.ndarray) -> float:

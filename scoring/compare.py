@@ -12,6 +12,7 @@ import numpy as np
 from tabulate import tabulate
 
 from annotations import first_ids
+from recipes import OUR_LOSSES, RUN, TESTS, modern, roles
 from scoring.bootstrap import RESAMPLES, Ratio, bootstrap, interval
 from scoring.metrics import RULES
 from scoring.summary import interactive_groups, ratios_of
@@ -23,11 +24,7 @@ COLUMNS = (
     "both_pointing", "AP", "max_F1",
 )  # fmt: skip
 DIFFERENCES = ("cIoU", "mAP", "pointing", "mIoU", "IIoU")
-NO_EFFECT = {  # flags that name a run or say how it is run
-    "seed", "experiment_name", "model_dir", "metadata", "gpu", "num_workers", "wandb", "resume", "overwrite", "dry_run",
-}  # fmt: skip
 SETTINGS = ("alpha", "infer_sharpening", "infer_smoothing", "interpolation")
-TESTS_ONLY = {"testset", "test_data_path", "test_gt_path", "test_list", "eval_every", *SETTINGS}
 
 
 class Run(NamedTuple):  # one results.json and the per_sample.csv beside it
@@ -188,9 +185,12 @@ def configure(runs: Sequence[Run], map_name: str | None = None) -> list[Configur
 
 def _traits(run: Run) -> dict[str, Any]:
     """What makes a configuration: the flags that can change a number, and the settings of the test."""
-    ignored = NO_EFFECT | (set() if run.flags.get("select") == "test" else TESTS_ONLY)
-    ignored |= set() if run.flags.get("trainset") == "custom" else {"train_data_path"}  # there it is the training set
-    traits = {key: value for key, value in run.flags.items() if key not in ignored} or {"file": str(run.path)}
+    flags, no_effect = modern(run.flags), {RUN} if run.flags.get("select") == "test" else {RUN, TESTS}
+    ignored = {"seed", "weights", "alpha", *(name for name, role in roles().items() if role in no_effect)}
+    if flags.get("trainset") == "custom":
+        ignored.discard("train_data_path")  # here it is the training set
+    weights = dict.fromkeys(OUR_LOSSES, 0.0) | flags["weights"] if "weights" in flags else {}
+    traits = {key: value for key, value in flags.items() if key not in ignored} | weights or {"file": str(run.path)}
     settings = {key: run.results["settings"][key] for key in SETTINGS if run.results["settings"].get(key) is not None}
     return traits | {"selected by": run.checkpoint.get("selected_by")} | settings
 

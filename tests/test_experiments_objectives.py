@@ -359,6 +359,21 @@ def test_the_committed_model_reaches_the_bars(default_root, tmp_path, cli):
 
 
 @pytest.mark.slow
+def test_the_listening_objective_follows_the_sound_in_its_last_epoch(default_root, tmp_path, cli):
+    """The headline of the README: one seed, the built-in data, one object in a training image."""
+    data = ["--train_data_path", str(default_root), "--test_data_path", str(default_root)]
+    listen = "bash", "train_script.sh", "synthetic", "synthetic_distractor", "cpu", "ears", "--model_dir", str(tmp_path)
+    runs.call(*listen, *data, OBJECTIVE="listen")
+    done = cli(
+        "test_model", "--checkpoint", tmp_path / "ears_listen" / "latest.pth", "--testset", "synthetic_distractor",
+        "--test_data_path", default_root, "--gpu", "cpu", "--imagenet_weights", "none", "--out_dir", tmp_path / "last",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "last" / "synthetic_distractor" / "results.json").read_text())["maps"]["AUD"]
+    assert figures["pointing"] >= 0.90 and figures["cIoU"] >= 0.65, figures
+
+
+@pytest.mark.slow
 def test_the_demonstration_trains_to_the_bars(default_root, tmp_path):
     data = ["--train_data_path", str(default_root), "--test_data_path", str(default_root)]
     runs.call("bash", "train_script.sh", "synthetic", "synthetic", "cpu", "demo", "--model_dir", str(tmp_path), *data)

@@ -280,7 +280,7 @@ def test_many_differences_leave_a_short_label_and_stand_below(tmp_path):
     flags = {"trainset": "vggss_144k", "lam1": 0.0, "lam3": 0.0, "epochs": 50}
     text = compare([write(tmp_path / "a", ious), write(tmp_path / "b", ious, flags=flags | {"experiment_name": "big"})])
     assert [row["configuration"] for row in tables(text)[0]] == ["full", "big"]
-    assert "- big: trainset vggss_144k, lam3 0, lam1 0, epochs 50; seed 0" in text
+    assert "- big: trainset vggss_144k, epochs 50, reconstruction 0, attention_matching 0; seed 0" in text
 
 
 # ---------------------------------------------------------------- maps
