@@ -83,7 +83,7 @@ def annotation_problems(row: SetRow, path: Path) -> dict[str, int]:
     side = 1.0 if row.kind == "boxes" else float(MAP_SIZE)
     entries = [entry for entry in read_entries(path) if isinstance(entry, dict)]
     drawn = [entry.get("bbox") or () if row.kind == "boxes" else [entry.get("gt_box")] for entry in entries]
-    problems = dict.fromkeys(("not a number", "outside the picture", "beyond a million", "without area"), 0)
+    problems = dict.fromkeys(("not a number", "outside the image", "beyond a million", "without area"), 0)
     for box in (box for boxes in drawn for box in boxes):
         try:
             values = np.array([float(v) for v in box])
@@ -93,7 +93,7 @@ def annotation_problems(row: SetRow, path: Path) -> dict[str, int]:
             problems["not a number"] += 1
             continue
         pixels = (np.clip(values / side, 0, 1) * MAP_SIZE).astype(int)
-        problems["outside the picture"] += bool((values < 0).any() or (values > side).any())
+        problems["outside the image"] += bool((values < 0).any() or (values > side).any())
         problems["beyond a million"] += bool((np.abs(values) > HUGE).any())
         problems["without area"] += bool((pixels[2:] <= pixels[:2]).any())
     return problems

@@ -1,4 +1,4 @@
-"""Clips (mp4, webm, mkv, avi): what their names say, how long they are, the picture at a moment, the sound.
+"""Clips (mp4, webm, mkv, avi): what their names say, how long they are, the frame at a moment, the audio.
 
 Seconds count from the first frame and the first sample.
 """
@@ -16,8 +16,8 @@ import numpy as np
 from audio_io import SAMPLE_RATE, resample
 from utils import UserError
 
-CLIP_SECONDS = 10.0  # a pair's sound is at most so long
-SHORTEST = 1.0  # seconds of picture, and of sound, below which a clip gives no pair
+CLIP_SECONDS = 10.0  # a pair's audio is at most so long
+SHORTEST = 1.0  # seconds of video, and of audio, below which a clip gives no pair
 TRUNCATED_BY = 0.5  # seconds that may be missing from the length which the header announces
 CLOCK_ERROR = 0.02  # seconds: containers round their time stamps
 CONTAINERS = "mov,matroska,avi,mpegts,flv"  # what such files really hold; playlists, which reach elsewhere, are refused
@@ -81,15 +81,15 @@ class Clip(NamedTuple):
 
     start: float  # time stamp of the first frame
     times: list[float]  # of the frames in the order they are shown, from the first
-    picture_seconds: float
-    sound_seconds: float
+    video_seconds: float
+    audio_seconds: float
     tolerance: float  # how far a frame's time may lie past the moment at which it is shown
     counted: bool  # frames go by their number: AVI has no time stamps of its own
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream, av.AudioStream]]:
-    """The container, its pictures and its sound, decoded by one thread. Raises BadClip where there are none."""
+    """The container, its video and its audio, decoded by one thread. Raises BadClip where there is none."""
     if path.stat().st_size == 0:
         raise BadClip("empty: 0 bytes")
     try:
@@ -101,18 +101,18 @@ def opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoSt
             raise BadClip("truncated: the index at the end of the file is missing") from error
         raise BadClip(f"no video: it cannot be opened ({error.strerror})") from error
     with container:
-        pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-        for kind, streams in (("video", pictures), ("audio", container.streams.audio)):
+        videos = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        for kind, streams in (("video", videos), ("audio", container.streams.audio)):
             if not streams:
                 raise BadClip(f"no {kind} stream")
             if streams[0].codec_context is None:
                 raise BadClip(f"no decoder: the {kind} is in an unknown format")
             streams[0].codec_context.thread_count = 1
-        yield container, pictures[0], container.streams.audio[0]
+        yield container, videos[0], container.streams.audio[0]
 
 
 def measure(path: Path) -> Clip:
-    """Read a clip to its end without decoding it. Raises BadClip when it is truncated or lacks picture or sound."""
+    """Read a clip to its end without decoding it. Raises BadClip when it is truncated or lacks video or audio."""
     with opened(path) as (container, video, audio):
         counted, rate = container.format.name == "avi", float(video.average_rate or 25)
         spans: dict[int, list[tuple[float, float]]] = {video.index: [], audio.index: []}
@@ -128,24 +128,24 @@ def measure(path: Path) -> Clip:
             announced = video.frames / rate
         else:
             announced = (container.duration or 0) / av.time_base + min((container.start_time or 0) / av.time_base, 0)
-        frames, sounds = sorted(spans[video.index]), sorted(spans[audio.index])  # a closed container's streams are gone
-    for kind, found in (("video", frames), ("audio", sounds)):
+        frames, heard = sorted(spans[video.index]), sorted(spans[audio.index])  # a closed container's streams are gone
+    for kind, found in (("video", frames), ("audio", heard)):
         if not found:
             raise BadClip(f"no {kind}: the stream is empty")
     end = max(stop for found in spans.values() for _, stop in found)
     if announced - end > TRUNCATED_BY:
         raise BadClip(f"truncated: it ends after {end:.1f} of the {announced:.1f} s that its header announces")
     start, (last, until) = frames[0][0], frames[-1]
-    picture_seconds = max(until, last + (1 / rate if until == last else 0)) - start
-    if picture_seconds < SHORTEST:
-        raise BadClip(f"too short: {picture_seconds:.2f} s of pictures")
-    sound_seconds = sounds[-1][1] - sounds[0][0]
+    video_seconds = max(until, last + (1 / rate if until == last else 0)) - start
+    if video_seconds < SHORTEST:
+        raise BadClip(f"too short: {video_seconds:.2f} s of pictures")
+    audio_seconds = heard[-1][1] - heard[0][0]
     times = [begin - start for begin, _ in frames]
-    return Clip(start, times, picture_seconds, sound_seconds, min(CLOCK_ERROR, 0.4 / rate), counted)
+    return Clip(start, times, video_seconds, audio_seconds, min(CLOCK_ERROR, 0.4 / rate), counted)
 
 
-def picture_at(path: Path, clip: Clip, moment: float) -> tuple[np.ndarray, float]:
-    """The picture shown at `moment` s: upright RGB (H, W, 3) uint8, and the second at which it came up."""
+def frame_at(path: Path, clip: Clip, moment: float) -> tuple[np.ndarray, float]:
+    """The frame shown at `moment` s: upright RGB (H, W, 3) uint8, and the second at which it came up."""
     shown, since = None, 0.0
     with opened(path) as (container, video, _):
         for place, frame in enumerate(container.decode(video)):
@@ -161,19 +161,19 @@ def picture_at(path: Path, clip: Clip, moment: float) -> tuple[np.ndarray, float
         return upright(shown.to_ndarray(format="rgb24"), shown), since
 
 
-def upright(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+def upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     """Turn and mirror (H, W, 3) as the frame's display matrix asks; angles between are taken to the nearest quarter."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return picture
+        return image
     right, down, _, x_of_down, y_of_down = np.frombuffer(matrix, np.int32)[:5].tolist()  # where the two axes go
     if abs(down) > abs(right):
-        picture, right, y_of_down = picture.swapaxes(0, 1), x_of_down, down
-    return np.ascontiguousarray(picture[:: -1 if y_of_down < 0 else 1, :: -1 if right < 0 else 1])
+        image, right, y_of_down = image.swapaxes(0, 1), x_of_down, down
+    return np.ascontiguousarray(image[:: -1 if y_of_down < 0 else 1, :: -1 if right < 0 else 1])
 
 
-def sound_from(path: Path, begin: float) -> np.ndarray:
-    """At most 10 s of sound from `begin` s on: (samples,) float32 at 16 kHz, the mean of the channels.
+def audio_from(path: Path, begin: float) -> np.ndarray:
+    """At most 10 s of audio from `begin` s on: (samples,) float32 at 16 kHz, the mean of the channels.
 
     Raises BadClip when it is too short, all zero (as 16-bit numbers) or not finite.
     """
@@ -188,13 +188,13 @@ def sound_from(path: Path, begin: float) -> np.ndarray:
                 heard += len(mono)
             if heard >= last:
                 break
-    sound = np.concatenate(pieces) if pieces else np.empty(0, np.float32)
-    if len(sound) < SHORTEST * rate:
-        raise BadClip(f"too short: {len(sound) / rate:.2f} s of sound")
-    if not np.isfinite(sound).all():
+    waveform = np.concatenate(pieces) if pieces else np.empty(0, np.float32)
+    if len(waveform) < SHORTEST * rate:
+        raise BadClip(f"too short: {len(waveform) / rate:.2f} s of sound")
+    if not np.isfinite(waveform).all():
         raise BadClip("damaged: the sound holds values that are not finite")
-    if np.abs(sound).max() < 2**-16:
+    if np.abs(waveform).max() < 2**-16:
         raise BadClip("all-zero sound")
     if rate != SAMPLE_RATE:
-        sound = resample(sound, rate)
-    return sound
+        waveform = resample(waveform, rate)
+    return waveform

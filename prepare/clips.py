@@ -1,7 +1,7 @@
 """Downloaded clips (mp4, webm, mkv, avi) -> frames/<id>.jpg and audio/<id>.wav, the pairs that training reads.
 
-VGG-Sound: the frame at 5.0 s of the clip (the one that VGG-SS annotates) and its first 10 s of sound. Flickr: the frame
-nearest the middle and the middle 10 s of sound. Sounds become 16-kHz mono 16-bit WAV, pictures keep their size. A clip
+VGG-Sound: the frame at 5.0 s of the clip (the one that VGG-SS annotates) and its first 10 s of audio. Flickr: the frame
+nearest the middle and the middle 10 s of audio. Audio becomes 16-kHz mono 16-bit WAV, frames keep their size. A clip
 of VGG-Sound that ends before 5.0 s gives the frame nearest its middle, and is named. Seconds count from the first frame
 and the first sample. Every clip ends as a pair or as a line of failures.csv.
 """
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from annotations import first_ids
 from audio_io import SAMPLE_RATE, load_resampler
-from prepare.clip_reader import CLIP_SECONDS, BadClip, clip_id, measure, picture_at, read_vggsound_csv, sound_from
+from prepare.clip_reader import CLIP_SECONDS, BadClip, audio_from, clip_id, frame_at, measure, read_vggsound_csv
 from utils import UserError, atomic_path, number, write_text
 
 CLIP_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi")
@@ -62,14 +62,14 @@ def convert(task: Task, out: Path, source: str) -> Outcome:
     """Write frames/<id>.jpg and audio/<id>.wav of one clip, or neither of them and say why."""
     try:
         clip = measure(task.path)
-        early = source == "vggsound" and clip.picture_seconds <= MOMENT
+        early = source == "vggsound" and clip.video_seconds <= MOMENT
         moment, begin = MOMENT, 0.0
         if early or source == "flickr":
-            moment = clip.picture_seconds / 2
+            moment = clip.video_seconds / 2
         if source == "flickr":
-            begin = max(0.0, (clip.sound_seconds - CLIP_SECONDS) / 2)
-        picture, since = picture_at(task.path, clip, moment)
-        sound = sound_from(task.path, begin)
+            begin = max(0.0, (clip.audio_seconds - CLIP_SECONDS) / 2)
+        frame, since = frame_at(task.path, clip, moment)
+        waveform = audio_from(task.path, begin)
     except BadClip as error:
         return Outcome(str(error))
     except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:
@@ -77,9 +77,9 @@ def convert(task: Task, out: Path, source: str) -> Outcome:
     try:
         jpeg, wav = out / "frames" / f"{task.id}.jpg", out / "audio" / f"{task.id}.wav"
         with atomic_path(wav) as new_wav, atomic_path(jpeg) as new_jpeg:
-            soundfile.write(new_wav, sound, SAMPLE_RATE, subtype="PCM_16")
+            soundfile.write(new_wav, waveform, SAMPLE_RATE, subtype="PCM_16")
             comment = f"{task.name}, frame at {since:.3f} s"
-            Image.fromarray(picture).save(new_jpeg, quality=JPEG_QUALITY, comment=comment.encode("utf-8", "replace"))
+            Image.fromarray(frame).save(new_jpeg, quality=JPEG_QUALITY, comment=comment.encode("utf-8", "replace"))
     except (OSError, soundfile.LibsndfileError) as error:
         its_own_fault = getattr(error, "errno", None) == errno.ENAMETOOLONG
         return Outcome(f"cannot write: the pair {task.id} in {out}: {error}", fatal=not its_own_fault)
@@ -172,11 +172,11 @@ def remove_half_written(out: Path) -> None:
 
 
 def finished_ids(out: Path) -> set[str]:
-    frames, sounds = (
+    frames, audio = (
         {name.removesuffix(suffix) for name in os.listdir(out / folder) if name.endswith(suffix)}
         for folder, suffix in (("frames", ".jpg"), ("audio", ".wav"))
     )
-    return frames & sounds
+    return frames & audio
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[str]]) -> None:
@@ -197,7 +197,7 @@ def add_flags(parser: ArgumentParser) -> None:
         "--source",
         choices=("vggsound", "flickr"),
         default="vggsound",
-        help="vggsound: the frame at 5.0 s, the first 10 s of sound; flickr: the middle of both, names are the ids",
+        help="vggsound: the frame at 5.0 s, the first 10 s of audio; flickr: the middle of both, names are the ids",
     )
     parser.add_argument(
         "--vggsound_csv",

@@ -44,16 +44,16 @@ from utils import UserError, add_boolean, as_user_error, atomic_path, number, wr
 
 FORMAT_VERSION = 1
 SIDE = 128  # pixels
-OBJECT_SIDE = (0.25, 0.5)  # longer side of an object's box, as a part of the picture's side
+OBJECT_SIDE = (0.25, 0.5)  # longer side of an object's box, as a part of the image's side
 JPEG_QUALITY = 92
-COUNTS = {"train": 4000, "val": 256, "test": 400, "distractor": 400, "interactive": 200, "offscreen": 360}  # pictures
+COUNTS = {"train": 4000, "val": 256, "test": 400, "distractor": 400, "interactive": 200, "offscreen": 360}  # images
 SPLITS = tuple(COUNTS)  # a split's place seeds its random streams: a new one goes to the end
 SILENCE, NOISE = "silence", "noise"  # what is heard besides the kinds, in offscreen alone
-MOST_OBJECTS = 3  # in a picture
+MOST_OBJECTS = 3  # in an image
 UNFINISHED = "unfinished"  # a file that stands in a root while it is written: an interrupted set is made anew
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 def draw_background(rng: Generator) -> np.ndarray:
@@ -64,22 +64,22 @@ def draw_background(rng: Generator) -> np.ndarray:
         texture += cells ** -rng.uniform(0.2, 0.8) * cv2.resize(noise, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
     unevenness = np.exp(0.5 * cv2.resize(rng.normal(size=(5, 5, 1)), (SIDE, SIDE), interpolation=cv2.INTER_CUBIC))
     texture = unevenness[..., None] * (texture - texture.mean()) / texture.std()
-    picture = rng.uniform(80, 170) + rng.normal(0, 12, 3) + BACKGROUND_CONTRAST * texture / texture.std()
-    picture = np.clip(picture, 0, 255).astype(np.uint8)
+    image = rng.uniform(80, 170) + rng.normal(0, 12, 3) + BACKGROUND_CONTRAST * texture / texture.std()
+    image = np.clip(image, 0, 255).astype(np.uint8)
     for _ in range(rng.integers(CLUTTER_COUNT[0], CLUTTER_COUNT[1] + 1)):
-        colour = picture[tuple(rng.integers(0, SIDE, 2))] + CLUTTER_CONTRAST * (rng.normal() + 0.5 * rng.normal(size=3))
+        colour = image[tuple(rng.integers(0, SIDE, 2))] + CLUTTER_CONTRAST * (rng.normal() + 0.5 * rng.normal(size=3))
         place = rng.integers(0, SIDE, 2)
         if rng.random() < 0.5:
             end = place + rng.integers(-SIDE // 2, SIDE // 2, 2)
-            cv2.line(picture, place.tolist(), end.tolist(), colour.tolist(), int(rng.integers(1, 4)), cv2.LINE_AA)
+            cv2.line(image, place.tolist(), end.tolist(), colour.tolist(), int(rng.integers(1, 4)), cv2.LINE_AA)
         else:
             patch = place + rng.integers(-9, 10, (rng.integers(3, 7), 2))
-            cv2.fillConvexPoly(picture, cv2.convexHull(patch.astype(np.int32)), colour.tolist(), cv2.LINE_AA)
-    return picture.astype(float)
+            cv2.fillConvexPoly(image, cv2.convexHull(patch.astype(np.int32)), colour.tolist(), cv2.LINE_AA)
+    return image.astype(float)
 
 
 def place_squares(count: int, rng: Generator) -> np.ndarray:
-    """Squares inside the picture that do not overlap: (count, 3) whole numbers x, y, side in pixels, all alike."""
+    """Squares inside the image that do not overlap: (count, 3) whole numbers x, y, side in pixels, all alike."""
     smallest, largest = (round(SIDE * part) for part in OBJECT_SIDE)
     while True:
         sides = rng.integers(smallest, largest + 1, count)
@@ -93,23 +93,23 @@ def place_squares(count: int, rng: Generator) -> np.ndarray:
             return np.column_stack([corners, sides])
 
 
-def make_picture(kinds: list[str], rng: Generator) -> tuple[np.ndarray, list[list[float]]]:
-    """A picture of an object of each kind: RGB uint8 (SIDE, SIDE, 3); a tight box [xmin, ymin, xmax, ymax], 0..1, each.
+def make_image(kinds: list[str], rng: Generator) -> tuple[np.ndarray, list[list[float]]]:
+    """An image of an object of each kind: RGB uint8 (SIDE, SIDE, 3); a tight box [xmin, ymin, xmax, ymax], 0..1, each.
 
-    The longer side of a box is 25 to 50 % of the picture's; the other is as short as the shape makes it. Each object is
+    The longer side of a box is 25 to 50 % of the image's; the other is as short as the shape makes it. Each object is
     centred in a square drawn before its kind is known, so that place and size tell nothing about the kind.
     """
-    squares, picture, boxes = place_squares(len(kinds), rng), draw_background(rng), []
+    squares, image, boxes = place_squares(len(kinds), rng), draw_background(rng), []
     for kind, (left, top, side) in zip(kinds, squares.tolist()):
         rgb, opacity = draw_object(kind, side, rng)
         height, width = opacity.shape
         left, top = left + (side - width) // 2, top + (side - height) // 2
-        window = picture[top : top + height, left : left + width]
+        window = image[top : top + height, left : left + width]
         window += opacity[..., None] * (rgb - window)
         boxes.append([left / SIDE, top / SIDE, (left + width) / SIDE, (top + height) / SIDE])
     light = rng.uniform(0.85, 1.1) * rng.uniform(0.95, 1.05, 3)
-    picture = picture * light + rng.normal(0, 3, picture.shape)
-    return np.clip(np.round(picture), 0, 255).astype(np.uint8), boxes
+    image = image * light + rng.normal(0, 3, image.shape)
+    return np.clip(np.round(image), 0, 255).astype(np.uint8), boxes
 
 
 # ---------------------------------------------------------------- the set on disk
@@ -122,11 +122,11 @@ class Task(NamedTuple):
     seed: int
     split: str
     index: int
-    train_objects: int = 1  # most objects in a picture of train and val
+    train_objects: int = 1  # most objects in an image of train and val
 
 
 class Entry(NamedTuple):
-    """One picture with one sound; objects in view: {"kind", "bbox", "sounding"} each."""
+    """One image with its audio; objects in view: {"kind", "bbox", "sounding"} each."""
 
     name: str
     heard: str  # a kind, SILENCE or NOISE
@@ -134,9 +134,9 @@ class Entry(NamedTuple):
 
 
 def plan_scene(task: Task) -> tuple[list[str], list[str]]:
-    """Kinds in view in a picture, and what is heard with it, in an entry each: interactive hears both kinds in view.
+    """Kinds in view in an image, and what is heard with it, in an entry each: interactive hears both kinds in view.
 
-    Each block of as many pictures as there are kinds lets every kind sound once, and stay silent equally often.
+    Each block of as many images as there are kinds lets every kind sound once, and stay silent equally often.
     """
     names, (block, place) = list(KINDS), divmod(task.index, len(KINDS))
     if task.split == "offscreen":
@@ -150,10 +150,10 @@ def plan_scene(task: Task) -> tuple[list[str], list[str]]:
 
 
 def plan_offscreen(seed: int, index: int) -> tuple[list[str], list[str]]:
-    """As plan_scene: two pictures in a row show the same kinds; the first hears one of them, the second none.
+    """As plan_scene: two images in a row show the same kinds; the first hears one of them, the second none.
 
-    Within a round of three blocks of two pictures per kind every kind is heard in view thrice, and its second picture
-    hears another kind, silence and noise once each. Three rounds give each of these equally many pictures of one, two
+    Within a round of three blocks of two images per kind every kind is heard in view thrice, and its second image
+    hears another kind, silence and noise once each. Three rounds give each of these equally many images of one, two
     and three objects.
     """
     names, (pair, second) = list(KINDS), divmod(index, 2)
@@ -176,14 +176,14 @@ def make_waveform(heard: str, rng: Generator) -> np.ndarray:
 
 
 def write_sample(task: Task) -> list[Entry]:
-    """Write one sample: picture and sounds."""
+    """Write one sample: image and audio."""
     rng = np.random.default_rng([task.seed, SPLITS.index(task.split), task.index])
     kinds, sounds = plan_scene(task)
-    picture, boxes = make_picture(kinds, rng)
+    image, boxes = make_image(kinds, rng)
     entries = []
     for heard in sounds:
         name = f"{task.split}_{task.index:06d}" + (f"_{heard}" if task.split == "interactive" else "")
-        jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+        jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
         (task.root / "frames" / f"{name}.jpg").write_bytes(jpeg.tobytes())
         path = task.root / "audio" / f"{name}.wav"
         soundfile.write(path, make_waveform(heard, rng), SAMPLE_RATE, subtype="PCM_16")
@@ -218,9 +218,9 @@ def generate(
     force: bool = False,
     train_objects: int = 1,
 ) -> bool:
-    """Write a set below root; counts: pictures per split (COUNTS for those left out). False if it was there already.
+    """Write a set below root; counts: images per split (COUNTS for those left out). False if it was there already.
 
-    train_objects: pictures of train and val hold one to so many objects, all but one silent.
+    train_objects: images of train and val hold one to so many objects, all but one silent.
     """
     root, counts = Path(root), {**COUNTS, **(counts or {})}
     if set(counts) != set(COUNTS) or min(counts.values()) < 1:
@@ -236,7 +236,7 @@ def generate(
     entries: dict[str, list[Entry]] = {split: [] for split in SPLITS}
     cv2.setNumThreads(1)  # before the fork: a child would wait forever for the threads of its parent's OpenCV
     with multiprocessing.Pool(processes) as pool:
-        written = tqdm(pool.imap(write_sample, tasks, chunksize=16), total=len(tasks), unit="picture", mininterval=1)
+        written = tqdm(pool.imap(write_sample, tasks, chunksize=16), total=len(tasks), unit="image", mininterval=1)
         for task, sample in zip(tasks, written):
             entries[task.split] += sample
     write_lists(root, entries)
@@ -246,7 +246,7 @@ def generate(
 
 
 def write_lists(root: Path, entries: Mapping[str, Sequence[Entry]]) -> None:
-    """Write the ids and the annotation of each split, and what is in view in every picture.
+    """Write the ids and the annotation of each split, and what is in view in every image.
 
     An entry's class is what is heard, its boxes are those of the sounding object: none where no source is in view.
     """
@@ -265,7 +265,7 @@ def write_lists(root: Path, entries: Mapping[str, Sequence[Entry]]) -> None:
 
 
 def preview(path: Path, seed: int, columns: int = 6) -> None:
-    """Draw a contact sheet: a row per kind, with pictures of it and the log spectrogram of one of its sounds."""
+    """Draw a contact sheet: a row per kind, with images of it and the log spectrogram of one of its sounds."""
     from matplotlib.figure import Figure  # nothing else here needs it, and it takes its time
 
     widths = [1] * columns + [2.2]
@@ -274,7 +274,7 @@ def preview(path: Path, seed: int, columns: int = 6) -> None:
     for row, kind in enumerate(KINDS):
         for column in range(columns):
             rng = np.random.default_rng([seed, len(SPLITS), row, column + 1])  # in no split
-            axes[row, column].imshow(make_picture([kind], rng)[0])
+            axes[row, column].imshow(make_image([kind], rng)[0])
         spectrogram = log_spectrogram(sum(make_sound(kind, rng)))[0]  # (F, L)
         axes[row, -1].imshow(
             spectrogram, origin="lower", aspect="auto", cmap="magma", extent=(0, AUDIO_SECONDS, 0, SAMPLE_RATE / 2000)

@@ -1,9 +1,9 @@
 """How far one gets on the synthetic set without learning anything, from its files.
 
-Three pointers that do not hear: the middle of the picture, a random place, the most contrasted place. An oracle that
+Three pointers that do not hear: the middle of the image, a random place, the most contrasted place. An oracle that
 sees where the objects are but does not hear. The class by the nearest mean colour or mean spectrum. And whether the
 source is in view, by what is seen or by what is heard alone.
-N maps or entries, H x W pixels of a picture, F bins.
+N maps or entries, H x W pixels of an image, F bins.
 """
 
 import json
@@ -46,18 +46,18 @@ def blob(x: float, y: float) -> np.ndarray:
     return np.exp(-8 * (axis[None, :] - x) ** 2 - 8 * (axis[:, None] - y) ** 2)
 
 
-def contrast_saliency(picture: np.ndarray) -> np.ndarray:
+def contrast_saliency(image: np.ndarray) -> np.ndarray:
     """RGB uint8 (H, W, 3) -> map (MAP_SIZE, MAP_SIZE): the local standard deviation of the colour.
 
-    The strongest of several: the distance from the picture's mean colour or mean chroma points right less often.
+    The strongest of several: the distance from the image's mean colour or mean chroma points right less often.
     """
-    lab = cv2.cvtColor(picture, cv2.COLOR_RGB2LAB).astype(np.float32)
-    mean, mean_square = (cv2.GaussianBlur(power, (0, 0), len(picture) / 16) for power in (lab, lab**2))
+    lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB).astype(np.float32)
+    mean, mean_square = (cv2.GaussianBlur(power, (0, 0), len(image) / 16) for power in (lab, lab**2))
     return cv2.resize((mean_square - mean**2).clip(min=0).sum(2) ** 0.5, (MAP_SIZE, MAP_SIZE))
 
 
 def score_maps(maps: Iterable[np.ndarray], boxes: Sequence[Boxes], groups: Groups) -> dict[str, float]:
-    """Scores of N maps (MAP_SIZE, MAP_SIZE) against the sounding boxes; groups: {picture: its entries} or empty."""
+    """Scores of N maps (MAP_SIZE, MAP_SIZE) against the sounding boxes; groups: {image: its entries} or empty."""
     maps, ious, hits = iter(maps), [], []
     for start in range(0, len(boxes), BATCH):
         batch = normalize_maps(torch.from_numpy(np.stack(list(islice(maps, BATCH))).astype(np.float32)))
@@ -73,7 +73,7 @@ def score_maps(maps: Iterable[np.ndarray], boxes: Sequence[Boxes], groups: Group
     return scores
 
 
-def read_picture(path: Path) -> np.ndarray:
+def read_image(path: Path) -> np.ndarray:
     """RGB uint8 (H, W, 3). Raises UserError, naming the file, when it cannot be decoded."""
     with as_user_error(ValueError):
         return np.asarray(load_image(path))
@@ -85,11 +85,11 @@ def blind_scores(root: Path, split: str, objects: dict[str, list[dict]]) -> dict
     names, boxes = list(annotations), [drawn for _, drawn in annotations.values()]
     groups = interactive_groups(names) if split == "interactive" else {}
     places = np.random.default_rng(0).random((len(names), 2))
-    pictures = (read_picture(root / "frames" / f"{name}.jpg") for name in names)
+    images = (read_image(root / "frames" / f"{name}.jpg") for name in names)
     scores = {
         "centre": score_maps((blob(0.5, 0.5) for _ in names), boxes, groups),
         "random": score_maps((blob(x, y) for x, y in places), boxes, groups),
-        "saliency": score_maps(map(contrast_saliency, pictures), boxes, groups),
+        "saliency": score_maps(map(contrast_saliency, images), boxes, groups),
     }
     return {**scores, "oracle": oracle_scores([objects[name] for name in names], groups)}
 
@@ -128,20 +128,20 @@ def nearest_mean_accuracy(root: Path, feature: Callable[[Path, str, Boxes], np.n
 
 def mean_colour(root: Path, name: str, boxes: Boxes) -> np.ndarray:
     """Mean RGB colour (3,) of the middle of the sounding object: its box less a fifth on every side."""
-    picture = read_picture(root / "frames" / f"{name}.jpg")
-    height, width = picture.shape[:2]
+    image = read_image(root / "frames" / f"{name}.jpg")
+    height, width = image.shape[:2]
     left, top, right, bottom = np.array(boxes[0]) * (width, height, width, height)
     inset_x, inset_y = (right - left) / 5, (bottom - top) / 5
-    middle = picture[int(top + inset_y) : int(bottom - inset_y), int(left + inset_x) : int(right - inset_x)]
+    middle = image[int(top + inset_y) : int(bottom - inset_y), int(left + inset_x) : int(right - inset_x)]
     return middle.mean((0, 1))
 
 
 def mean_spectrum(root: Path, name: str, boxes: Boxes) -> np.ndarray:
     """Log power spectrum of the sound, averaged over time: (F,)."""
-    return log_spectrogram(read_sound(root, name))[0].mean(1).numpy()
+    return log_spectrogram(read_audio(root, name))[0].mean(1).numpy()
 
 
-def read_sound(root: Path, name: str) -> np.ndarray:
+def read_audio(root: Path, name: str) -> np.ndarray:
     """Waveform (samples,) in -1..1. Raises UserError, naming the file, when it cannot be decoded."""
     with as_user_error(ValueError):
         return load_audio(root / "audio" / f"{name}.wav")
@@ -158,10 +158,10 @@ def presence_scores(root: Path, objects: dict[str, list[dict]]) -> dict[str, flo
     annotations = load_boxes(root / "offscreen.json")
     names = list(annotations)
     there = [bool(boxes) for _, boxes in annotations.values()]
-    waveforms = [read_sound(root, name) for name in names]
+    waveforms = [read_audio(root, name) for name in names]
     cues = {
         "objects": [len(objects[name]) for name in names],
-        "saliency": [contrast_saliency(read_picture(root / "frames" / f"{name}.jpg")).max() for name in names],
+        "saliency": [contrast_saliency(read_image(root / "frames" / f"{name}.jpg")).max() for name in names],
         "loudness": [np.std(waveform) for waveform in waveforms],
         "peaks": [log_spectrogram(waveform)[0].std().item() for waveform in waveforms],
         "ear": [heard in KINDS for heard, _ in annotations.values()],

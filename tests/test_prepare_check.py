@@ -12,7 +12,7 @@ def test_the_check_prints_one_table_of_all_that_is_wrong(damaged, cli):
     assert done.returncode == 1 and "not complete" in done.stdout, done.stderr
     counts = {
         "expected": 7, "present": 6, "missing": 1, "decodable": 4, "not decodable": 2, "silent (digital zero)": 1,
-        "shorter than 5 s": 1, "same content as another": 2, "boxes outside the picture": 1,
+        "shorter than 5 s": 1, "same content as another": 2, "boxes outside the image": 1,
         "boxes beyond a million": 1, "boxes without area": 1,
     }  # fmt: skip
     for what, count in counts.items():

@@ -69,7 +69,7 @@ def test_same_seed_same_bytes_for_any_number_of_processes(other_root, tmp_path):
     assert digests(tmp_path) == digests(other_root)
 
 
-def test_other_seed_shares_no_picture_and_no_sound(measured_root, other_root):
+def test_other_seed_shares_no_image_and_no_sound(measured_root, other_root):
     made = [
         {digest for path, digest in digests(folder).items() if path.startswith(("frames", "audio"))}
         for folder in (measured_root, other_root)
@@ -95,13 +95,13 @@ def test_a_sample_does_not_depend_on_how_many_there_are(measured_root, tmp_path)
 )
 def test_a_new_split_or_flag_leaves_the_other_splits_as_they_were(other_root, split, digest, grey):
     drawn = (other_root / f"{split}.json").read_bytes()  # kinds and boxes, in whole pixels
-    sound = sorted((other_root / "audio").glob(f"{split}_*.wav"))[-1].read_bytes()  # drawn after the picture
+    sound = sorted((other_root / "audio").glob(f"{split}_*.wav"))[-1].read_bytes()  # drawn after the image
     assert hashlib.sha256(drawn + sound).hexdigest()[:16] == digest
-    picture = cv2.imread(str(sorted((other_root / "frames").glob(f"{split}_*.jpg"))[-1]))
-    assert picture.mean() == pytest.approx(grey, abs=0.05)  # another OpenCV may round otherwise
+    image = cv2.imread(str(sorted((other_root / "frames").glob(f"{split}_*.jpg"))[-1]))
+    assert image.mean() == pytest.approx(grey, abs=0.05)  # another OpenCV may round otherwise
 
 
-def test_no_id_picture_or_sound_is_in_two_splits(measured_root):
+def test_no_id_image_or_sound_is_in_two_splits(measured_root):
     ids = [ids_of(measured_root, split) for split in SPLITS]
     every = list(itertools.chain(*ids))
     assert len(set(every)) == len(every) == sum(MEASURED_COUNTS.values()) + MEASURED_COUNTS["interactive"]
@@ -134,13 +134,13 @@ def test_objects_in_view_never_overlap(objects):
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
-def test_picture_shows_the_object_in_its_box_and_nowhere_else(monkeypatch):
+def test_image_shows_the_object_in_its_box_and_nowhere_else(monkeypatch):
     monkeypatch.setattr(synthetic, "draw_background", lambda rng: np.zeros((SIDE, SIDE, 3)))
-    picture, (box,) = synthetic.make_picture(["clock"], np.random.default_rng(0))
+    image, (box,) = synthetic.make_image(["clock"], np.random.default_rng(0))
     left, top, right, bottom = (round(SIDE * edge) for edge in box)
-    inside = picture[top:bottom, left:right].astype(int).copy()
-    picture[top:bottom, left:right] = 0
-    assert inside.mean() > 60 and picture.max() < 25
+    inside = image[top:bottom, left:right].astype(int).copy()
+    image[top:bottom, left:right] = 0
+    assert inside.mean() > 60 and image.max() < 25
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -200,14 +200,14 @@ def test_loudness_tells_nothing_about_the_kind(measured_root):
     assert -37 < low < -33 and -23 < high < -19
 
 
-def test_interactive_entries_share_the_picture_and_hear_their_own_kind(tmp_path, monkeypatch):
+def test_interactive_entries_share_the_image_and_hear_their_own_kind(tmp_path, monkeypatch):
     loudness = {kind: (i + 1) / 20 for i, kind in enumerate(KINDS)}
     monkeypatch.setattr(synthetic, "make_sound", lambda kind, rng: (np.full(100, loudness[kind]), np.zeros(100)))
     for folder in ("frames", "audio"):
         (tmp_path / folder).mkdir()
     entries = synthetic.write_sample(synthetic.Task(tmp_path, 0, "interactive", 4))
-    pictures = {(tmp_path / "frames" / f"{entry.name}.jpg").read_bytes() for entry in entries}
-    assert len(entries) == 2 and len(pictures) == 1
+    images = {(tmp_path / "frames" / f"{entry.name}.jpg").read_bytes() for entry in entries}
+    assert len(entries) == 2 and len(images) == 1
     for name, heard, view in entries:
         kind = name.removeprefix("interactive_000004_")
         assert heard == kind and [thing["kind"] for thing in view if thing["sounding"]] == [kind]
@@ -264,7 +264,7 @@ def test_pairs_without_a_source_have_no_box_and_are_told_to_the_metrics(measured
 
 
 @pytest.mark.parametrize("most", [2, 3])
-def test_pictures_to_train_on_hold_as_many_objects_as_asked_for_and_nothing_else_changes(tmp_path, most):
+def test_images_to_train_on_hold_as_many_objects_as_asked_for_and_nothing_else_changes(tmp_path, most):
     counts = {**dict.fromkeys(SPLITS, 2), "train": 10 * most, "val": 10 * most}
     one, several = tmp_path / "one", tmp_path / "several"
     synthetic.generate(one, counts=counts)
@@ -324,7 +324,7 @@ def failure(cli):
 
     def run(*flags):
         done = cli("prepare_data", "synthetic", *flags)
-        lines = [line for line in done.stderr.splitlines() if "picture/s" not in line]
+        lines = [line for line in done.stderr.splitlines() if "image/s" not in line]
         assert done.returncode == 2 and len(lines) == 1 and not done.stdout
         return lines[0]
 

@@ -62,7 +62,7 @@ def test_probe_scores_a_right_and_a_wrong_map():
 
 
 def test_saliency_finds_a_patch_on_a_plain_ground():
-    picture = np.full((SIDE, SIDE, 3), 120, np.uint8)
-    picture[20:60, 70:110] = np.random.default_rng(0).integers(0, 255, (40, 40, 3))
+    image = np.full((SIDE, SIDE, 3), 120, np.uint8)
+    image[20:60, 70:110] = np.random.default_rng(0).integers(0, 255, (40, 40, 3))
     box = [70 / SIDE, 20 / SIDE, 110 / SIDE, 60 / SIDE]
-    assert synthetic_probe.score_maps([synthetic_probe.contrast_saliency(picture)], [[box]], {})["pointing"] == 1
+    assert synthetic_probe.score_maps([synthetic_probe.contrast_saliency(image)], [[box]], {})["pointing"] == 1
