@@ -18,7 +18,8 @@ def test_both_ways_of_scoring_give_the_same_figures():
 
 
 def test_the_command_prints_a_table_and_one_object_a_line(cli, monkeypatch):
-    monkeypatch.setattr(benchmark, "RESAMPLES", 20)
+    for name, value in {"RESAMPLES": 20, "BATCH": 8}.items():
+        monkeypatch.setattr(benchmark, name, value)
     done = cli("experiments.benchmark", "eval", "--pairs", "8", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -49,7 +50,8 @@ def test_the_input_figures_are_costs_of_both_pipelines(cli, monkeypatch):
 
 def test_a_step_is_timed_against_the_same_work(cli, monkeypatch):
     """Both take the losses and the gradient of one batch; the figures come in the order of the table."""
-    monkeypatch.setattr(benchmark, "MATRIX", 256)
+    for name, value in {"MATRIX": 256, "IMAGE_SIZE": 64, "AUDIO_SECONDS": 1.0}.items():
+        monkeypatch.setattr(benchmark, name, value)
     monkeypatch.setattr(benchmark, "apart", lambda work, *arguments: work(*arguments))
     done = cli("experiments.benchmark", "step", "--rounds", "1", "--batch_size", "2")
     assert done.returncode == 0, done.stderr
