@@ -31,6 +31,14 @@ MEASURED = ("pairs_per_second", "data_wait", "memory_gib")  # of a line of the l
 import utils  # noqa: E402  (found through the path set above)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """On several workers the tests of a file stay together: they share its fixtures."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def shared_folder(name: str) -> Path:
     """A folder of reference material, or a skip that says why."""
     folder = SHARED / name
@@ -90,10 +98,13 @@ def cli() -> Callable[..., Finished]:
 def train(cli):
     """Run train_slot.py on the small synthetic set: train(root, folder, *flags)."""
 
-    def run(root, folder, *arguments):
+    def run(root, folder, *arguments, curves=False):
         data = ["--trainset", "synthetic", "--train_data_path", root, "--test_data_path", root]
         flags = [*data, *SMALL, *SHORT, "--model_dir", folder, "--experiment_name", "run", *arguments]
-        return cli("train_slot", *flags)
+        with pytest.MonkeyPatch.context() as patch:
+            if not curves:  # drawing them takes longer than the training
+                patch.setattr("training.log.plot_curves", lambda lines, path: Path(path).write_bytes(b"not drawn"))
+            return cli("train_slot", *flags)
 
     return run
 
