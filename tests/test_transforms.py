@@ -16,7 +16,7 @@ HUES = 12  # bins of the hue histogram
 
 def pictures(count, height=360, width=640):
     rng = np.random.default_rng(0)
-    return [Image.fromarray(benchmark.random_picture(rng, height, width)) for _ in range(count)]
+    return [Image.fromarray(benchmark.random_image(rng, height, width)) for _ in range(count)]
 
 
 def pixels_of(normalised):
