@@ -18,12 +18,12 @@ from utils import Absent, UserError
 
 FLICKR_BOX_UNITS = 256
 JPEG_MASK_THRESHOLD = 127  # compression leaves no pixel exactly zero
-IN_PIXELS = 2.0  # coordinates beyond it are no fractions of a picture ...
-HUGE = 1e6  # ... and beyond a million they are damage, as the -2.9e16 of vggss.json
+IN_PIXELS = 2.0  # larger coordinates are not fractions of an image ...
+HUGE = 1e6  # ... and beyond a million they are corrupt, like the -2.9e16 in vggss.json
 
 
 class GroundTruth(NamedTuple):
-    """What a test set asks for, without its pictures and sounds."""
+    """What a test set asks for, without its images and audio."""
 
     name: str
     ids: list[str]
@@ -31,17 +31,17 @@ class GroundTruth(NamedTuple):
     expected: int  # pairs that the set should hold
     class_of: Mapping[str, str] = {}  # as far as known
     unit_of: Mapping[str, str] = {}  # image or video, where ids share one; else a sample stands for itself
-    silent: frozenset[str] = frozenset()  # ids whose picture does not show the source: extended sets
+    silent: frozenset[str] = frozenset()  # ids whose image does not show the source: extended sets
     masks: bool = False  # G are masks: AVSBench's mIoU and F are defined
-    interactive: bool = False  # entries of one picture share the id up to the last underscore
-    sources: Mapping[str, tuple[str, str]] = {}  # id: names of its picture and its sound, where these are not the id
+    interactive: bool = False  # entries of one image share the id up to the last underscore
+    sources: Mapping[str, tuple[str, str]] = {}  # id: names of its image and its audio, where these are not the id
 
 
 # ---------------------------------------------------------------- lists
 
 
 def read_text(path: str | Path, what: str) -> str:
-    """Text of a list or annotation (UTF-8, with or without a mark). Raises UserError, with the mend."""
+    """Text of a list or annotation (UTF-8, with or without a byte order mark). The UserError says what to do."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -52,7 +52,7 @@ def read_text(path: str | Path, what: str) -> str:
 
 
 def read_ids(path: str | Path) -> list[str]:
-    """Ids of a list, one a line, the first field where a line has commas. Raises UserError when there are none."""
+    """Ids of a list, one per line; of a line with commas the first field. Raises UserError when there are none."""
     lines = read_text(path, "list").splitlines()
     ids = [check_id(line.split(",")[0].strip(), path) for line in lines if line.strip()]
     if not ids:
@@ -66,12 +66,12 @@ def read_ids(path: str | Path) -> list[str]:
 def check_id(name: str, path: str | Path) -> str:
     """The id, unless it could lead out of a folder: ids name files. Raises UserError."""
     if not name or name in (".", "..") or any(sign in name for sign in "/\\\0"):
-        raise UserError(f"{path}: {name!r:.60} is no id: a plain name of a file, without its suffix, is wanted")
+        raise UserError(f"{path}: {name!r:.60} is not an id: give a plain file name without its suffix")
     return name
 
 
 def repeated(ids: Sequence[str]) -> list[str]:
-    """Every later mention of an id that stands there before."""
+    """Every mention of an id after its first one."""
     seen: set[str] = set()
     return [i for i in ids if i in seen or seen.add(i)]
 
@@ -85,9 +85,9 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
 
 
 def read_silent_pairs(path: str | Path) -> dict[str, tuple[str, str]]:
-    """SLAVC's list (video,audio,label) of pairs whose picture does not show the source -> {id: (picture, sound)}.
+    """SLAVC's list (video,audio,label) of pairs whose image does not show the source -> {id: (image, audio)}.
 
-    The id is picture+sound: either name may stand in other pairs, too.
+    The id is image+audio, because either name may also occur in other pairs.
     """
     rows = read_rows(path)
     if not rows or not {"video", "audio"} <= rows[0].keys():
@@ -108,7 +108,7 @@ def first_ids(ids: Sequence[str], count: int = 5) -> str:
 
 
 def load_boxes(path: str | Path) -> dict[str, tuple[str, list[list[float]]]]:
-    """VGG-SS JSON: {id: (class name, [[xmin, ymin, xmax, ymax], ...] in units of the picture)}."""
+    """VGG-SS JSON: {id: (class name, [[xmin, ymin, xmax, ymax], ...] in 0..1 of the image)}."""
     entries = read_entries(path)
     boxes: dict[str, tuple[str, list[list[float]]]] = {}
     for number, entry in enumerate(entries):
@@ -121,29 +121,29 @@ def load_boxes(path: str | Path) -> dict[str, tuple[str, list[list[float]]]]:
             raise UserError(f"{path}: a box of {name} is not four numbers")
         if any(IN_PIXELS < max(box) < HUGE for box in drawn):
             raise UserError(
-                f"{path}: [xmin, ymin, xmax, ymax] in 0..1 of the picture are wanted, {name} has {drawn}, which looks "
+                f"{path}: boxes must be [xmin, ymin, xmax, ymax] in 0..1 of the image, {name} has {drawn}, which looks "
                 "like pixels"
             )
         if any((box[0] > box[2] or box[1] > box[3]) and np.abs(box).max() < HUGE for box in drawn):
             raise UserError(
-                f"{path}: a box of {name} is reversed, {drawn}: xmin, ymin, xmax, ymax are wanted, not width and height"
+                f"{path}: a box of {name} is reversed, {drawn}: give xmin, ymin, xmax, ymax, not width and height"
             )
         if name in boxes:
-            raise UserError(f"{path}: {name} stands there twice")
+            raise UserError(f"{path}: {name} is listed twice")
         boxes[name] = (class_name, drawn)
     if not boxes:
         raise UserError(f"the annotation {path} holds no list of entries {{file, class, bbox}}")
     if not any(box_map(drawn).any() for _, drawn in boxes.values()):
         name, (_, drawn) = next(iter(boxes.items()))
         raise UserError(
-            f"no box in {path} covers a pixel: [xmin, ymin, xmax, ymax] in 0..1 of the picture are wanted, "
+            f"no box in {path} covers a pixel: boxes must be [xmin, ymin, xmax, ymax] in 0..1 of the image, "
             f"{name} has {drawn}"
         )
     return boxes
 
 
 def read_entries(path: str | Path) -> list:
-    """Entries of a JSON list; none where it is no list. Raises UserError where it is no JSON."""
+    """Entries of a JSON list; empty where it is not a list. Raises UserError where it is not JSON."""
     try:
         entries = json.loads(read_text(path, "annotation"))
     except (ValueError, RecursionError) as error:
@@ -154,8 +154,8 @@ def read_entries(path: str | Path) -> list:
 def load_frames(path: str | Path, masks: bool = False) -> dict[str, list[float] | str]:
     """SSLalignment's JSON of {image, audio, gt_box}: {id: [xmin, ymin, xmax, ymax] in 224 px, or the name of its mask}.
 
-    masks: which of the two is wanted. The paths in it are of its author's machine: only the names of the files count,
-    as ids, without their suffix.
+    masks: whether masks, not boxes, are expected. The paths in it are those of its author's machine: only the file
+    names are used, without their suffix, as ids.
     """
     frames: dict[str, list[float] | str] = {}
     for number, entry in enumerate(read_entries(path)):
@@ -167,21 +167,23 @@ def load_frames(path: str | Path, masks: bool = False) -> dict[str, list[float] 
             raise UserError(f"entry {number} of {path} is not {{image, audio, gt_box}}: {entry!s:.80}") from error
         if isinstance(drawn, str) != masks:
             holds, wanted = ("boxes", "masks") if masks else ("masks", "boxes")
-            raise UserError(f"{path} holds {holds}, this set wants {wanted}: of *_bbox.json and *_seg.json the other?")
+            raise UserError(
+                f"{path} holds {holds}, this set needs {wanted}: take the other of *_bbox.json and *_seg.json"
+            )
         if not isinstance(drawn, str) and (len(drawn) != 4 or not np.isfinite(drawn).all()):
             raise UserError(f"{path}: the box of {name} is not four numbers")
         if name in frames:
-            raise UserError(f"{path}: {name} stands there twice")
+            raise UserError(f"{path}: {name} is listed twice")
         frames[check_id(name, path)] = drawn
     if not frames:
         raise UserError(f"the annotation {path} holds no list of entries {{image, audio, gt_box}}")
     if not masks and not any(pixel_map(drawn).any() for drawn in frames.values()):
-        raise UserError(f"no box in {path} covers a pixel: [xmin, ymin, xmax, ymax] of a picture of 224 px are wanted")
+        raise UserError(f"no box in {path} covers a pixel: boxes must be [xmin, ymin, xmax, ymax] of a 224 px image")
     return frames
 
 
 def pixel_map(box: Sequence[float]) -> torch.Tensor:
-    """A box in 224 px -> (224, 224) map, 1 inside: xmin <= x < xmax. Clipped to the picture, cut to whole pixels."""
+    """A box in 224 px -> (224, 224) map, 1 inside: xmin <= x < xmax. Clipped to the image, cut to whole pixels."""
     xmin, ymin, xmax, ymax = (int(min(max(v, 0), MAP_SIZE)) for v in box)
     truth = torch.zeros(MAP_SIZE, MAP_SIZE)
     truth[ymin:ymax, xmin:xmax] = 1
@@ -189,7 +191,7 @@ def pixel_map(box: Sequence[float]) -> torch.Tensor:
 
 
 def box_map(boxes: Iterable[Sequence[float]]) -> torch.Tensor:
-    """Boxes in 0..1 -> (224, 224) map, 1 inside any of them. Clipped to the picture, cut to whole pixels."""
+    """Boxes in 0..1 -> (224, 224) map, 1 inside any of them. Clipped to the image, cut to whole pixels."""
     truth = torch.zeros(MAP_SIZE, MAP_SIZE)
     for box in boxes:
         xmin, ymin, xmax, ymax = (int(min(max(v, 0.0), 1.0) * MAP_SIZE) for v in box)
@@ -213,16 +215,16 @@ def consensus_map(path: str | Path) -> torch.Tensor:
 
 
 def mask_map(path: str | Path) -> torch.Tensor:
-    """Mask picture -> (224, 224) map, 1 where a pixel is not zero, of a JPEG above 127. Nearest, palettes as they are.
+    """Mask image -> (224, 224) map, 1 where a pixel is not zero (JPEG: above 127). Nearest; palettes count by index.
 
     Raises ValueError, naming the file, when it cannot be decoded.
     """
     try:
-        with Image.open(path) as picture:
-            threshold = JPEG_MASK_THRESHOLD if picture.format == "JPEG" else 0
-            if picture.mode not in ("1", "L", "P"):
-                picture = picture.convert("L")
-            resized = picture.resize((MAP_SIZE, MAP_SIZE), Image.Resampling.NEAREST)
+        with Image.open(path) as image:
+            threshold = JPEG_MASK_THRESHOLD if image.format == "JPEG" else 0
+            if image.mode not in ("1", "L", "P"):
+                image = image.convert("L")
+            resized = image.resize((MAP_SIZE, MAP_SIZE), Image.Resampling.NEAREST)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot decode the mask {path}: {error}") from error
     return torch.from_numpy((np.array(resized).astype(np.int32) > threshold).astype(np.float32))

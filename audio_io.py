@@ -26,14 +26,14 @@ def num_samples(seconds: float) -> int:
 
 
 def num_frames(seconds: float) -> int:
-    """Frames L of a centred spectrogram of so many seconds: 501 for 5 s."""
+    """Number of frames L of a centred spectrogram: 501 for 5 s."""
     return 1 + num_samples(seconds) // HOP
 
 
 def load_audio(path: str | Path, length: int | None = None, position: float = 0.5) -> np.ndarray:
-    """Decode a sound file (WAV, FLAC, Ogg, MP3; any rate and number of channels) to mono 16 kHz.
+    """Decode an audio file (WAV, FLAC, Ogg, MP3; any rate and number of channels) to mono 16 kHz.
 
-    length, position: cut or repeat it to so many samples, see `crop_or_tile`; of a 16-bit WAV no more is read.
+    length, position: cut or repeat it to `length` samples, see `crop_or_tile`; of a 16-bit WAV no more is read.
     Returns (samples,) float32 in -1..1: the mean of the channels, resampled with soxr's high quality.
     Raises ValueError, naming the file, when it cannot be decoded, is cut short, empty or, in what is read, not finite.
     """
@@ -41,20 +41,20 @@ def load_audio(path: str | Path, length: int | None = None, position: float = 0.
         part = None if length is None else _read_part(path, length, position)
         waveform, rate = soundfile.read(path, dtype="float32", always_2d=True) if part is None else (part, SAMPLE_RATE)
     except (soundfile.LibsndfileError, OSError, MemoryError, OverflowError) as error:
-        raise ValueError(f"cannot decode the sound {path}: {error}") from error
+        raise ValueError(f"cannot decode the audio {path}: {error}") from error
     _check_whole(path)
     mono = waveform[:, 0] if waveform.shape[1] == 1 else waveform.mean(axis=1)
     if mono.size == 0:
-        raise ValueError(f"the sound {path} is empty")
+        raise ValueError(f"the audio {path} is empty")
     if not np.isfinite(mono).all():
-        raise ValueError(f"the sound {path} holds values that are not finite")
+        raise ValueError(f"the audio {path} holds values that are not finite")
     if rate != SAMPLE_RATE:
         mono = resample(mono, rate)
     return mono if length is None else crop_or_tile(mono, length, position)
 
 
 def _read_part(path: str | Path, length: int, position: float) -> np.ndarray | None:
-    """The cut (length, channels) of a longer 16-kHz 16-bit WAV, each sample of which has its known place, else None."""
+    """The cut (length, channels) of a longer 16-kHz 16-bit WAV, where every sample's place is known; else None."""
     with soundfile.SoundFile(path) as file:
         slack = file.frames - length
         known = file.format in ("WAV", "WAVEX") and file.subtype == "PCM_16" and file.samplerate == SAMPLE_RATE
@@ -75,12 +75,12 @@ def load_resampler() -> None:
 
 
 def _check_whole(path: str | Path) -> None:
-    """A WAV shorter than its header says decodes without a word; streams write 0 or all ones as their length."""
+    """A WAV shorter than its header says decodes without an error; streams write 0 or all ones as their length."""
     with open(path, "rb") as file:
         head, size = file.read(8), os.fstat(file.fileno()).st_size
     length = int.from_bytes(head[4:8], "little")
     if head[:4] == b"RIFF" and length not in (0, 2**32 - 1) and size < length + 8 - length % 2:
-        raise ValueError(f"the sound {path} is cut short: {size} of {length + 8} bytes")
+        raise ValueError(f"the audio {path} is cut short: {size} of {length + 8} bytes")
 
 
 def crop_or_tile(waveform: np.ndarray, length: int, position: float = 0.5) -> np.ndarray:
@@ -121,7 +121,7 @@ def log_spectrogram(waveform: np.ndarray | torch.Tensor) -> torch.Tensor:
 
 
 def silence_spectrogram(seconds: float) -> torch.Tensor:
-    """What nothing in view can cause, drawn by PyTorch's CPU generator -> (1, F, L) log power spectrogram.
+    """Audio that nothing in view can cause, drawn by PyTorch's CPU generator -> (1, F, L) log power spectrogram.
 
     Half of the draws are digital silence. The others are noise whose power falls with frequency f as f^-a, a in 0..2
     (white, pink, brown), with a root mean square of -50 to -10 dB of full scale.
@@ -137,10 +137,10 @@ def silence_spectrogram(seconds: float) -> torch.Tensor:
 
 
 def load_spectrogram(path: str | Path, seconds: float, position: float = 0.5) -> torch.Tensor:
-    """Sound file, or stored (1, F, L) power spectrogram (.npy, before the log) -> (1, F, L) log power spectrogram.
+    """Audio file, or stored (1, F, L) power spectrogram (.npy, before the log) -> (1, F, L) log power spectrogram.
 
     seconds: length that the model takes; position: see `crop_or_tile`, stored spectrograms are cut likewise.
-    Raises ValueError, naming the file, on anything that cannot be read as such.
+    Raises ValueError, naming the file, when it is neither.
     """
     if str(path).endswith(".npy"):
         power = load_power(path)
@@ -149,7 +149,7 @@ def load_spectrogram(path: str | Path, seconds: float, position: float = 0.5) ->
     else:
         spectrogram = log_spectrogram(load_audio(path, num_samples(seconds), position))
     if not torch.isfinite(spectrogram.sum()):
-        raise ValueError(f"the sound {path} is so loud that its spectrogram is not finite: samples are in -1..1")
+        raise ValueError(f"the audio {path} is so loud that its spectrogram is not finite: samples must be in -1..1")
     return spectrogram
 
 
@@ -160,7 +160,7 @@ def load_power(path: str | Path) -> np.ndarray:
     except (OSError, ValueError, EOFError, TypeError, IndexError, SyntaxError, OverflowError, TokenError) as error:
         raise ValueError(f"cannot read the spectrogram {path}: {error}") from error
     if not isinstance(power, np.ndarray) or power.dtype.kind not in "fiub":
-        raise ValueError(f"the spectrogram {path} is no array of numbers")
+        raise ValueError(f"the spectrogram {path} is not an array of numbers")
     if power.ndim != 3 or power.shape[:2] != (1, N_FFT // 2 + 1) or power.shape[2] == 0:
         raise ValueError(f"the spectrogram {path} has shape {power.shape}, wanted (1, {N_FFT // 2 + 1}, frames)")
     if not np.isfinite(power).all() or (power < 0).any():

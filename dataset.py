@@ -1,6 +1,6 @@
 """VGG-Sound, Flickr-SoundNet, the built-in synthetic data and the user's own pairs: lists, annotations, transforms.
 
-An id names one pair. H x W picture, F bins, L frames; ground truth is a (224, 224) map in 0..1.
+An id names one pair. H x W image, F bins, L frames; ground truth is a (224, 224) map in 0..1.
 """
 
 import os
@@ -46,8 +46,8 @@ class Sample(NamedTuple):
 
 class Pair(NamedTuple):
     id: str
-    image: str  # path of its picture
-    audio: str  # path of its sound
+    image: str  # path of the image file
+    audio: str  # path of the audio file
 
 
 class SetRow(NamedTuple):
@@ -60,12 +60,12 @@ class SetRow(NamedTuple):
     expected: int | None = None  # published number of pairs
     kind: str = "boxes"  # of the annotation: boxes (VGG-SS JSON), xml (Flickr), pixels (boxes of 224 px) or masks
     val_ids: str | None = None  # list of held-out training ids
-    silent: str | None = None  # list of pairs, beside the others, whose picture does not show the source
-    lists_in_root: bool = False  # lists and annotation lie in the data's root, not in metadata/
-    interactive: bool = False  # entries of one picture share the id up to the last underscore
+    silent: str | None = None  # list of further pairs, whose image does not show the source
+    lists_in_root: bool = False  # lists and annotation are in the data's root, not in metadata/
+    interactive: bool = False  # entries of one image share the id up to the last underscore
 
 
-LAYOUTS = {  # pairs of folders (pictures, sounds): all that exist below the root are searched, the first wins
+LAYOUTS = {  # pairs of folders (images, audio): all that exist below the root are searched, the first wins
     "vggsound": (("frames", "audio"),),
     "vggsound_extended": (("frames", "audio"), ("extend_frames", "extend_audio")),
     "flickr": (("frames", "audio"), ("Data", "Data")),
@@ -76,7 +76,7 @@ LAYOUTS = {  # pairs of folders (pictures, sounds): all that exist below the roo
         ("images", "audio_wav"), ("visual_frames", "audio_wav"), ("COCO_AV_MS/visual_frames", "COCO_AV_MS/audio_wav"),
     ),
 }  # fmt: skip
-MASK_FOLDERS = ("gt_masks", "gray_masks")  # beside the folder of pictures
+MASK_FOLDERS = ("gt_masks", "gray_masks")  # beside the folder of images
 
 _vggsound, _flickr = partial(SetRow, "vggsound", "VGGSOUND_ROOT"), partial(SetRow, "flickr", "FLICKR_ROOT")
 _built_in = partial(SetRow, "vggsound", "data/synthetic", lists_in_root=True)
@@ -139,7 +139,7 @@ def index_folder(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
 
 
 def data_root(row: SetRow, given: str | Path | None, flag: str) -> Path:
-    """The root given by the flag, else that of the row. Raises UserError when there is none."""
+    """The root given by the flag, else the row's own. Raises UserError when there is none."""
     if not given and row.root.endswith("_ROOT"):
         given = os.environ.get(row.root)
         if not given:
@@ -174,34 +174,34 @@ def find_pairs(
     allow_missing: bool = False,
     sources: Mapping[str, tuple[str, str]] | None = None,
 ) -> tuple[list[Pair], list[str]]:
-    """Pairs of `ids` (None: every id with a picture or a sound) below root, and the ids that lack one of them.
+    """Pairs of `ids` (None: every id with an image or an audio file) below root, and the ids that lack one of them.
 
-    sources: {id: (name of the picture, name of the sound)} where these are not the id. Raises UserError when the
-    folders are not there, nothing is found or, unless allow_missing, any is missing.
+    sources: {id: (name of the image, name of the audio)} where these are not the id. Raises UserError when the folders
+    are not there, nothing is found or, unless allow_missing, any is missing.
     """
-    images: dict[str, str] = {}
-    sounds: dict[str, str] = {}
-    for frames, audio in reversed(folders_there(root, layout)):
-        images |= index_folder(frames, IMAGE_SUFFIXES)
-        sounds |= index_folder(audio, AUDIO_SUFFIXES)
+    image_files: dict[str, str] = {}
+    audio_files: dict[str, str] = {}
+    for image_folder, audio_folder in reversed(folders_there(root, layout)):
+        image_files |= index_folder(image_folder, IMAGE_SUFFIXES)
+        audio_files |= index_folder(audio_folder, AUDIO_SUFFIXES)
     if ids is None:
-        ids = sorted(images.keys() | sounds.keys())
+        ids = sorted(image_files.keys() | audio_files.keys())
     pairs, missing = [], []
     for i in ids:
-        picture, sound = (sources or {}).get(i, (i, i))
-        if picture in images and sound in sounds:
-            pairs.append(Pair(i, images[picture], sounds[sound]))
+        image, audio = (sources or {}).get(i, (i, i))
+        if image in image_files and audio in audio_files:
+            pairs.append(Pair(i, image_files[image], audio_files[audio]))
         else:
             missing.append(i)
     where = f"{_wanted(layout)} below {root}"
     if missing and not allow_missing:
         raise UserError(
-            f"{len(missing)} of {len(ids)} pairs lack a picture or a sound in {where}: "
-            f"{first_ids(missing)} (--allow_missing true goes on without them and counts them)"
+            f"{len(missing)} of {len(ids)} pairs lack their image or audio in {where}: "
+            f"{first_ids(missing)} (--allow_missing true continues without them and counts them)"
         )
     if not pairs:
-        sought = f"; first sought {first_ids(missing, 2)}" if missing else ""
-        there = f"{len(images)} pictures and {len(sounds)} sounds"
+        sought = f"; looked for {first_ids(missing, 2)}" if missing else ""
+        there = f"{len(image_files)} images and {len(audio_files)} audio files"
         raise Absent(f"none of the {there} in {where} is a pair of this set{sought}")
     return pairs, missing
 
@@ -210,7 +210,7 @@ def find_pairs(
 
 
 class TrainingPairs(Dataset):
-    """Augmented pairs. What is drawn depends on (seed, epoch, index) alone, not on workers or order.
+    """Augmented pairs. Random choices depend on (seed, epoch, index) alone, not on workers or order.
 
     augment: "hard", "plain" or "none" (held-out pairs: as in evaluation). silence: spectrograms are (2, F, L), the
     second of silence or noise.
@@ -243,13 +243,13 @@ class TrainingPairs(Dataset):
             if self.augment == "hard":
                 spectrogram = mask_spectrogram(spectrogram)
             image = self.transform(load_image(pair.image, self.short_side))
-            if self.silence:  # last: what else is drawn stays what it was
+            if self.silence:  # last, so that it changes no other random choice
                 spectrogram = torch.cat([spectrogram, silence_spectrogram(self.audio_seconds)])
             return Sample(image, spectrogram, torch.empty(0), pair.id, "")
 
 
 class EvaluationPairs(Dataset):
-    """Pairs with their ground truth; missing: ids that the set should hold, too."""
+    """Pairs with their ground truth; missing: ids of the set that are not among them."""
 
     def __init__(
         self,
@@ -288,7 +288,7 @@ class EvaluationPairs(Dataset):
 
 
 class Selection(NamedTuple):
-    """The pairs of a training set and what is not there."""
+    """The pairs of a training set, and the ids whose files are missing."""
 
     pairs: list[Pair]
     missing: list[str]
@@ -341,7 +341,7 @@ def _own_list(row: SetRow, name: str | None, root: Path, metadata: str) -> Path 
 def build_ground_truth(
     name: str, root: str | None, gt_path: str | None, metadata: str, test_list: str | None = None
 ) -> GroundTruth:
-    """What a row of TEST_SETS asks for, whether its pictures and sounds are there or not.
+    """What a row of TEST_SETS asks for, whether its images and audio are there or not.
 
     test_list replaces the row's own list.
     """
@@ -407,7 +407,7 @@ def build_test_set(
     test_list: str | None = None,
     allow_missing: bool = False,
 ) -> EvaluationPairs:
-    """A row of TEST_SETS with its pictures, sounds and ground truth; test_list replaces the row's own list."""
+    """A row of TEST_SETS with its images, audio and ground truth; test_list replaces the row's own list."""
     row = TEST_SETS[name]
     folder = data_root(row, root, "--test_data_path")
     ground_truth = build_ground_truth(name, root, gt_path, metadata, test_list)
@@ -433,7 +433,7 @@ def _xml_truth(folder: Path, name: str) -> torch.Tensor:
 
 def _mask_truth(files: dict[str, str | None], name: str) -> torch.Tensor:
     if files[name] is None:
-        raise Undecodable(f"the mask of {name} is in none of {', '.join(MASK_FOLDERS)} beside the pictures")
+        raise Undecodable(f"the mask of {name} is in none of {', '.join(MASK_FOLDERS)} beside the images")
     with as_user_error(ValueError, kind=Undecodable):
         return mask_map(files[name])
 
@@ -452,7 +452,7 @@ def in_order(count: int, batch_size: int) -> list[range]:
 def make_loader(
     dataset: Dataset, batch_size: int, workers: int, batches: Sequence[Sequence[int]] | None = None
 ) -> DataLoader:
-    """The given batches of indices, else all items in order. Workers draw nothing of their own: see TrainingPairs."""
+    """The given batches of indices, else all items in order. Workers draw no random numbers: see TrainingPairs."""
     batches = in_order(len(dataset), batch_size) if batches is None else batches
     return DataLoader(
         dataset,
@@ -465,5 +465,5 @@ def make_loader(
 
 
 def _leave_stopping_to_the_run(_: int) -> None:
-    """A scheduler signals every process; the run finishes its step with the workers, then ends them."""
+    """Schedulers send SIGTERM to every process; the run finishes its step with the workers and then ends them."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,7 +1,7 @@
 """AVSBench, single source (S4) and multiple sources (MS3): one item is one frame, its ground truth a mask.
 
 Both layouts load: the official one and the flat one, ROOT/{s4,ms3}/{visual_frames,gt_masks,audio_wav}.
-Only the videos of split `test` are scored, five frames each, which share a sound.
+Only the videos of split `test` are scored, five frames each, which share their audio.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def read_videos(path: Path, split: str = "test") -> list[Video]:
     rows = [row for row in read_rows(path) if row.get("split") == split]
     names = [row.get("name") or row.get("video_id") for row in rows]
     if not names or not all(names):
-        raise UserError(f"{path} has no videos of split {split}: columns name or video_id, and split, are wanted")
+        raise UserError(f"{path} has no videos of split {split}: it needs the columns split, and name or video_id")
     videos = [Video(check_id(name, path), row.get("category") or "") for name, row in zip(names, rows, strict=True)]
     for video in videos:
         check_id(video.category or video.name, path)
@@ -60,9 +60,9 @@ def read_videos(path: Path, split: str = "test") -> list[Video]:
 
 
 def frame_files(root: Path, subset: str, video: Video, number: int, split: str = "test") -> Files:
-    """Where frame 1..5 of a video lies, in the official layout if ROOT/<subset>_data is there, else in the flat one.
+    """Paths of frame 1..5 of a video, in the official layout if ROOT/<subset>_data is there, else in the flat one.
 
-    In any format: the file of that name whose suffix comes first in order, else the released one, which is not there.
+    Any format is accepted: the released one first, then the others in order; without a file, the released path.
     """
     official, name = root / f"{subset}_data", f"{video.name}_{number}"
     if not official.is_dir():
@@ -98,7 +98,7 @@ def find_frames(
 ) -> tuple[GroundTruth, dict[str, Files]]:
     """What a row of AVS_SETS asks for, and where each frame's files should lie.
 
-    gt_path: the JSON of boxes, for a row of boxes; test_list replaces the row's own meta data CSV.
+    gt_path: the JSON of boxes, for a row of boxes; test_list replaces the row's own metadata CSV.
     """
     row = AVS_SETS[name]
     folder = data_root(row, root, "--test_data_path")
@@ -128,7 +128,7 @@ def build_avs_truth(
     test_list: str | None = None,
     allow_missing: bool = False,
 ) -> GroundTruth:
-    """What a row of AVS_SETS asks for. Its masks must be there, unless allow_missing; pictures and sounds need not."""
+    """What a row of AVS_SETS asks for. Its masks must be there, unless allow_missing; images and audio need not."""
     ground_truth, files = find_frames(name, root, gt_path, metadata, test_list)
     lost = {frame: paths.mask for frame, paths in files.items() if ground_truth.masks and not paths.mask.is_file()}
     if lost and (not allow_missing or len(lost) == len(files)):
@@ -147,17 +147,17 @@ def build_avs_set(
     test_list: str | None = None,
     allow_missing: bool = False,
 ) -> EvaluationPairs:
-    """A row of AVS_SETS with its pictures, sounds and ground truth; test_list replaces the row's own meta data CSV."""
+    """A row of AVS_SETS with its images, audio and ground truth; test_list replaces the row's own metadata CSV."""
     ground_truth, files = find_frames(name, root, gt_path, metadata, test_list)
     needed = ("image", "audio", "mask") if ground_truth.masks else ("image", "audio")
     missing = [frame for frame, paths in files.items() if not all(getattr(paths, kind).is_file() for kind in needed)]
     if len(missing) == len(files):
-        raise Absent(f"no frame of {name} was found: first sought {files[missing[0]].image}")
+        raise Absent(f"no frame of {name} was found: looked for {files[missing[0]].image}")
     if missing and not allow_missing:
         raise UserError(
-            f"{len(missing)} of {len(files)} frames of {name} lack a picture, mask or sound, first "
+            f"{len(missing)} of {len(files)} frames of {name} lack their image, mask or audio, first "
             f"{files[missing[0]].image}: {first_ids(missing)} "
-            "(--allow_missing true goes on without them and counts them)"
+            "(--allow_missing true continues without them and counts them)"
         )
     lost = set(missing)
     pairs = [Pair(frame, str(paths.image), str(paths.audio)) for frame, paths in files.items() if frame not in lost]

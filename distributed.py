@@ -1,6 +1,6 @@
-"""Several processes on one global batch, started by torchrun: who we are, and what goes from one to the others.
+"""Several processes on one global batch, started by torchrun: rank, device, and communication between them.
 
-Everything works with one process, too, where it does nothing. W processes, B rows of the global batch.
+With a single process all of it works as well and does nothing. W processes, B rows of the global batch.
 """
 
 import os
@@ -15,7 +15,7 @@ from torch.distributed.nn.functional import all_gather
 
 from utils import pick_device
 
-PATIENCE = timedelta(hours=1)  # the others wait while the first process scores and writes
+PATIENCE = timedelta(hours=1)  # how long the others wait while the first process scores and writes
 
 
 def under_torchrun() -> bool:
@@ -45,13 +45,13 @@ def is_main() -> bool:
 
 
 def hidden_bar() -> bool | None:
-    """What tqdm takes as `disable`: one bar in all, on a terminal only."""
+    """Value for tqdm's `disable`: only the first process shows a bar, and only on a terminal."""
     return None if is_main() else True
 
 
 @contextmanager
 def process_group(device: torch.device):
-    """Join the other processes, nccl between CUDA devices, gloo between CPUs. Only the first goes on printing."""
+    """Join the other processes, by nccl on CUDA devices, by gloo on CPUs. From then on only the first one prints."""
     if not under_torchrun():
         yield
         return
@@ -76,8 +76,8 @@ def local_slice(total: int) -> slice:
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """This process's rows of a batch, (b, ...) -> those of all processes in their order, (world_size * b, ...).
 
-    With gradient: what any process's loss says of our rows comes back as a sum over processes, which the mean of
-    DistributedDataParallel then makes the gradient of one loss over the global batch.
+    With gradient: the gradients of all processes' losses at our rows are summed; the mean over processes that
+    DistributedDataParallel takes then makes this the gradient of one loss over the global batch.
     """
     if world_size() == 1:
         return rows
@@ -104,7 +104,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def broadcast_buffers(tensors: Iterable[torch.Tensor]) -> None:
-    """Fill the tensors with those of the first process: a step moves batch-norm statistics by a process's own rows."""
+    """Overwrite the tensors with the first process's: batch-norm statistics follow each process's own rows."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
@@ -124,14 +124,14 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def shard(items: Sequence) -> Sequence:
-    """Items that processes take in turns: process r has r, r + W, r + 2 W, ..."""
+    """This process's share of the items: process r takes r, r + W, r + 2 W, ..."""
     return items[rank() :: world_size()]
 
 
 def gather_in_order(own: Iterable, count: int) -> Iterator:
-    """What each process made of its `shard` of `count` items -> on the first process all, in order; elsewhere none.
+    """Each process's results for its `shard` of `count` items -> on the first process all in order, elsewhere none.
 
-    Every process has to walk through it.
+    Every process has to iterate over it.
     """
     own = iter(own)
     for start in range(0, count, world_size()):

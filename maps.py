@@ -30,13 +30,12 @@ def upsample_maps(maps: Tensor, size: int = MAP_SIZE, interpolation: str = "bicu
 
 
 def smooth_maps(maps: Tensor, smoothing: float) -> Tensor:
-    """Let the values of (B, h, w) maps flow to their neighbours: kernel (s, 1 - 2s, s) along columns, then along rows.
+    """Smooth (B, h, w) maps: kernel (s, 1 - 2s, s) along columns, then along rows. Not in the paper.
 
-    Values count from the smallest of their map, and beyond the edges there is nothing. Where an object covers the two
-    outer tokens, the outermost one gets less than the one inside; were it the best, bicubic enlargement would let the
-    map peak between it and the edge of the image, outside of most boxes. A single high token at an edge stays the
-    best. smoothing: s in 0..1/3, ValueError beyond; 0 changes nothing. Half-precision maps become float32. Not of the
-    paper.
+    Each map's minimum is subtracted first and added afterwards; outside the map is 0. So where an object covers the two
+    outer tokens, the outermost one ends up lower than the one inside; if it were the largest, bicubic enlargement would
+    put the peak between it and the edge of the image, outside of most boxes. A single high token at an edge stays the
+    largest. smoothing: s in 0..1/3, else ValueError; 0 changes nothing. Half-precision maps become float32.
     """
     if not 0 <= smoothing <= 1 / 3:
         raise ValueError(f"smoothing must be within 0..1/3, not {smoothing}")

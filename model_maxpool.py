@@ -1,7 +1,7 @@
 """The simple reference: max-pooled contrastive learning on the encoders of `model_slot`, without slots and decoders.
 
-The objective of EZ-VSL (Mo and Morgado, "Localizing Visual Sounds the Easy Way", ECCV 2022): a sound fits a picture as
-well as it fits the picture's best token. It offers what `JointSlotModel` offers to training and evaluation.
+The objective of EZ-VSL (Mo and Morgado, "Localizing Visual Sounds the Easy Way", ECCV 2022): an audio clip fits an
+image as well as it fits the image's best token. Training and evaluation use it like `JointSlotModel`.
 B batch, D channels, h x w image grid, N = h * w image tokens, T audio tokens, F bins, L frames.
 """
 
@@ -20,21 +20,21 @@ OBJECTIVE = "maxpool_contrastive"
 
 
 class MaxPooled(NamedTuple):
-    """What the model makes of pairs, which is also all that the loss over a whole batch needs of them."""
+    """What the model computes from pairs, which is also all that the loss over a batch needs of them."""
 
     image_tokens: torch.Tensor  # (B, N, D) unit length
     audio_vectors: torch.Tensor  # (B, D) unit length
 
 
 def max_pool_scores(image_tokens: torch.Tensor, audio_vectors: torch.Tensor) -> torch.Tensor:
-    """Unit image tokens (B, N, D) and sounds (M, D) -> (B, M) in -1..1: max over tokens i of v_ni . a_m."""
+    """Unit image tokens (B, N, D) and audio vectors (M, D) -> (B, M) in -1..1: max over tokens i of v_ni . a_m."""
     return torch.einsum("nid,md->nmi", image_tokens, audio_vectors).amax(2)
 
 
 def max_pool_contrast_loss(image_tokens: torch.Tensor, audio_vectors: torch.Tensor, tau: float) -> torch.Tensor:
-    """Contrast sounds and the best tokens of pictures both ways over the batch: unit (B, N, D), (B, D) -> scalar.
+    """Contrast audio clips with the best tokens of images, both ways over the batch: unit (B, N, D), (B, D) -> scalar.
 
-    With S_nm = max over tokens i of v_ni . a_m: CE(S / tau, i) + CE(S^T / tau, i), where own pairs i are right. Source:
+    With S_nm = max over tokens i of v_ni . a_m: CE(S / tau) + CE(S^T / tau), where the diagonal is right. Source:
     EZ-VSL's multiple-instance contrastive loss.
     """
     return contrast_both_ways(max_pool_scores(image_tokens, audio_vectors) / tau)
@@ -43,9 +43,10 @@ def max_pool_contrast_loss(image_tokens: torch.Tensor, audio_vectors: torch.Tens
 class MaxPoolModel(nn.Module):
     """Both encoders and nothing else: 22.87 M parameters at full size.
 
-    A sound is the maximum over its T tokens, which completes the encoder's maximum over frequency. (EZ-VSL pools
-    before its projection, here it is after it: the encoder is the joint-slot model's.) There is no image query and so
-    no IMG_QUERY and no IQR: the map is AUD, v_i . a. Nothing is masked, and false negatives stay in, as in EZ-VSL.
+    The audio vector is the maximum over the T tokens, which completes the encoder's maximum over frequency. (EZ-VSL
+    pools before its projection, here it is after it: the encoder is the joint-slot model's.) There is no image query
+    and so no IMG_QUERY and no IQR: the map is AUD, v_i . a. Nothing is masked, and false negatives stay in, as in
+    EZ-VSL.
     arch, dim, image_size, audio_seconds, tau: as in `JointSlotModel`; ValueError where they leave no token.
     """
 
@@ -90,7 +91,7 @@ class MaxPoolModel(nn.Module):
         return (compare or self.batch_losses)(self.compared(self.represent(image, spectrogram)))
 
     def represent(self, image: torch.Tensor, spectrogram: torch.Tensor, masks: TokenMasks | None = None) -> MaxPooled:
-        """Pictures (B, 3, H, W), spectrograms (B, 1, F, L) -> their unit vectors, in fp32. masks have no effect."""
+        """Images (B, 3, H, W), spectrograms (B, 1, F, L) -> their unit vectors, in fp32. masks have no effect."""
         return MaxPooled(self.attend_image(image)[0], self.attend_audio(spectrogram))
 
     @staticmethod
@@ -106,7 +107,7 @@ class MaxPoolModel(nn.Module):
     # ------------------------------------------------------------ inference
 
     def attend_image(self, image: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Pictures (B, 3, H, W) -> unit tokens (B, N, D), and their grid (h, w)."""
+        """Images (B, 3, H, W) -> unit tokens (B, N, D), and their grid (h, w)."""
         features = self.imgnet(image)
         tokens = at_least_fp32(features.flatten(2).transpose(1, 2))  # (B, N, D)
         return F.normalize(tokens, dim=2), tuple(features.shape[2:])
@@ -123,18 +124,18 @@ class MaxPoolModel(nn.Module):
 
     @torch.no_grad()
     def embed(self, image: torch.Tensor, spectrogram: torch.Tensor) -> MaxPooled:
-        """Unit tokens of pictures (B, N, D), of which retrieval takes the best, and unit vectors of sounds (B, D)."""
+        """Unit tokens of images (B, N, D), of which retrieval takes the best, and unit audio vectors (B, D)."""
         return self.represent(image, spectrogram)
 
     @staticmethod
     def maps(image: torch.Tensor, audio: torch.Tensor, grid: tuple[int, int], infer_sharpening: float = 0.1) -> Maps:
-        """AUD from tokens (B, N, D) and sounds (B, D). infer_sharpening would scale a map that is scored after min-max:
-        it has no effect."""
+        """AUD from image tokens (B, N, D) and audio vectors (B, D). infer_sharpening has no effect: it would only scale
+        a map that is scored after min-max normalisation."""
         return Maps(torch.einsum("bid,bd->bi", image, audio).unflatten(1, grid), None)
 
     @staticmethod
     def confidences(image: torch.Tensor, audio: torch.Tensor, infer_sharpening: float = 0.1) -> dict[str, torch.Tensor]:
-        """How surely the sound is in view, (B,) in -1..1: the score of the pair that training contrasts."""
+        """Confidence that the source is in view, (B,) in -1..1: the score of the pair that training contrasts."""
         return {"confidence": torch.einsum("bid,bd->bi", image, audio).amax(1)}
 
     @staticmethod

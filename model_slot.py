@@ -18,14 +18,14 @@ TARGET, OFF_TARGET = 0, 1
 ATTENTION_FLOOR = 1e-8
 PAPER_LOSSES = ("info_nce", "reconstruction", "slot_divergence", "attention_matching")
 MAP_LOSSES = {"share_contrast", "foreign_claims"}  # ours; they compare shares of all images over the batch
-BEST_SHARE = 0.1  # of a picture's tokens: those that fit a sound best, 5 of 49
+BEST_SHARE = 0.1  # of an image's tokens, those that fit the audio best: 5 of 49
 
 
-Compared = dict[str, torch.Tensor]  # what losses over a batch need of each pair, by name
+Compared = dict[str, torch.Tensor]  # what the losses that compare pairs need of each pair, by name
 
 
 class SlotState(NamedTuple):
-    """What slot attention leaves of one modality."""
+    """What slot attention computes from one modality."""
 
     slots: torch.Tensor  # (B, K, D) after the last iteration, not normalised
     query: torch.Tensor  # (B, K, D) of the last iteration, before its GRU step
@@ -50,7 +50,7 @@ class TokenMasks(NamedTuple):
 
 
 class Represented(NamedTuple):
-    """What the model makes of pairs; all losses are functions of it."""
+    """What the model computes from pairs; all losses are functions of it."""
 
     image: SlotState
     audio: SlotState
@@ -71,7 +71,7 @@ def slot_attention(query: torch.Tensor, keys: torch.Tensor, sharpening: float = 
 def slot_share(query: torch.Tensor, keys: torch.Tensor, sharpening: float = 1.0) -> torch.Tensor:
     """Queries (B, K, D) over keys (B, N, D) -> (B, K, N): softmax over slots, each slot's share of every token.
 
-    sharpening multiplies the logits (below 1 it flattens). In fp32 whatever the inputs: 1e-8 is 0 in fp16.
+    sharpening multiplies the logits (below 1 it flattens). Always computed in fp32, as 1e-8 is 0 in fp16.
     """
     with torch.autocast(query.device.type, enabled=False):
         query, keys = at_least_fp32(query), at_least_fp32(keys)
@@ -80,15 +80,15 @@ def slot_share(query: torch.Tensor, keys: torch.Tensor, sharpening: float = 1.0)
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """The tensor in fp32, or as it is where it is in float64."""
+    """The tensor in fp32; a float64 one is returned unchanged."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 class JointSlotAttention(nn.Module):
     """Slot attention of both modalities from the same initial slots (paper, section 3.2).
 
-    Everything is per modality m in {img, aud} but `slots` and the algorithm; the layers carry the released names
-    `{m}_to_q` and so on, hence the look-up by name.
+    Both modalities m in {img, aud} share `slots` and the algorithm, but have layers of their own. These carry the
+    released names `{m}_to_q` and so on, hence the look-up by name.
     """
 
     def __init__(self, dim: int, num_slots: int, iterations: int) -> None:
@@ -209,7 +209,7 @@ def info_nce_loss(
 
 
 def contrast_both_ways(logits: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Scores of pictures by sounds (B, B) -> cross entropy of the own sound plus that of the own picture, a scalar.
+    """Scores (B, B), images by audio clips -> cross entropy of each image's own audio plus that of each clip's image.
 
     Pairs where `keep` (B, B) is False are left out.
     """
@@ -230,7 +230,7 @@ def slot_divergence_loss(slots: torch.Tensor) -> torch.Tensor:
 
 
 def attention_matching_loss(image: SlotState, audio: SlotState) -> torch.Tensor:
-    """Cross attention of the target slot is pulled to the detached intra attention, over image and over audio keys."""
+    """Pulls the target slot's cross attention to its detached intra attention, over image and over audio keys."""
     losses = []
     for own, other in ((image, audio), (audio, image)):
         intra = slot_attention(own.query, own.keys)[:, TARGET].detach()
@@ -245,29 +245,29 @@ def _mean_of_best(values: torch.Tensor) -> torch.Tensor:
 
 
 def shares_of_others(audio_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
-    """`slot_share` of every slot of every sound in every picture: (M, K, D), (B, N, D) -> (M, K, B, N)."""
+    """`slot_share` of every slot of every audio clip in every image: (M, K, D), (B, N, D) -> (M, K, B, N)."""
     logits = torch.einsum("mkd,nid->mkni", audio_query, image_keys) / image_keys.shape[2] ** 0.5
     return logits.softmax(dim=1)
 
 
 def share_contrast_loss(shares: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Contrast the shares of pictures that sounds claim, both ways over the batch: `shares_of_others`, (B, K, B, N).
+    """Contrast how much of each image each audio clip claims, both ways: `shares_of_others` of a batch, (B, K, B, N).
 
-    With S_nm the mean over tokens of the target slot's share, plus 1e-8, of sound m in picture n:
-    -mean log(S_nn / sum_m S_nm) - mean log(S_nn / sum_m S_mn); pairs where `keep` (B, B) is False are left out. A sound
-    gains by claiming every token of what sounds, and loses by any token that other pictures show as well: background,
-    and things that are silent here. A sound that claims all but what it cannot be gains as well, if less, and
-    training may be caught there: `foreign_claim_loss` punishes it.
+    With S_nm the mean over tokens of the target slot's share, plus 1e-8, of audio clip m in image n:
+    -mean log(S_nn / sum_m S_nm) - mean log(S_nn / sum_m S_mn); pairs where `keep` (B, B) is False are left out. It
+    rewards claiming every token of the sounding object, and penalises any token that other images show as well:
+    background, and objects that are silent here. Claiming everything except what cannot be the source also lowers the
+    loss, though less, and training may get stuck there: `foreign_claim_loss` penalises it.
     """
-    claimed = shares[:, TARGET].mean(2) + ATTENTION_FLOOR  # (B, B), sounds by pictures
+    claimed = shares[:, TARGET].mean(2) + ATTENTION_FLOOR  # (B, B), audio clips by images
     return contrast_both_ways(claimed.log().T, keep)
 
 
 def foreign_claim_loss(shares: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Sounds claim nothing of other pictures: `shares_of_others`, (B, K, B, N).
+    """Penalise what audio clips claim of other images: `shares_of_others`, (B, K, B, N).
 
-    -log F_nm with F_nm the mean over tokens of what sound m leaves of picture n to its other slots: a mean over all
-    pairs m != n but those where `keep` (B, B), symmetric, is False.
+    Mean of -log F_nm over all m != n except where `keep` (B, B), symmetric, is False. F_nm is the mean over tokens of
+    the share that audio clip m leaves to its other slots in image n.
     """
     return _mean_of_foreign(-_free(shares).log(), keep)
 
@@ -278,14 +278,14 @@ def _free(shares: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_of_foreign(values: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    """(B, B) of sounds and pictures -> mean over different pairs that `keep` does not leave out; 0 for none."""
+    """(B, B), audio clips by images -> mean off the diagonal where `keep` is True; 0 if there is nothing to average."""
     counted = ~torch.eye(len(values), dtype=torch.bool, device=values.device)
     counted = counted if keep is None else counted & keep
     return values[counted].sum() / counted.sum().clamp(min=1)
 
 
 def silence_loss(silence_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:
-    """Silence and noise claim nothing: queries (B, K, D) of such sounds, each over the keys (B, N, D) of one picture.
+    """Penalise what silence and noise claim: queries (B, K, D) of such audio, each over one image's keys (B, N, D).
 
     -mean log F, with F as in `foreign_claim_loss`.
     """
@@ -293,7 +293,7 @@ def silence_loss(silence_query: torch.Tensor, image_keys: torch.Tensor) -> torch
 
 
 def reconstruction_loss(decoded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Decoded tokens against the encoder's, (B, N, D) both; no gradient reaches the encoder through the target."""
+    """MSE of decoded tokens and the encoder's, (B, N, D) both; no gradient reaches the encoder through the target."""
     return F.mse_loss(at_least_fp32(decoded), at_least_fp32(tokens.detach()))
 
 
@@ -306,7 +306,7 @@ def default_reciprocal_k(batch_size: int) -> int:
 
 
 def map_confidence(image: SlotState, audio: SlotState, infer_sharpening: float = 0.1) -> torch.Tensor:
-    """How surely the sound is in view, by AUD: (B,) in 0..1, the mean of the upper quarter of the target slot's share.
+    """Confidence, by AUD, that the source is in view: (B,) in 0..1, mean of the top quarter of the target slot's share.
 
     The share is that of the audio query over the image keys, before it is summed over tokens.
     """
@@ -315,9 +315,9 @@ def map_confidence(image: SlotState, audio: SlotState, infer_sharpening: float =
 
 
 def presence_confidence(image: SlotState, audio: SlotState) -> torch.Tensor:
-    """How surely the sound is in view: (B,) in 0..1, the mean of the best tenth of the target slot's share.
+    """Confidence that the source is in view: (B,) in 0..1, the mean of the top tenth of the target slot's share.
 
-    The share is that of the audio query over the image keys, unsharpened; of the best tenth, as a source may be small.
+    The share is that of the audio query over the image keys, unsharpened; the top tenth, because a source may be small.
     """
     share = slot_share(audio.query, image.keys)[:, TARGET]  # (B, N)
     return _mean_of_best(share)
@@ -377,11 +377,11 @@ class JointSlotModel(nn.Module):
         return self.shape | {"tau": self.tau, "mask_ratio": self.mask_ratio, "reciprocal_k": self.reciprocal_k}
 
     def encode(self, image: torch.Tensor, spectrogram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pictures (B, 3, H, W), spectrograms (B, 1, F, L) -> image tokens (B, N, D), audio tokens (B, T, D)."""
+        """Images (B, 3, H, W), spectrograms (B, 1, F, L) -> image tokens (B, N, D), audio tokens (B, T, D)."""
         return self.imgnet(image).flatten(2).transpose(1, 2), self.audnet(spectrogram).transpose(1, 2)
 
     def attend_image(self, image: torch.Tensor) -> tuple[SlotState, tuple[int, int]]:
-        """Pictures (B, 3, H, W) -> slots, query and keys, and the grid (h, w) of the keys."""
+        """Images (B, 3, H, W) -> slots, query and keys, and the grid (h, w) of the keys."""
         features = self.imgnet(image)
         return self.slot_attn("img", features.flatten(2).transpose(1, 2)), tuple(features.shape[2:])
 
@@ -392,7 +392,7 @@ class JointSlotModel(nn.Module):
     def draw_masks(self, batch: int, tokens: tuple[int, int] | None = None) -> TokenMasks:
         """Hide each token of `batch` pairs independently with probability mask_ratio, by PyTorch's CPU generator.
 
-        tokens: N and T, where they are not those of the sizes that the model was built for.
+        tokens: N and T, where they differ from those of the sizes that the model was built for.
         """
         return TokenMasks(*(torch.rand(batch, count) < self.mask_ratio for count in tokens or self.tokens))
 
@@ -406,8 +406,8 @@ class JointSlotModel(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Unweighted losses by name, scalars; what training calls. masks and spectrogram: see `represent`.
 
-        wanted: names of losses, of which those that are not the paper's are computed on demand. compare: in place of
-        `batch_losses`, where these rows are only a part of the batch (training/step.py).
+        wanted: names of losses; those that are not the paper's are computed only if named. compare: called in place of
+        `batch_losses` where these rows are only a part of the batch (training/step.py).
         """
         pairs = self.represent(image, spectrogram, masks)
         own = self.compared(pairs, wanted)
@@ -415,12 +415,12 @@ class JointSlotModel(nn.Module):
         return (compare or self.batch_losses)(own) | of_pairs
 
     def represent(self, image: torch.Tensor, spectrogram: torch.Tensor, masks: TokenMasks | None = None) -> Represented:
-        """Pictures and spectrograms -> slots of both. Tokens are masked in training mode only; None draws the masks.
+        """Images and spectrograms -> slots of both. Tokens are masked in training mode only; None draws the masks.
 
         spectrogram (B, 1, F, L), or (B, 2, F, L), the second ones of silence or noise, which is not masked.
         """
-        sounds = torch.cat(spectrogram.split(1, dim=1))  # (B or 2B, 1, F, L): batch norm sees all of them together
-        image_tokens, audio_tokens = self.encode(image, sounds)
+        audio = torch.cat(spectrogram.split(1, dim=1))  # (B or 2B, 1, F, L): batch norm sees all of them together
+        image_tokens, audio_tokens = self.encode(image, audio)
         own, *silence = audio_tokens.split(len(image))
         pairs = self.represent_tokens(image_tokens, own, masks)
         return pairs._replace(silence=self.slot_attn("aud", *silence)) if silence else pairs
@@ -441,7 +441,7 @@ class JointSlotModel(nn.Module):
         """What `batch_losses` needs of each pair: all that several processes, or parts of a batch, exchange.
 
         image_target, audio_target (B, D), unit target slots; where a loss of the map is wanted, audio_query (B, K, D)
-        and image_keys (B, N, D), too.
+        and image_keys (B, N, D) as well.
         """
         image, audio = pairs.image, pairs.audio
         targets = {
@@ -453,7 +453,7 @@ class JointSlotModel(nn.Module):
         return targets | {"audio_query": audio.query, "image_keys": image.keys}
 
     def batch_losses(self, batch: Compared) -> dict[str, torch.Tensor]:
-        """Losses that compare pairs with each other: those of a part of a batch say nothing about the whole."""
+        """Losses that compare pairs with each other: they must see the whole batch, not a part of it."""
         image_target, audio_target = batch["image_target"], batch["audio_target"]
         keep = self._keep_mask(image_target.detach(), audio_target.detach())
         with torch.autocast(image_target.device.type, enabled=False):
@@ -465,7 +465,7 @@ class JointSlotModel(nn.Module):
         return losses
 
     def pair_losses(self, pairs: Represented) -> dict[str, torch.Tensor]:
-        """Losses of each pair by itself, means over pairs: a batch's is the mean of its parts', weighted by size."""
+        """Losses of each pair by itself, averaged over pairs: a batch's is the mean of its parts', weighted by size."""
         image, audio = pairs.image, pairs.audio
         image_unit, audio_unit = F.normalize(image.slots, dim=2), F.normalize(audio.slots, dim=2)
         reconstruction = self._reconstruct(image.slots, pairs.image_tokens, audio.slots, pairs.audio_tokens)
@@ -487,18 +487,18 @@ class JointSlotModel(nn.Module):
 
     @torch.no_grad()
     def embed(self, image: torch.Tensor, spectrogram: torch.Tensor) -> Embeddings:
-        """Slots of both modalities, (B, K, D) each, not normalised; row TARGET serves retrieval."""
+        """Slots of both modalities, (B, K, D) each, not normalised; retrieval uses row TARGET."""
         return Embeddings(self.attend_image(image)[0].slots, self.attend_audio(spectrogram).slots)
 
     @staticmethod
     def maps(image: SlotState, audio: SlotState, grid: tuple[int, int], infer_sharpening: float = 0.1) -> Maps:
-        """Like `localize`, from what the two modalities left: the same pictures can be asked with other sounds."""
+        """Like `localize`, from the state of both modalities, so that an image can be combined with any audio clip."""
         maps = (slot_attention(m.query, image.keys, infer_sharpening)[:, TARGET] for m in (audio, image))
         return Maps(*(m.unflatten(1, grid) for m in maps))
 
     @staticmethod
     def confidences(image: SlotState, audio: SlotState, infer_sharpening: float = 0.1) -> dict[str, torch.Tensor]:
-        """How surely the sound is in view, by name, (B,) each: cosine of the target slots, and by the map."""
+        """Confidences that the source is in view, by name, (B,) each: cosine of the target slots, and by the map."""
         return {
             "confidence": F.cosine_similarity(image.slots[:, TARGET], audio.slots[:, TARGET]),
             "confidence_map": map_confidence(image, audio, infer_sharpening),
@@ -530,7 +530,7 @@ class JointSlotModel(nn.Module):
             if decoded.shape != tokens.shape:
                 raise ValueError(
                     f"{tokens.shape[1]} tokens reach a decoder of {decoded.shape[1]}: this model was built for "
-                    f"pictures of {self.shape['image_size']} px and {self.shape['audio_seconds']} s of sound"
+                    f"images of {self.shape['image_size']} px and {self.shape['audio_seconds']} s of audio"
                 )
             losses.append(reconstruction_loss(decoded, tokens))
         return losses[0] + losses[1]

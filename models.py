@@ -1,9 +1,9 @@
 """The models by objective, and the one way to load a checkpoint of any of them, ours or the paper's.
 
-A further model is a row of `OBJECTIVES`, a class whose constructor's arguments `train_slot.build_model` knows, and what
-the two classes offer: to training `forward`, `draw_masks`, `represent`, `compared`, `batch_losses`, `config`, `shape`;
-to evaluation `attend_image`, `attend_audio`, `maps`, `confidences`, `embedding`, `primary_map`; and to those who use it
-from Python `localize`, `embed`.
+To add a model, add a row to `OBJECTIVES` and write a class whose constructor takes arguments that
+`train_slot.build_model` knows, and which has what the two classes have: for training `forward`, `draw_masks`,
+`represent`, `compared`, `batch_losses`, `config`, `shape`; for evaluation `attend_image`, `attend_audio`, `maps`,
+`confidences`, `embedding`, `primary_map`; for use from Python `localize`, `embed`.
 """
 
 import inspect
@@ -20,12 +20,12 @@ from utils import UserError, check_weights, load_checkpoint
 
 Model = JointSlotModel | MaxPoolModel
 OBJECTIVES: dict[str, type[Model]] = {"paper": JointSlotModel, "listen": JointSlotModel, "maxpool": MaxPoolModel}
-OLD_NAMES = {"joint_slot": "paper", "maxpool_contrastive": "maxpool"}  # in checkpoints, of which most name none
+OLD_NAMES = {"joint_slot": "paper", "maxpool_contrastive": "maxpool"}  # in older checkpoints; most name no objective
 PAPERS_INFERENCE = {"infer_sharpening": 0.1, "infer_smoothing": 0.0}
 
 
 class Trained(NamedTuple):
-    """A checkpoint, read once: the model in evaluation mode, and what the file says of itself."""
+    """A checkpoint, read once: the model in evaluation mode, and what the file says about it."""
 
     model: Model
     about: dict[str, Any]  # `describe_checkpoint`: path, epoch, selected_by, trained_on, training (its flags)
@@ -53,11 +53,11 @@ def _restore(path: Path, state: Mapping[str, Any]) -> Model:
     """A model of the checkpoint's objective and settings, with its weights."""
     config = state.get("model_config") or _released_config(path)
     if not isinstance(config, dict):
-        raise UserError(f"the checkpoint {path} is damaged: its `model_config` is no dict of settings")
+        raise UserError(f"the checkpoint {path} is damaged: its `model_config` is not a dict of settings")
     objective = config.get("objective", "paper")
     objective = OLD_NAMES.get(objective, objective)
     if objective not in OBJECTIVES:
-        raise UserError(f"{path} is of objective {objective!r}, and known are {', '.join(OBJECTIVES)}")
+        raise UserError(f"{path} is of objective {objective!r}, which is none of {', '.join(OBJECTIVES)}")
     try:
         model = OBJECTIVES[objective](**{name: value for name, value in config.items() if name != "objective"})
     except (TypeError, ValueError) as error:
@@ -84,7 +84,7 @@ def _released_config(path: Path) -> dict[str, Any]:
 
 
 def describe_checkpoint(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the weights come from, how they were chosen and trained, as far as the checkpoint's content says."""
+    """Where the weights come from, how they were chosen and trained, as far as the checkpoint says."""
     flags = training_flags(state)
     return {
         "path": str(path),

@@ -41,7 +41,7 @@ PAPER = {  # Kim et al., CVPR 2025, sections 3 and 4, for the sets of 10k pairs
 RECIPES = {
     "paper": PAPER,
     "paper_144k": PAPER | {"epochs": 50, "infer_sharpening": 1.0},
-    "small": PAPER  # minutes of a CPU
+    "small": PAPER  # minutes on a CPU
     | {
         "arch": "small",
         "imagenet_weights": "none",
@@ -76,12 +76,12 @@ WITHOUT_FLAG = {  # settings that NAME=VALUE after --recipe changes
     "infer_sharpening": number(float, above=0),
     "infer_smoothing": number(float, low=0, high=1 / 3),
 }
-INFERENCE = {"infer_sharpening", "infer_smoothing"}  # how maps are asked for in tests
+INFERENCE = {"infer_sharpening", "infer_smoothing"}  # how maps are computed in tests
 
 PAPER_WEIGHTS = {"info_nce": 1.0, "reconstruction": 0.1, "slot_divergence": 0.1, "attention_matching": 100.0}
 PAPER_NAMES = {"lam1": "reconstruction", "lam2": "slot_divergence", "lam3": "attention_matching"}
 OUR_LOSSES = ("share_contrast", "foreign_claims", "silence")  # not in the paper
-OBJECTIVES = {  # objective: (weights of losses, settings) beside the paper's and the recipe's
+OBJECTIVES = {  # objective: (weights of losses, settings) that differ from the paper's and the recipe's
     "paper": ({}, {}),
     "listen": (
         {"share_contrast": 1.0, "foreign_claims": 4.0, "attention_matching": 0.0},
@@ -118,49 +118,57 @@ def add_flags(parser: ArgumentParser) -> dict[str, str]:
     """Every flag of a training -> {flag: its group}. The group says what the flag may change.
 
     Only flags of the groups "training data", "model", "losses" and "optimisation" change what is learnt; those of "test
-    data" count where --select test lets tests choose the checkpoint.
+    data" matter too where --select test lets tests choose the checkpoint.
     """
     group = parser.add_argument_group("recipe")
     group.add_argument(
         "--recipe", nargs="+", action="extend", metavar=("NAME", "SETTING=VALUE"),
-        help=f"defaults of all flags below: {', '.join(RECIPES)} (default: by --trainset); after it, values of "
-        f"settings that have no flag: {', '.join(WITHOUT_FLAG)}",
+        help=f"recipe, which sets the defaults of the flags below: {', '.join(RECIPES)} (default: chosen by "
+        f"--trainset); SETTING=VALUE changes a setting that has no flag: {', '.join(WITHOUT_FLAG)}",
     )  # fmt: skip
 
     data = parser.add_argument_group(DATA)
-    data.add_argument("--trainset", choices=sorted(TRAIN_SETS), default="synthetic", help="training set, by its name")
-    data.add_argument("--train_list", help="file of training ids, in place of the set's own list")
-    data.add_argument("--val_list", help="file of held-out ids, by whose retrieval best.pth is chosen")
+    data.add_argument(
+        "--trainset", choices=sorted(TRAIN_SETS), default="synthetic", help="training set; custom: your own pairs"
+    )
+    data.add_argument("--train_list", help="file of training ids, one per line, in place of the set's own list")
+    held_out = "file of ids held out to choose best.pth by retrieval (default: the set's own list, else a fraction)"
+    data.add_argument("--val_list", help=held_out)
     data.add_argument(
         "--val_fraction", type=number(float, low=0, high=0.5), default=0.02,
-        help="fraction of training pairs held out to choose best.pth, unless --val_list",
+        help="fraction of training pairs held out to choose best.pth, where no list says which",
     )  # fmt: skip
-    add_boolean(data, "--exclude_test_overlap", "do not train on ids of the test lists that are in --metadata")
+    add_boolean(data, "--exclude_test_overlap", "do not train on ids that are in a test list in --metadata")
 
     tests = parser.add_argument_group(TESTS)
     add_test_set_flags(tests, default=None)
     tests.add_argument(
-        "--eval_every", type=number(int, low=0), help="epochs between scorings of --testset; 0: at the end only"
+        "--eval_every", type=number(int, low=0), help="epochs between two scorings of --testset; 0: only at the end"
     )
 
     model = parser.add_argument_group(MODEL)
     model.add_argument(
         "--objective", choices=[*OBJECTIVES], default="paper",
-        help="paper; listen: share contrast and foreign claims in place of attention matching, so that maps follow the "
-        "audio; maxpool: max-pooled contrast on the same encoders, without slots (EZ-VSL's objective)",
+        help="paper: joint slot attention; listen: the same with share contrast and foreign claims in place of "
+        "attention matching, so that maps follow the audio; maxpool: max-pooled contrast on the same encoders, without "
+        "slots (EZ-VSL's objective)",
     )  # fmt: skip
-    model.add_argument("--arch", choices=sorted(ARCHITECTURES), help="architecture of both encoders")
+    model.add_argument(
+        "--arch", choices=sorted(ARCHITECTURES), help="both encoders: the paper's, or a small one for CPUs"
+    )
     model.add_argument("--num_slots", type=number(int, low=1), help="number of slots; slot 0 is the target slot")
     model.add_argument("--iterations", type=number(int, low=1), help="iterations of slot attention")
     model.add_argument("--image_size", type=number(int, low=16), help="side of the square input image, in pixels")
     model.add_argument("--audio_seconds", type=number(float, low=0.1), help="length of the input audio, in seconds")
     model.add_argument(
-        "--imagenet_weights", help="start of the image encoder: auto (download), none (random), or a file"
+        "--imagenet_weights", help="initial weights of the image encoder: auto (download), none (random), or a file"
     )
 
     losses = parser.add_argument_group(LOSSES)
     losses.add_argument("--tau", type=number(float, above=0), help="temperature of the contrastive loss")
-    losses.add_argument("--mask_ratio", type=number(float, low=0, high=0.99), help="fraction of tokens that are masked")
+    losses.add_argument(
+        "--mask_ratio", type=number(float, low=0, high=0.99), help="fraction of tokens hidden in training"
+    )
     losses.add_argument(
         "--reciprocal_k", type=number(int, low=0),
         help="k of the k-reciprocal false-negative rule (default: 20 at batch 256, scaled with the batch; 0 = off)",
@@ -172,58 +180,68 @@ def add_flags(parser: ArgumentParser) -> dict[str, str]:
     )  # fmt: skip
     losses.add_argument(
         "--lam1", "--lam2", "--lam3", type=number(float, low=0), dest="weights", action=_Weight, metavar="W",
-        help="the same under the paper's names: --lam3 0 is --weights lam3=0",
+        help="the paper's weights one by one: --lam3 0 is --weights lam3=0",
     )  # fmt: skip
 
     optimisation = parser.add_argument_group(OPTIMISATION)
-    optimisation.add_argument("--augment", choices=("hard", "plain"), help="hard: the paper's; plain: crop and flip")
+    optimisation.add_argument(
+        "--augment", choices=("hard", "plain"), help="hard: the paper's augmentation; plain: crop and flip only"
+    )
     optimisation.add_argument("--epochs", type=number(int, low=1), help="passes over the training pairs")
     optimisation.add_argument(
         "--batch_size", type=number(int, low=2), help="pairs per step, over all processes together"
     )
     optimisation.add_argument(
         "--micro_batch", type=number(int, low=1),
-        help="pairs that go through the network at a time, to save memory; the losses still see the whole batch",
+        help="pairs per process that go through the network at once, to save memory; the losses still see the whole "
+        "batch",
     )  # fmt: skip
-    add_boolean(optimisation, "--sync_bn", "batch-norm statistics over all processes (CUDA only)")
+    add_boolean(optimisation, "--sync_bn", "compute batch-norm statistics over all processes (CUDA only)")
     optimisation.add_argument("--lr", type=number(float, above=0), help="learning rate of AdamW")
     optimisation.add_argument(
-        "--lr_schedule", choices=("constant", "step", "cosine"), help="after the warm-up; step: x 0.9 per epoch"
-    )
+        "--lr_schedule", choices=("constant", "step", "cosine"),
+        help="learning rate after the warm-up; step: x 0.9 per epoch; cosine: falls to 0 at the end",
+    )  # fmt: skip
     optimisation.add_argument(
         "--amp", choices=("auto", "bf16", "fp16", "none"), default="auto",
         help="precision of the encoders; auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPUs",
     )  # fmt: skip
     optimisation.add_argument(
         "--select", choices=("retrieval", "test"), default="retrieval",
-        help="what chooses best.pth: retrieval on held-out pairs (no boxes), or cIoU on the first --testset",
+        help="what best.pth is chosen by: retrieval on held-out pairs (no boxes), or cIoU on the first --testset",
     )  # fmt: skip
     optimisation.add_argument(
-        "--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="same seed, same numbers on a CPU"
+        "--seed",
+        type=number(int, low=0, high=2**32 - 1),
+        default=0,
+        help="random seed; on a CPU the same one gives the same numbers",
     )
 
     run = parser.add_argument_group(RUN)
     run.add_argument("--train_data_path", help="root of the training data (default: the set's environment variable)")
     add_run_data_flags(run)
     run.add_argument("--num_workers", type=number(int, low=0), default=2, help="data-loading workers per process")
-    run.add_argument("--gpu", default="0", help="number of a CUDA device, or cpu; torchrun numbers them itself")
-    run.add_argument("--model_dir", default="./checkpoints", help="folder of experiments")
-    run.add_argument("--experiment_name", required=True, help="name of this run: its folder below --model_dir")
-    run.add_argument("--wandb", choices=("true", "offline", "false"), default="false", help="log to Weights & Biases")
+    run.add_argument("--gpu", default="0", help="number of a CUDA device, or cpu; torchrun gives every process its own")
+    run.add_argument("--model_dir", default="./checkpoints", help="folder in which every run gets a folder of its own")
+    run.add_argument("--experiment_name", required=True, help="name of this run, and of its folder in --model_dir")
+    run.add_argument(
+        "--wandb", choices=("true", "offline", "false"), default="false",
+        help="log to Weights & Biases; offline: record locally, for wandb sync",
+    )  # fmt: skip
     run.add_argument(
         "--resume", nargs="?", const="true", choices=("true", "false", "force"), default="false",
-        help="continue from latest.pth; force: also with other settings or data, from the start of the epoch",
+        help="continue from latest.pth; force: even if settings or data differ, then from the start of the epoch",
     )  # fmt: skip
     run.add_argument(
         "--save_every_steps", type=number(int, low=0), default=0, metavar="N",
-        help="write latest.pth every N steps, too; 0: only at the end of an epoch",
+        help="also write latest.pth every N steps; 0: only at the end of an epoch",
     )  # fmt: skip
     run.add_argument(
         "--keep_every", type=number(int, low=0), default=0, metavar="K",
-        help="keep epoch_NNNN.pth of every K-th epoch; 0: none",
+        help="keep a checkpoint epoch_NNNN.pth every K epochs; 0: none",
     )  # fmt: skip
-    add_boolean(run, "--overwrite", "replace an experiment of the same name")
-    add_boolean(run, "--dry_run", "one batch, one step and one batch of every test set; writes nothing")
+    add_boolean(run, "--overwrite", "replace an existing run of the same name")
+    add_boolean(run, "--dry_run", "try one training step and one batch of every test set, then stop; writes nothing")
 
     groups = data, tests, model, losses, optimisation, run
     return {action.dest: group.title for group in groups for action in group._group_actions}
@@ -242,8 +260,8 @@ def roles() -> dict[str, str]:
 def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags of `add_flags`, with the values of the recipe and of the objective where a flag is not given.
 
-    Settings without a flag are in it, too; `recipe` is the recipe's name, `weights` is {loss: weight} of all losses
-    that are computed. UserError for a recipe or setting that there is not.
+    Settings without a flag are included; `recipe` is the recipe's name, `weights` is {loss: weight} of all losses that
+    are computed. UserError for an unknown recipe or setting.
     """
     first = ArgumentParser(prog=parser.prog, add_help=False)
     first.add_argument("--trainset", default="synthetic")

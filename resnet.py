@@ -19,12 +19,12 @@ class Architecture(NamedTuple):
 
     aligned: a token's receptive field is centred where the enlarged map draws it (one stride-4 convolution with an even
     kernel, averaging between stages). The paper's ResNet-18 is not: its odd strided kernels move maps by half a token
-    towards the lower right, which matters where tokens are few and pictures small.
+    towards the lower right, which matters where tokens are few and images small.
     """
 
     widths: tuple[int, ...]  # channels of each stage; every stage but the first halves the resolution
-    blocks: int  # basic blocks a stage; fewer see less far, which keeps small maps sharp
-    dim: int  # embedding channels D when none are asked for
+    blocks: int  # basic blocks per stage; fewer mean a smaller receptive field, which keeps small maps sharp
+    dim: int  # embedding channels D by default
     aligned: bool
 
     @property
@@ -46,7 +46,7 @@ def get_architecture(arch: str) -> Architecture:
 
 
 def tokens_along(size: int, arch: str) -> int:
-    """Tokens along a side of so many pixels or frames: odd strided kernels round up, even ones down."""
+    """Number of tokens along a side of `size` pixels or frames: odd strided kernels round up, even ones down."""
     design = get_architecture(arch)
     return size // design.stride if design.aligned else -(-size // design.stride)
 
@@ -67,7 +67,7 @@ def _stage(in_width: int, width: int, halve: bool, design: Architecture) -> nn.S
 
 
 class ResNetTrunk(nn.Module):
-    """A ResNet of basic blocks without its first convolution, pooling over the picture and classifier."""
+    """A ResNet of basic blocks without its first convolution, global pooling and classifier."""
 
     def __init__(self, arch: str) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class ResNetTrunk(nn.Module):
 
 
 class ImageTrunk(ResNetTrunk):
-    """(B, 3, H, W) normalised picture -> (B, C, h, w), the last stage's features."""
+    """(B, 3, H, W) normalised images -> (B, C, h, w), the last stage's features."""
 
     def __init__(self, arch: str) -> None:
         super().__init__(arch)
@@ -105,7 +105,7 @@ class ImageTrunk(ResNetTrunk):
 
 
 class ImageEncoder(ImageTrunk):
-    """(B, 3, H, W) normalised picture -> (B, D, h, w)."""
+    """(B, 3, H, W) normalised images -> (B, D, h, w)."""
 
     def __init__(self, arch: str, dim: int) -> None:
         super().__init__(arch)
@@ -132,7 +132,7 @@ class AudioEncoder(ResNetTrunk):
 
 class ObjectSaliency(ImageTrunk):
     """OBJ_PRIOR: mean over channels of |stage-4 features| of the plain ImageNet ResNet-18 (paper, object-guided
-    localization). (B, 3, H, W) normalised picture -> (B, h, w), not negative. Cannot be built without its weights.
+    localization). (B, 3, H, W) normalised images -> (B, h, w), not negative. Cannot be built without its weights.
     """
 
     def __init__(self, weights: str = "auto") -> None:
@@ -149,7 +149,7 @@ def load_imagenet_weights(trunk: ImageTrunk, source: str = "auto") -> None:
     """Fill a trunk with the ImageNet weights of torchvision's ResNet-18 (IMAGENET1K_V1); a projection stays as it is.
 
     source: "auto" downloads them, or takes torch hub's cache; anything else is the path of a state dict of torchvision.
-    Raises ValueError, saying what to do, when they cannot be had or do not fit: nothing is scored on random weights.
+    Raises ValueError that says what to do when they cannot be loaded or do not fit: random weights are never scored.
     """
     weights = _download_weights() if source == "auto" else _read_weights(Path(source))
     weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
@@ -168,8 +168,8 @@ def _download_weights() -> dict[str, torch.Tensor]:
         return official.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"the ImageNet weights could not be downloaded ({error}): fetch {official.url} by other means and pass the "
-            "file's path as --imagenet_weights, or pass none"
+            f"the ImageNet weights could not be downloaded ({error}): fetch {official.url} by other means and give the "
+            "file's path as --imagenet_weights, or give none"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Sets by name: the test sets and their flags, what is there of them, what is broken in them or shared with training.
+"""Sets by name: test sets and their flags, which of their data are present, broken, or shared with training.
 
 N pairs.
 """
@@ -28,16 +28,18 @@ SAME_VIDEO = "s4 (same video, perhaps another part)"
 
 def add_test_set_flags(group, default: str | None) -> None:
     """The flags that name test sets, the same in testing and training."""
-    group.add_argument("--testset", default=default, help=f"{', '.join(ALL_SETS)}; several with commas, or all")
+    several = "several separated by commas, or all whose data are present"
+    group.add_argument("--testset", default=default, help=f"test sets to score: {', '.join(ALL_SETS)}; {several}")
     group.add_argument("--test_data_path", help="root of the test data (default: the set's environment variable)")
-    group.add_argument("--test_gt_path", help="annotation: a JSON of boxes; for flickr the folder of XML files")
-    group.add_argument("--test_list", help="file of test ids, in place of the set's own list")
+    truth = "ground truth: a JSON of boxes, for flickr the folder of XML files (default: the set's own)"
+    group.add_argument("--test_gt_path", help=truth)
+    group.add_argument("--test_list", help="file of test ids, one per line, in place of the set's own list")
 
 
 def add_run_data_flags(group) -> None:
-    """Where lists lie and what becomes of missing pairs, the same in testing and training."""
+    """Where lists are and what to do about missing pairs, the same in testing and training."""
     group.add_argument("--metadata", default="./metadata", help="folder of the public lists and annotations")
-    add_boolean(group, "--allow_missing", "continue without missing or broken pairs, which are counted and listed")
+    add_boolean(group, "--allow_missing", "continue without missing or broken pairs, but count and list them")
 
 
 def parse_testsets(text: str) -> list[str]:
@@ -51,9 +53,9 @@ def parse_testsets(text: str) -> list[str]:
 
 
 def build_test_sets(args, image_size: int, audio_seconds: float) -> dict[str, EvaluationPairs]:
-    """The sets that --testset names, with their pictures and sounds, as a model takes them.
+    """The sets that --testset names, with their images and audio, as a model takes them.
 
-    With --allow_missing without the pairs that are missing or, after decoding every pair once, cannot be decoded.
+    With --allow_missing every pair is decoded once, and those that are missing or cannot be decoded are left out.
     """
 
     def build(name: str) -> EvaluationPairs:
@@ -74,7 +76,7 @@ def build_pairs(name: str, args, image_size: int, audio_seconds: float, allow_mi
 
 
 def build_ground_truths(args) -> dict[str, GroundTruth]:
-    """What the sets that --testset names ask for; their pictures and sounds need not be there."""
+    """What the sets that --testset names ask for; their images and audio need not be there."""
 
     def build(name: str) -> GroundTruth:
         if name in AVS_SETS:
@@ -87,10 +89,10 @@ def build_ground_truths(args) -> dict[str, GroundTruth]:
 
 
 def build_each(args, build: Callable) -> dict:
-    """Every named set; for `all` those whose data are there, the others named with the reason."""
+    """Every named set; for `all` those whose data are there, and a line about each of the others."""
     built, names = {}, parse_testsets(args.testset)
     if args.test_gt_path and len(names) == 1 and names[0] in AVS_SETS and AVS_SETS[names[0]].kind == "masks":
-        raise UserError(f"--test_gt_path does not apply to {names[0]}: its masks lie below the data's root")
+        raise UserError(f"--test_gt_path does not apply to {names[0]}: its masks are below the data's root")
     for name in names:
         try:
             built[name] = build(name)
@@ -112,7 +114,7 @@ class Facts(NamedTuple):
     error: str  # why it cannot be decoded; empty when it can
     silent: bool  # digital zero throughout
     seconds: float
-    digest: str  # of what is seen and heard; empty when it cannot be decoded
+    digest: str  # of pixels and samples; empty when it cannot be decoded
 
 
 class _Inspected(Dataset):
@@ -125,7 +127,7 @@ class _Inspected(Dataset):
     def __getitem__(self, index: int) -> Facts:
         pair = self.pairs[index]
         try:
-            picture = load_image(pair.image)
+            image = load_image(pair.image)
             if self.truth_of:
                 self.truth_of(pair.id)
             if pair.audio.endswith(".npy"):
@@ -135,7 +137,7 @@ class _Inspected(Dataset):
                 heard = load_audio(pair.audio)
                 seconds = len(heard) / SAMPLE_RATE
             load_spectrogram(pair.audio, SHORT_SECONDS)
-            content = picture.tobytes() + heard.tobytes()  # what is seen and heard, whatever the files say besides
+            content = image.tobytes() + heard.tobytes()  # the pixels and samples, without file headers and metadata
         except (ValueError, OSError, UserError) as error:
             return Facts(" ".join(str(error).split()), False, math.nan, "")
         return Facts("", not heard.any(), seconds, hashlib.sha1(content).hexdigest())
@@ -164,7 +166,7 @@ def count_undecodable(pairs: Sequence[Pair], workers: int = 0, truth_of: Callabl
             raise
         raise UserError(
             f"{len(broken)} of {len(pairs)} pairs cannot be decoded: {first_ids(list(broken))}. "
-            f"The first: {next(iter(broken.values()))} (--allow_missing true goes on without them and counts them)"
+            f"The first: {next(iter(broken.values()))} (--allow_missing true continues without them and counts them)"
         ) from error
 
 
@@ -172,9 +174,9 @@ def count_undecodable(pairs: Sequence[Pair], workers: int = 0, truth_of: Callabl
 
 
 def known_test_ids(metadata: str | Path) -> dict[str, set[str]]:
-    """Ids of every known test set whose list or annotation lies in the folder of metadata: {set: ids}.
+    """Ids of every known test set whose list or annotation is in the metadata folder: {set: ids}.
 
-    S4's videos come from YouTube as VGG-Sound's do: under "s4 (same video ...)" stand YouTube ids.
+    S4's videos come from YouTube, as VGG-Sound's do: the ids of "s4 (same video ...)" are YouTube ids.
     """
     known: dict[str, set[str]] = {}
     for name, row in TEST_SETS.items():
@@ -194,7 +196,7 @@ def known_test_ids(metadata: str | Path) -> dict[str, set[str]]:
 
 
 def overlap_with_tests(ids: Sequence[str], metadata: str | Path) -> dict[str, list[str]]:
-    """Training ids that are also test ids, by test set, as far as its list is in the folder of metadata.
+    """Training ids that are also test ids, by test set, as far as its list is in the metadata folder.
 
     VGG-Sound's ids are <youtube id>_<start>; S4's videos are compared by YouTube id alone.
     """

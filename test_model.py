@@ -45,7 +45,7 @@ def checkpoint_path(args) -> Path:
 
 
 def load_saliency(source: str, device: torch.device) -> ObjectSaliency | None:
-    """The object prior; None when it was not asked for, or when "auto" could not download it, which is said.
+    """The object prior; None when it was not asked for, or, with a printed line, when "auto" could not download it.
 
     A download that fails for one process leaves the prior out for all.
     """
@@ -65,9 +65,9 @@ def load_saliency(source: str, device: torch.device) -> ObjectSaliency | None:
 
 
 class Keepsakes:
-    """Pictures, page and maps of one test set, as far as they are wanted; written when the pass has ended well.
+    """Pictures, page and maps of one test set, as far as asked for; written when the pass has ended without an error.
 
-    dataset: the pairs whose images are drawn; None where nothing is.
+    dataset: the pairs whose images are drawn; None where nothing is drawn.
     """
 
     def __init__(self, args, folder: Path, dataset: EvaluationPairs | None, count: int) -> None:
@@ -100,7 +100,7 @@ class Keepsakes:
         self.writer.add(batch.ids, batch.raw | batch.scalars)
 
     def clear(self) -> None:
-        """Remove what an earlier run left here: it would stand beside figures that are not its own."""
+        """Remove what an earlier run left here, as it does not belong to the new results."""
         for path in self.stale:
             if path.is_dir():
                 shutil.rmtree(path)
@@ -209,7 +209,7 @@ def score_file(args) -> None:
 
 
 def about_set(args, name: str) -> dict[str, str]:
-    """What a result says of its set: the name and, where there was one, the list in the place of the set's own."""
+    """What a result says of its set: the name and, where one was given, the list in place of the set's own."""
     return {"testset": name} | ({"test_list": args.test_list} if args.test_list else {})
 
 
@@ -223,37 +223,42 @@ def make_out_dir(args, default: Path) -> Path:
 def parse_args():
     parser = ArgumentParser(description="Score a trained model, or maps of any method, on test sets; compare results.")
     group = parser.add_argument_group("what is scored")
-    group.add_argument("--model_dir", default="./checkpoints", help="folder of experiments")
-    group.add_argument("--experiment_name", help="experiment below --model_dir")
-    group.add_argument("--checkpoint", default="best", help="best or latest of the experiment, or a checkpoint's path")
-    weights = "ImageNet weights of the object prior (OBJ_PRIOR, OGL): auto (download), none, or a file"
+    group.add_argument("--model_dir", default="./checkpoints", help="folder in which training put its runs")
+    group.add_argument("--experiment_name", help="name of the training run: its folder in --model_dir")
+    group.add_argument("--checkpoint", default="best", help="best or latest of the run, or a checkpoint's path")
+    weights = "ImageNet weights of the object prior, for the maps OBJ_PRIOR, OGL and IQR_OGL: auto (download), none "
+    weights += "(without these maps), or a file"
     group.add_argument("--imagenet_weights", default="auto", help=weights)
     group.add_argument("--maps", help="score the maps in this .npz file, of any method, instead of a model")
-    group.add_argument("--compare", nargs="+", metavar="RESULTS.JSON", help="score nothing, tabulate several results")
-    group.add_argument("--compare_map", help="with --compare: this map only (default: AUD and IQR)")
+    group.add_argument("--compare", nargs="+", metavar="RESULTS.JSON", help="score nothing, compare results in a table")
+    group.add_argument("--compare_map", help="with --compare: show only this map (default: AUD and IQR)")
     group = parser.add_argument_group("data")
     add_test_set_flags(group, default="synthetic")
     add_run_data_flags(group)
     group.add_argument("--num_workers", type=number(int, low=0), default=2, help="data-loading workers per process")
     group = parser.add_argument_group("maps of a model")
     group.add_argument("--alpha", type=number(float, low=0, high=1), help="weight of AUD in IQR and OGL (default: 0.6)")
-    sharpening = "factor on the attention logits (default: as the model was trained for, else the paper's 0.1)"
+    sharpening = "factor on the attention logits of maps (default: as the model was trained for, else the paper's 0.1)"
     group.add_argument("--infer_sharpening", type=number(float, above=0), help=sharpening)
     smoothing = "smoothing of the token maps: kernel (s, 1-2s, s) along both axes (default: as the model was trained "
     smoothing += "for, else the paper's 0)"
     group.add_argument("--infer_smoothing", type=number(float, low=0, high=1 / 3), help=smoothing)
     group = parser.add_argument_group("run")
-    group.add_argument("--gpu", default="0", help="number of a CUDA device, or cpu")
-    group.add_argument("--batch_size", type=number(int, low=1), default=64, help="changes speed and memory only")
-    seed = "seed of the choice of wrong audio and of the bootstrap"
+    group.add_argument(
+        "--gpu", default="0", help="number of a CUDA device, or cpu; torchrun gives every process its own"
+    )
+    batch_size = "pairs per batch; changes speed and memory only"
+    group.add_argument("--batch_size", type=number(int, low=1), default=64, help=batch_size)
+    seed = "random seed of the wrong audio that each image is tested with, and of the bootstrap"
     group.add_argument("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help=seed)
     group = parser.add_argument_group("what is written, beside results.json and per_sample.csv")
-    group.add_argument("--out_dir", help="default: NAME/results/, or beside --checkpoint PATH or --maps FILE")
-    add_boolean(group, "--save_visualizations", help="a contact sheet, and an overlay of every sample")
-    add_boolean(group, "--save_maps", help="maps.npz, which --maps reads")
-    add_boolean(group, "--report", help="report.html: every sample with its audio, for a browser")
+    out_dir = "folder of results (default: results/ in the run's folder, or beside --checkpoint PATH or --maps FILE)"
+    group.add_argument("--out_dir", help=out_dir)
+    add_boolean(group, "--save_visualizations", help="a contact sheet, and an overlay of every sample's maps")
+    add_boolean(group, "--save_maps", help="maps.npz: the maps of all samples, which --maps can score again")
+    add_boolean(group, "--report", help="report.html: a page for a browser that shows every sample with its audio")
     add_boolean(
-        group, "--diagnose", help="t-SNE of the slots, what they attend to, false negatives of a training batch"
+        group, "--diagnose", help="drawings of the slots (t-SNE, attention) and of a training batch's false negatives"
     )
     return parser.parse_args()
 

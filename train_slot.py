@@ -1,10 +1,10 @@
 """Train joint slot attention on unlabelled image-audio pairs.
 
-    bash train_script.sh synthetic synthetic cpu          # makes the data if need be, trains, scores
+    bash train_script.sh synthetic synthetic cpu          # trains on the built-in data and scores
     python train_slot.py --trainset custom --train_data_path /path/to/pairs/ --experiment_name mine --gpu 0 --dry_run
 
 Every epoch sees every full batch; best.pth is chosen by retrieval on held-out training pairs, without boxes. All flags,
-and their defaults by recipe, stand in recipes.py.
+and their defaults by recipe, are in recipes.py.
 """
 
 import inspect
@@ -103,7 +103,7 @@ def build_optimisation(args, model: Model, device: torch.device) -> Optimisation
 
 
 def build_training_data(args) -> TrainingData:
-    """Pairs to train on and held-out ones; says which training ids are also test ids, as far as lists are there."""
+    """Pairs to train on and held-out ones; prints how many training ids are also test ids, as far as is known."""
     selection = select_training_pairs(
         args.trainset, args.train_data_path, args.metadata, args.train_list, args.allow_missing
     )
@@ -175,7 +175,7 @@ def print_epoch(args, line) -> None:
 
 
 def test_command(args) -> str:
-    """The command that scores what was trained, with the roots that came from the environment in front."""
+    """The command that scores what was trained, preceded by the data roots that came from the environment."""
     roots = {ALL_SETS[name].root for name in parse_testsets(args.testset)}
     command = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(roots) if name in os.environ]
     python = Path(sys.executable)
@@ -199,13 +199,13 @@ def print_end(args, path: Path) -> None:
 
 
 def selection(args, data: TrainingData, model: Model, test_sets: Mapping) -> tuple[str, str]:
-    """What best.pth is chosen by, in words, and the figure that decides."""
+    """What best.pth is chosen by, in words, and the name of the number that decides."""
     select = args.select if args.select == "test" or len(data.held_out) else "last"
     return tuple(text.format(map=model.primary_map, first=next(iter(test_sets), "")) for text in SELECTED_BY[select])
 
 
 def weights_in(epoch: int, args) -> dict[str, float]:
-    """The weights of the losses, of which only the contrastive one counts during the first `warmup` epochs."""
+    """The weights of the losses; in the first `warmup` epochs only the contrastive loss has one."""
     return args.weights if epoch >= args.warmup else dict.fromkeys(args.weights, 0.0) | {"info_nce": 1.0}
 
 

@@ -1,6 +1,6 @@
-"""Pictures from files, and what is done to pictures and spectrograms before a model sees them.
+"""Images from files, and the transforms of images and spectrograms before a model sees them.
 
-H x W picture, F bins, L frames.
+H x W image, F bins, L frames.
 """
 
 import struct
@@ -23,13 +23,13 @@ cv2.setNumThreads(0)  # a forked worker would wait forever for the threads of it
 
 
 def train_transform(size: int, augment: str) -> Callable[[Image.Image], torch.Tensor]:
-    """RGB PIL picture -> (3, size, size) normalised. augment: "hard" (the paper's) or "plain" (crop and flip)."""
+    """RGB PIL image -> (3, size, size) normalised. augment: "hard" (the paper's) or "plain" (crop and flip)."""
     return partial(_augment, size=size, hard=augment == "hard")
 
 
-def _augment(picture: Image.Image, size: int, hard: bool) -> torch.Tensor:
+def _augment(image: Image.Image, size: int, hard: bool) -> torch.Tensor:
     """Draws from torch's global generator what torchvision's transforms of the same names draw, in their order."""
-    pixels = _random_crop(picture, size, short_side=int(size * 1.1))
+    pixels = _random_crop(image, size, short_side=int(size * 1.1))
     if hard and _chance(0.8):
         kernel = cv2.getGaussianKernel(5, _uniform(0.1, 2.0))
         pixels = cv2.sepFilter2D(pixels, -1, kernel, kernel)
@@ -50,24 +50,24 @@ def _uniform(low: float, high: float) -> float:
     return float(torch.empty(()).uniform_(low, high))
 
 
-def _random_crop(picture: Image.Image, size: int, short_side: int) -> np.ndarray:
-    """RGB PIL picture -> (size, size, 3) uint8: the crop of it resized (bicubic, antialiased) to that short side.
+def _random_crop(image: Image.Image, size: int, short_side: int) -> np.ndarray:
+    """RGB PIL image -> (size, size, 3) uint8: a random crop of it resized (bicubic, antialiased) to that short side.
 
-    Cut first and resized then, which is the same to half a pixel and does not work on what the crop leaves out.
+    Cropped before resizing: the result is the same to half a pixel, and only the cropped part has to be resized.
     """
-    scale = min(picture.size) / short_side  # pixels of the picture for one of the crop
-    side, (width, height) = round(scale * size), picture.size
-    places = [short_side * length // min(picture.size) - size + 1 for length in (height, width)]
+    scale = min(image.size) / short_side  # pixels of the image per pixel of the crop
+    side, (width, height) = round(scale * size), image.size
+    places = [short_side * length // min(image.size) - size + 1 for length in (height, width)]
     top, left = (round(scale * int(torch.randint(count, ()))) for count in places)
     top, left = min(top, height - side), min(left, width - side)  # rounding may have passed the edge
-    part = bytearray(picture.crop((left, top, left + side, top + side)).tobytes("raw", "RGBX"))  # as Pillow stores it
+    part = bytearray(image.crop((left, top, left + side, top + side)).tobytes("raw", "RGBX"))  # as Pillow stores it
     part = torch.frombuffer(part, dtype=torch.uint8).view(side, side, 4).permute(2, 0, 1)
     resized = v2.functional.resize(part, [size, size], InterpolationMode.BICUBIC).permute(1, 2, 0).numpy()
     return cv2.cvtColor(resized, cv2.COLOR_RGBA2RGB)
 
 
 def _jitter_colour(pixels: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float) -> np.ndarray:
-    """Four changes in random order: factors within 1 -+ what is given; hue turned by up to that share of a circle."""
+    """Four changes in random order: factors within 1 -+ the given spread; hue turned by up to `hue` of a circle."""
     order = torch.randperm(4).tolist()
     factors = [_uniform(1 - spread, 1 + spread) for spread in (brightness, contrast, saturation)]
     turn = _uniform(-hue, hue)
@@ -103,7 +103,7 @@ def _normalise(pixels: np.ndarray) -> torch.Tensor:
 
 
 def eval_transform(size: int) -> Callable[[Image.Image], torch.Tensor]:
-    """PIL picture -> (3, size, size) normalised: bicubic, antialiased, the aspect ratio is not kept."""
+    """PIL image -> (3, size, size) normalised: bicubic, antialiased, the aspect ratio is not kept."""
     resize = v2.Resize((size, size), InterpolationMode.BICUBIC)
     return v2.Compose([resize, to_tensor, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])  # v2's scaling: another last bit
 
@@ -119,18 +119,18 @@ def mask_spectrogram(spectrogram: torch.Tensor) -> torch.Tensor:
 
 
 def load_image(path: str | Path, short_side: int | None = None) -> Image.Image:
-    """RGB picture as a viewer shows it: turned as its EXIF data say, 16 bits scaled to 8, transparency dropped.
+    """RGB image as a viewer shows it: rotated by its EXIF data, 16 bits scaled to 8, transparency dropped.
 
     short_side: a JPEG whose sides are all at least 2, 4 or 8 times as long is decoded at that fraction of its size.
     Raises ValueError, naming the file, when it cannot be decoded.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path) as image:
             if short_side:
-                picture.draft(None, (short_side, short_side))
-            ImageOps.exif_transpose(picture, in_place=True)
-            if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
-                picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            return picture if picture.mode == "RGB" else picture.convert("RGB")
+                image.draft(None, (short_side, short_side))
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot decode the picture {path}: {error}") from error
+        raise ValueError(f"cannot decode the image {path}: {error}") from error

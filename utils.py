@@ -24,7 +24,7 @@ import torch
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line that says what is wrong, where, and what to do."""
+    """A mistake that the user can correct: one line that says what is wrong, where, and what to do."""
 
 
 class Absent(UserError):
@@ -32,14 +32,14 @@ class Absent(UserError):
 
 
 class Undecodable(UserError):
-    """A picture, sound or mask that cannot be decoded; the message names the file."""
+    """An image, audio or mask file that cannot be decoded; the message names the file."""
 
 
 # ---------------------------------------------------------------- command line
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a flag's help where there is one to speak of and the help does not say it already."""
+    """Adds the default to a flag's help, unless it is None or False or the help mentions it already."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is None or action.default is False or "default" in (action.help or "")
@@ -65,7 +65,7 @@ def run_cli(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        last_line = str(error).strip().splitlines()[-1]  # a loader worker puts its traceback in front
+        last_line = str(error).strip().splitlines()[-1]  # a data-loading worker puts its traceback in front
         sys.exit(_fail(re.sub(r"^utils\.\w+: ", "", last_line), 2))
     except OSError as error:
         sys.exit(_fail(f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[-1], 2))
@@ -80,7 +80,7 @@ def _fail(message: str, status: int) -> int:
 
 @contextmanager
 def as_user_error(*errors: type[Exception], kind: type[UserError] = UserError):
-    """Turn errors whose message already names the file and the mend into a UserError."""
+    """Turn errors whose message already names the file and the remedy into a UserError."""
     try:
         yield
     except errors as error:
@@ -122,7 +122,7 @@ def add_boolean(group, flag: str, help: str, default: bool = False) -> None:
 
 
 def pick_device(gpu: str) -> torch.device:
-    """ "cpu" or the number of a CUDA device -> device. Raises UserError on anything that is not there."""
+    """ "cpu" or the number of a CUDA device -> device. Raises UserError for a device that is not there."""
     if gpu == "cpu":
         return torch.device("cpu")
     if not gpu.isdigit():
@@ -185,7 +185,7 @@ def provenance() -> dict[str, str]:
 
 @contextmanager
 def atomic_path(path: str | Path):
-    """Yield a temporary path beside `path` that replaces it only when the block ends well."""
+    """Yield a temporary path beside `path` that replaces it when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
@@ -204,7 +204,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:
-    """JSON that every parser reads: what is not a finite number becomes null."""
+    """JSON that every parser reads: numbers that are not finite become null."""
     return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
 
 
@@ -224,23 +224,23 @@ def _without_nan(value: Any) -> Any:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process left half written by `atomic_path` in a folder that is the run's own."""
+    """Remove files that a killed process left half written by `atomic_path` in its run's folder."""
     for path in folder.glob(".*.*"):
         if path.is_file():
             path.unlink()
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint so that a kill or a full disk never leaves a broken file in the place of a good one.
+    """Write a checkpoint so that a kill or a full disk never leaves a broken file in place of a good one.
 
-    Raises UserError, saying that the old one is kept, when it cannot be written.
+    Raises UserError when it cannot be written, saying that the old one is kept.
     """
     try:
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch.save says some of the first as the second
+    except (OSError, RuntimeError) as error:  # torch.save reports some of the first as the second
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         kept = "; the one before is kept" if Path(path).exists() else ""
         raise UserError(f"the checkpoint {path} cannot be written ({reason}){kept}") from error
@@ -266,12 +266,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (LookupError, AttributeError, TypeError, EOFError) as error:  # what unpickling makes of other files
-        raise UserError(f"{path} is no PyTorch checkpoint, or a damaged one") from error
+        raise UserError(f"{path} is not a PyTorch checkpoint, or a damaged one") from error
     except (RuntimeError, UnpicklingError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the checkpoint {path} cannot be read ({reason}): damaged, or not PyTorch's") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"{path} is not a checkpoint of this project: a dict with `model` is wanted")
+        raise UserError(f"{path} is not a checkpoint of this project: it must be a dict with `model`")
     return state
 
 

@@ -104,7 +104,7 @@ def full_model() -> JointSlotModel:
 
 
 def our_step(batch: int, micro_batch: int | None = None) -> Callable[[], object]:
-    """A step of the full-size model with everything as train_slot.py does it on this CPU, ready to be taken again."""
+    """A function that takes one step of the full-size model exactly as train_slot.py does on this CPU."""
     device = torch.device("cpu")
     model = full_model().to(memory_format=torch.channels_last)
     optimisation = Optimisation(model, device, 5e-5, amp=choose_amp("auto", device), micro_batch=micro_batch)
@@ -116,7 +116,7 @@ def our_step(batch: int, micro_batch: int | None = None) -> Callable[[], object]
 
 
 def their_step(batch: int) -> Callable[[], object]:
-    """The same step as the released code takes it."""
+    """A function that takes the same step as the released code does."""
     model = full_model()
     return released_step(model, random_inputs(model, batch), PAPER_WEIGHTS)
 
@@ -140,7 +140,7 @@ def slots_and_losses(batch: int, weights: Mapping[str, float] = PAPER_WEIGHTS) -
 
 
 def memory_of(make_step: Callable, *arguments) -> float:
-    """GiB that this process has held at most after two steps."""
+    """Peak memory of this process in GiB, after two steps."""
     step = make_step(*arguments)
     step(), step()
     return peak_memory_gib(torch.device("cpu"))
@@ -181,7 +181,7 @@ def time_of_step(batch: int, micro_batch: int | None, rounds: int) -> tuple[floa
 
 
 def time_in_process(rank: int, world: int, threads: int, store: str, batch: int, rounds: int) -> None:
-    """One of so many processes that take the step together; the first one writes the median seconds."""
+    """One of `world` processes that take the step together; the first one writes the median seconds."""
     torch.set_num_threads(threads)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     spent, _ = time_of_step(batch, None, rounds)
@@ -313,7 +313,7 @@ def random_maps(count: int, seed: int = 0) -> tuple[dict[str, torch.Tensor], tor
 
 
 def our_scoring(raw: dict[str, torch.Tensor], truth: torch.Tensor) -> dict[str, tuple[float, float]]:
-    """The same by what every evaluation here runs through."""
+    """The same figures by the code that every evaluation here uses."""
 
     def score(rows: slice) -> dict[str, torch.Tensor]:
         maps = enlarge({name: values[rows] for name, values in raw.items()}, "bicubic", ALPHA)
@@ -370,25 +370,32 @@ def results_table(timings: Sequence[Mapping[str, str | float | None]]) -> str:
 
 def main() -> None:
     parser = ArgumentParser(description="Time our way against the released code's.")
-    parser.add_argument("what", choices=("step", "input", "eval", "scaling", "all"), help="what is timed")
+    parser.add_argument("what", choices=("step", "input", "eval", "scaling", "all"), help="what to time")
     parser.add_argument(
         "--rounds",
         type=number(int, low=1),
         default=5,
-        help="timings of each of the two ways (scaling: at most 2)",
+        help="how often our code and the released code are each timed (scaling: at most 2)",
     )
     parser.add_argument(
-        "--pairs", type=number(int, low=2), default=VGGSS_PAIRS, help="eval: samples of the set of stored maps"
+        "--pairs",
+        type=number(int, low=2),
+        default=VGGSS_PAIRS,
+        help="eval: number of samples whose stored maps are scored",
     )
-    parser.add_argument("--train_pairs", type=number(int, low=2), default=256, help="input: pairs of a training epoch")
+    parser.add_argument("--train_pairs", type=number(int, low=2), default=256, help="input: pairs per training epoch")
     parser.add_argument(
         "--batch_size",
         type=number(int, low=2),
         default=32,
-        help="step: pairs in a batch; scaling: pairs in a part, and in the batch that processes share",
+        help="step: pairs per batch; scaling: pairs per micro-batch, and per batch that two processes share",
     )
     parser.add_argument(
-        "--batch_sizes", type=number(int, low=2), nargs="+", default=[16, 32, 64, 128, 256], help="scaling: batch sizes"
+        "--batch_sizes",
+        type=number(int, low=2),
+        nargs="+",
+        default=[16, 32, 64, 128, 256],
+        help="scaling: batch sizes to time",
     )
     args = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in provenance().items()) + f", {torch.get_num_threads()} threads")

@@ -3,7 +3,7 @@
     python -m experiments.objectives --seeds 0 1 2          # make objectives: every row
     python -m experiments.objectives --seeds 0 1 2 --rows published listen --epochs 10 --jobs 2
     python -m experiments.objectives --rows published listen --arch resnet18 --epochs 8    # the full-size encoders
-    python -m experiments.objectives --demo                 # make demo: two rows, trained before your eyes
+    python -m experiments.objectives --demo                 # make demo: two rows, training shown as it runs
     python -m experiments.objectives --demo --seeds 0 1 2 --export checkpoints/demo.pth
     python -m experiments.objectives --seeds 0 1 2 --write_docs    # trains nothing: tables of finished runs into docs/
 
@@ -25,7 +25,7 @@ from reports.pictures import contact_sheet, side_by_side_on_synthetic
 from transforms import load_image
 from utils import ArgumentParser, UserError, add_boolean, load_checkpoint, number, run_cli, save_checkpoint
 
-# How listen asks for maps; so do the other rows but published, which keeps its own way.
+# Inference settings of listen, which all other rows except published use, too.
 INFERENCE = "--recipe infer_sharpening=0.1 infer_smoothing=0.1"
 SHARE = f"--weights share_contrast=1 lam3=0 {INFERENCE}"
 
@@ -43,8 +43,8 @@ ROWS = {
 PICTURED = ("published", "maxpool", "listen")
 DEMO = {"published": ("published_one", "demo"), "listening": ("listen_one", "demo_listen")}  # label: row, folder
 DEMO_SPLITS = SPLITS[:3]
-# The full-size encoders; with this rate and batch share contrast fell further in its first epochs than with the small
-# model's.
+# Full-size encoders: share contrast fell further in its first epochs with this learning rate and batch size than with
+# those of the small ones.
 ARCHITECTURES = {"small": "", "resnet18": "--arch resnet18 --image_size 224 --lr 3e-4 --batch_size 32"}
 
 
@@ -165,7 +165,7 @@ def write_docs(seeds: Sequence[int], folder: Path) -> None:
         else:
             tables[page, name] = f"{table()}\n\n*{provenance_line(rows)}*"
     if not tables:
-        raise UserError("no table has all its trainings: make objectives or make demo-table makes them")
+        raise UserError("no table has all its trainings: run make objectives or make demo-table first")
     write_tables(tables)
     print("\n".join(f"{page}: table {name} written" for page, name in tables))
 
@@ -180,21 +180,23 @@ def main() -> None:
         type=number(int, low=0, high=2**32 - 1),
         nargs="+",
         default=[0],
-        help="each row is trained with each of them",
+        help="random seeds; every row is trained once with each",
     )
-    add_boolean(parser, "--demo", "the demonstration: published and listen on one-object images, always trained anew")
+    add_boolean(
+        parser, "--demo", "only the demonstration: published and listen on one-object images, always trained anew"
+    )
     parser.add_argument(
-        "--export", type=Path, metavar="FILE.pth", help="of --demo: write the first published model here"
+        "--export", type=Path, metavar="FILE.pth", help="with --demo: write the first published model here"
     )
     add_boolean(parser, "--write_docs", "train nothing, write the tables of finished trainings into docs/")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)} (default: all)")
-    parser.add_argument("--epochs", type=number(int, low=1), help="of every training (default: the recipe's)")
-    parser.add_argument("--arch", choices=ARCHITECTURES, help="of every training (default: small)")
-    parser.add_argument("--jobs", type=number(int, low=1), help="trainings at once (default: one for each core)")
     parser.add_argument(
-        "--model_dir", type=Path, default=Path("checkpoints/objectives"), help="folder of the trainings"
+        "--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"rows: {', '.join(ROWS)} (default: all)"
     )
-    parser.add_argument("--picture", type=Path, help="some models side by side (default: in --model_dir)")
+    parser.add_argument("--epochs", type=number(int, low=1), help="epochs of every training (default: the recipe's)")
+    parser.add_argument("--arch", choices=ARCHITECTURES, help="encoders of every training (default: small)")
+    parser.add_argument("--jobs", type=number(int, low=1), help="trainings at the same time (default: one per core)")
+    parser.add_argument("--model_dir", type=Path, default=Path("checkpoints/objectives"), help="folder to train into")
+    parser.add_argument("--picture", type=Path, help="PNG of some models side by side (default: in --model_dir)")
     args = parser.parse_args()
     seeds = list(dict.fromkeys(args.seeds))
     given = [f"--{name}" for name in ("rows", "epochs", "arch", "jobs", "picture") if getattr(args, name) is not None]

@@ -1,4 +1,4 @@
-"""How the released code does the work that experiments.benchmark times; to be left as it is."""
+"""How the released code does the work that experiments.benchmark times; do not change it."""
 
 from collections.abc import Callable, Mapping, Sequence
 

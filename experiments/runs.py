@@ -1,4 +1,4 @@
-"""The trainings of a comparison on the built-in data: their commands, which are finished, several at once."""
+"""The trainings of a comparison on the built-in data: their commands, which are finished, running several at once."""
 
 import json
 import os
@@ -27,7 +27,7 @@ POLL_SECONDS = 0.2
 class Row(NamedTuple):
     label: str
     flags: str = ""  # of train_slot.py, beside those that every row has
-    objects: int = 3  # at most so many in a training image, of which one sounds
+    objects: int = 3  # most objects in a training image; one of them sounds
 
 
 class Training(NamedTuple):
@@ -70,7 +70,7 @@ class Training(NamedTuple):
         return all(self.results(split).is_file() for split in self.splits)
 
     def is_there(self) -> bool:
-        """Whether this very run is finished. UserError for a finished one with other flags."""
+        """Whether this run is finished. UserError for a finished one with other flags."""
         if not self.is_finished():
             return False
         asked, wanted = json.loads(self.asked.read_text()) if self.asked.is_file() else {}, self.wanted()
@@ -92,7 +92,7 @@ class Training(NamedTuple):
             return subprocess.Popen(command, stdout=output, stderr=output, env=environment() | own)
 
     def note(self) -> None:
-        """Keep what is asked for beside what will come of it."""
+        """Write the wanted settings into the folder of the training."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.asked, self.wanted())
 
@@ -110,7 +110,7 @@ Rows = Mapping[str, Sequence[Training]]  # {row: a run for each seed}
 
 
 def environment() -> dict[str, str]:
-    """For train_script.sh; what a user's shell has set for other trainings is left out."""
+    """For train_script.sh; variables that the user's shell has set for other trainings are left out."""
     return {name: value for name, value in os.environ.items() if name not in OF_OTHER_TRAININGS} | {"PYTHON": PYTHON}
 
 
@@ -123,12 +123,12 @@ def call(*command: str) -> None:
 
 
 def make_data(objects: int) -> None:
-    """The built-in data with training images of so many objects, unless this very set is there already."""
+    """Make the built-in data with at most `objects` objects per training image, unless this set is there already."""
     call(PYTHON, "prepare_data.py", "synthetic", "--out", str(DATA[objects]), "--train_objects", str(objects))
 
 
 def train_all(runs: Sequence[Training], jobs: int) -> None:
-    """Train so many at once. One that fails stops no other; UserError at the end, after its file and last lines."""
+    """Train `jobs` at once. If one fails, the others continue; at the end its last lines are printed, and UserError."""
     waiting, running, failed = list(runs), {}, []
     try:
         with tqdm(total=len(runs), unit="training", disable=None) as bar:
@@ -153,4 +153,4 @@ def train_all(runs: Sequence[Training], jobs: int) -> None:
         print("\n  ".join([f"{run.output} ends in:", *last]), file=sys.stderr)
     if failed:
         names = ", ".join(str(run.output) for run in failed)
-        raise UserError(f"{len(failed)} of {len(runs)} trainings failed ({names}); what is finished is not done again")
+        raise UserError(f"{len(failed)} of {len(runs)} trainings failed ({names}); finished ones are kept")

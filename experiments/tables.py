@@ -1,4 +1,4 @@
-"""Markdown tables of finished trainings, from their results.json, and their places in the pages of docs/."""
+"""Markdown tables of finished trainings, from their results.json, and writing them into the pages of docs/."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -94,7 +94,7 @@ def demo_table(rows: Rows, root: Path) -> str:
 
 
 def deaf_oracle(root: Path) -> dict[tuple[str, str], float]:
-    """{(split, metric): what an oracle scores that sees every object and hears nothing}."""
+    """{(split, metric): score of an oracle that sees every object but hears nothing}."""
     objects = json.loads((root / "objects.json").read_text())
     scores = {}
     for split in (DISTRACTOR, INTERACTIVE):
@@ -106,7 +106,7 @@ def deaf_oracle(root: Path) -> dict[tuple[str, str], float]:
 
 
 def provenance_line(rows: Rows) -> str:
-    """What was done for a table, under it."""
+    """The line below a table: seeds, encoders, epochs, time and revision."""
     runs = [run for of_row in rows.values() for run in of_row]
     configurations = [run.configuration() for run in runs]
     arch, epochs = ({str(c[name]) for c in configurations} for name in ("arch", "epochs"))
@@ -144,7 +144,7 @@ def write_tables(tables: Mapping[tuple[Path, str], str]) -> None:
         before, _, rest = pages[path].partition(begin)
         _, found, after = rest.partition(end)
         if not found:
-            raise UserError(f"{path}: {end} stands before {begin}")
+            raise UserError(f"{path}: {end} is before {begin}")
         pages[path] = f"{before}{begin}\n{table}\n{end}{after}"
     for path, text in pages.items():
         write_text(path, text)

@@ -15,14 +15,18 @@ from utils import Absent, UserError, number
 
 def add_flags(parser) -> None:
     parser.add_argument("--trainset", choices=sorted(TRAIN_SETS), help="training set to check")
-    parser.add_argument("--testset", help=f"test set to check: {', '.join(ALL_SETS)}, a comma list, or all")
+    parser.add_argument(
+        "--testset", help=f"test set to check: {', '.join(ALL_SETS)}, several separated by commas, or all"
+    )
     parser.add_argument("--train_data_path", help="root of the training data (default: the set's environment variable)")
     parser.add_argument("--test_data_path", help="root of the test data (default: the set's environment variable)")
-    parser.add_argument("--train_list", help="list of training ids in the place of the set's own")
-    parser.add_argument("--test_list", help="list of test ids in the place of the set's own")
-    parser.add_argument("--test_gt_path", help="annotation: a JSON of boxes, for flickr the folder of XML files")
+    parser.add_argument("--train_list", help="file of training ids, one per line, in place of the set's own list")
+    parser.add_argument("--test_list", help="file of test ids, one per line, in place of the set's own list")
+    parser.add_argument(
+        "--test_gt_path", help="ground truth: a JSON of boxes, for flickr a folder of XML (default: its own)"
+    )
     parser.add_argument("--metadata", default="./metadata", help="folder of the public lists and annotations")
-    parser.add_argument("--workers", type=number(int, low=0), default=2, help="processes that decode")
+    parser.add_argument("--workers", type=number(int, low=0), default=2, help="number of processes that decode")
 
 
 def run(args) -> None:

@@ -189,24 +189,31 @@ def write_csv(path: Path, rows: Iterable[Sequence[str]]) -> None:
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help=f"clips ({', '.join(CLIP_SUFFIXES)}), in or below it")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of frames/, audio/ and failures.csv"
+        "folder", type=Path, metavar="DIR", help=f"clips ({', '.join(CLIP_SUFFIXES)}), in it or its folders"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where frames/, audio/ and failures.csv are written"
     )
     parser.add_argument(
         "--source",
         choices=("vggsound", "flickr"),
         default="vggsound",
-        help="vggsound: the frame at 5.0 s, the first 10 s of audio; flickr: the middle of both, names are the ids",
+        help="what to take of a clip: vggsound: the frame at 5.0 s and the first 10 s of audio; flickr: the middle "
+        "frame and the middle of the audio, with the file's name as id",
     )
     parser.add_argument(
         "--vggsound_csv",
         type=Path,
         metavar="FILE",
-        help="VGG-Sound's list (youtube id, start, label, split): classes.csv names the class of each pair",
+        help="VGG-Sound's list (youtube id, start, label, split), from which classes.csv is written: each pair's class",
     )
     parser.add_argument(
-        "--workers", type=number(int, low=1), default=os.cpu_count(), metavar="N", help="number of processes"
+        "--workers",
+        type=number(int, low=1),
+        default=os.cpu_count(),
+        metavar="N",
+        help="number of processes that decode",
     )
 
 

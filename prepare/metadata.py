@@ -141,21 +141,25 @@ def address(text: str) -> str:
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these files; by default all that have an address")
-    parser.add_argument("--out", type=Path, default=Path("metadata"), metavar="DIR", help="where they are put")
-    origin = parser.add_mutually_exclusive_group()
-    origin.add_argument("--from", type=Path, dest="from_folder", metavar="DIR", help="copy them from this folder")
-    origin.add_argument("--base_url", type=address, metavar="URL", help="fetch them all from URL/NAME: a mirror")
-    add_boolean(parser, "--force", "replace files that are there with another content")
     parser.add_argument(
-        "--retries", type=number(int, low=0), default=4, metavar="N", help="further tries after a broken transfer"
+        "--only", nargs="+", metavar="NAME", help="fetch these files only (default: all with a known address)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("metadata"), metavar="DIR", help="folder to put them in")
+    origin = parser.add_mutually_exclusive_group()
+    origin.add_argument(
+        "--from", type=Path, dest="from_folder", metavar="DIR", help="copy files from here, no download"
+    )
+    origin.add_argument("--base_url", type=address, metavar="URL", help="a mirror: fetch all files from URL/NAME")
+    add_boolean(parser, "--force", "replace existing files whose content differs")
+    parser.add_argument(
+        "--retries", type=number(int, low=0), default=4, metavar="N", help="retries after a broken transfer"
     )
     parser.add_argument(
         "--timeout",
         type=number(float, above=0),
         default=30,
         metavar="S",
-        help="seconds without data before a new try",
+        help="seconds without data after which a transfer is retried",
     )
 
 

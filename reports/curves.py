@@ -29,8 +29,8 @@ def plot_curves(log_lines: Log, path: str | Path) -> None:
 
     Numbers are sorted by their names: `lr*` is a learning rate; `val*`, and what holds `retrieval` or `recall`, is
     validation; `set/map/metric` is a score, one axis per set and metric of `DRAWN_SCORES`; the keys of `OWN_AXES` have
-    one each; `loss*` and what remains are losses. An epoch that lacks a key is bridged; `epoch` is the x axis, else the
-    line's index. ValueError for an empty log.
+    one each; all others are losses. Curves skip epochs that lack their key; `epoch` is the x axis, else the line's
+    index. ValueError for an empty log.
     """
     if not log_lines:
         raise ValueError("no line in the training log")
@@ -40,7 +40,7 @@ def plot_curves(log_lines: Log, path: str | Path) -> None:
     width, height = AXIS_INCHES
     figure = Figure(figsize=(width * columns, height * rows), dpi=110)
     FigureCanvasAgg(figure)
-    # margins by hand: measuring every label would take most of the time, in each epoch anew
+    # margins by hand: measuring every label would take most of the time, in every epoch
     figure.subplots_adjust(
         left=0.6 / (width * columns), right=1 - 0.2 / (width * columns), wspace=0.16,
         bottom=1.2 / (height * rows), top=1 - 0.35 / (height * rows), hspace=0.62,

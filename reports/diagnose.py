@@ -1,6 +1,6 @@
 """Look inside a trained model: its target slots in the plane, what each slot attends to, its false negatives.
 
-Called by `test_model.py --diagnose`. Three pictures and the data that each of them shows: see `diagnose`.
+Called by `test_model.py --diagnose`. Three figures and the data behind each of them: see `diagnose`.
 S samples, K slots, I iterations, D channels, h x w image grid, T audio tokens, F bins, L frames; figures in inches.
 """
 
@@ -61,7 +61,7 @@ def diagnose(
     batch_size: int = 64,
     workers: int = 0,
 ) -> list[Path]:
-    """Write three pictures and their data into folder; returns the six paths. Everything in evaluation mode, fp32.
+    """Write three figures and their data into folder; returns the six paths. Everything in evaluation mode, fp32.
 
     tsne.png, .csv             t-SNE of the target slots of images and audio, at most 1000 samples drawn by `seed`
     slots.png, .npz            attention of every slot at every iteration, for 6 samples spread over the set
@@ -102,7 +102,7 @@ def check_slots(model: torch.nn.Module) -> None:
 
 
 def draw_samples(dataset: Dataset, most: int, seed: int) -> Dataset:
-    """At most so many samples, in the set's order; the same ones for the same seed."""
+    """At most `most` samples, in the set's order; the same ones for the same seed."""
     return Subset(dataset, np.sort(np.random.default_rng(seed).permutation(len(dataset))[:most]).tolist())
 
 
@@ -244,8 +244,8 @@ def _draw_time(figure: Figure, left: float, top: float, heard: Tensor, audio: Te
 
 
 def choose_k(batch: int, given: int | None, own: int | None, stand_in: bool = False) -> tuple[int, str]:
-    """k for so many samples, and in words where it comes from: given, the model's own, else 20 per 256 samples (also
-    where the rule is off, k = 0, or the model's own does not fit a stand-in for a batch of training)."""
+    """k for `batch` samples, and in words where it comes from: given, the model's own, else 20 per 256 samples (also
+    where the rule is off, k = 0, or the model's own does not fit a stand-in for a training batch)."""
     k, default = own if given is None else given, default_reciprocal_k(batch)
     unfit = k is not None and k >= batch
     if batch < 2 or (unfit and not (stand_in and given is None)):
@@ -261,7 +261,7 @@ def left_out_pairs(targets: Targets, k: int) -> list[dict[str, Any]]:
     """Every unordered pair whose entry of `false_negative_keep_mask` is False, the most similar first.
 
     Similar: by the mean of the cosines (-1..1) of the target slots, of the images and of the audio. smallest_k: the
-    least k that leaves the pair out, the worst of the four ranks that one of it has among the other's neighbours.
+    smallest k that leaves the pair out: the worst of the four ranks that either has among the other's neighbours.
     """
     image, audio, rows = targets.image @ targets.image.T, targets.audio @ targets.audio.T, []
     for a, b in (~false_negative_keep_mask(targets.image, targets.audio, k)).triu(1).nonzero().tolist():
@@ -292,7 +292,7 @@ def _diagnose_false_negatives(targets: Targets, batch: Dataset, k: int, about: s
     note = {"k": k, "about": f"{found}; {about}"}
     _write_csv(folder / "false_negatives.csv", [*PAIR_FIELDS, *note], [row | note for row in rows] or [note])
     drawn, seen = [], set()
-    for row in rows:  # each sample once, lest a knot of a few fill the picture
+    for row in rows:  # each sample once, so that a few similar ones do not fill the figure
         if len(drawn) < DRAWN_PAIRS and seen.isdisjoint(ends := (row["index_a"], row["index_b"])):
             drawn.append(row)
             seen.update(ends)

@@ -2,7 +2,7 @@
 
     gallery = Gallery(folder)
     gallery.add(id, image, truth, maps, audio)  # once per sample, while its maps are there
-    gallery.finish(results, rows)               # folder/report.html; its pictures and audio in folder/report_files/
+    gallery.finish(results, rows)               # folder/report.html; its images and audio in folder/report_files/
 
 The page needs neither server nor network. `page.html` is its layout and receives everything as JSON.
 """
@@ -36,7 +36,7 @@ Files = Mapping[str, tuple[str, str | None]]  # id: names of its strip and of it
 
 
 class Gallery:
-    """Draws samples one by one; nothing stands in its place before `finish`.
+    """Draws samples one by one; the page and its files appear only at `finish`.
 
     folder: where the page goes; maps: names of those to draw, by default AUD and IQR, else the first two given;
     seconds: length of audio that the model hears. A run that breaks off leaves an older page and its files untouched.
@@ -77,9 +77,9 @@ class Gallery:
         return name
 
     def finish(self, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path:
-        """Write the page and put it and its files in the place of older ones.
+        """Write the page; it and its files replace older ones.
 
-        results, rows: see `page_data`. Between the old page and the new one there is none, never one of two runs.
+        results, rows: see `page_data`. The old page is removed first, so that a page never shows files of two runs.
         """
         page, files = self.folder / PAGE, self.folder / FILES
         write_page(results, rows, self.draft / PAGE, self.shown, self.files)
@@ -120,7 +120,7 @@ def audio_format() -> str:
 def write_page(
     results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], path: Path, shown: Sequence[str], files: Files
 ) -> None:
-    """Write the page of `page_data` to `path`, whole or not at all; the files lie in report_files/ beside it."""
+    """Write the page of `page_data` to `path`, whole or not at all; the files are in report_files/ beside it."""
     data = strict_json(page_data(results, rows, shown, files)).replace("<", "\\u003c")  # no </script> in any text
     write_text(path, TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", data, 1))
 
@@ -128,7 +128,7 @@ def write_page(
 def page_data(
     results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], shown: Sequence[str], files: Files
 ) -> dict[str, Any]:
-    """What the page is made of, as one value that JSON can hold.
+    """The content of the page, as one value that JSON can hold.
 
     results: figures of a set as `test_model.py` writes them to results.json, fractions of 1 or undefined; rows: one
     dict per sample with id, class, area (pixels of G), confidence and, per map, MAP_iou, MAP_iou_half,

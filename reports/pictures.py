@@ -44,7 +44,7 @@ def denormalize(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Blend a heat map over an image: the warmer, the more opaque, so cold regions stay a darkened photo.
+    """Blend a heat map over an image, more opaque where it is higher, so that low regions show the darkened image.
 
     image (H, W, 3) or (3, H, W) uint8, heat (H, W) in 0..1 of the same size -> (H, W, 3) uint8. Colours: matplotlib's
     inferno.
@@ -168,7 +168,7 @@ def _write(canvas: np.ndarray, text: str, corner: tuple[int, int], size: int, wi
 class Drawer:
     """Draws while a set is scored: a contact sheet of some samples spread over it, an overlay of each if wanted.
 
-    Nothing stands in its place before `finish`: a run that breaks off leaves no half set of pictures.
+    Files appear only at `finish`: a run that breaks off leaves no incomplete set of pictures.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ def side_by_side(trained: Mapping[str, Trained], dataset: EvaluationPairs, ids: 
         size = {key: model.shape[key] for key in ("image_size", "audio_seconds")}
         if different := [key for key, value in size.items() if value != getattr(dataset, key)]:
             listed = ", ".join(f"{key} {size[key]} and not {getattr(dataset, key)}" for key in different)
-            raise UserError(f"{about['path']} cannot stand beside the others: its model takes {listed}")
+            raise UserError(f"{about['path']} cannot be drawn beside the others: its model takes {listed}")
 
         def keep(batch: ScoredBatch, label: str = label) -> None:
             for i, name in enumerate(batch.ids):

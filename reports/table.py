@@ -1,4 +1,4 @@
-"""What is said of results in text: the printed table, results.json and per_sample.csv."""
+"""Results as text: the printed table, results.json and per_sample.csv."""
 
 import csv
 import io
@@ -36,7 +36,7 @@ COLUMNS = {  # key of a summary: head of its column
     "max_F1_11": "max_F1_11",
     "presence_AP": "presence_AP",
 }
-SOMETIMES = [*COLUMNS][[*COLUMNS].index("pointing") + 1 :]  # a table of their own, where anything fills them
+SOMETIMES = [*COLUMNS][[*COLUMNS].index("pointing") + 1 :]  # in a table of their own, where any is defined
 MAPS = ("AUD", "AUD_wrong", "IMG_QUERY", "IQR", "OBJ_PRIOR", "OGL", "IQR_OGL")
 REFERENCES = {"ceiling": "ceiling", "whole_frame": "whole frame", "centred_disc": "centred disc"}
 FIRST_KEYS = (
@@ -113,7 +113,7 @@ def _retrieval(retrieval: Mapping[str, Any]) -> list[str]:
 
 
 def _provenance(results: Mapping[str, Any]) -> list[str]:
-    """Which pairs, which maps to distrust, which checkpoint, which settings: one line each, as far as known."""
+    """Pairs, warnings about maps, checkpoint and settings: one line each, as far as known."""
     maps, lines = results.get("maps", {}), []
     if pairs := results.get("pairs"):
         left_out, because = len(pairs.get("left_out") or ()), pairs.get("left_out_because")
@@ -146,7 +146,7 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
         epoch, selected_by = checkpoint.get("epoch", "?"), checkpoint.get("selected_by", "?")
         lines.append(f"checkpoint: {checkpoint.get('path', '?')}, epoch {epoch}, selected by {selected_by}")
     if test_list := results.get("test_list"):
-        lines.append(f"list: {test_list}, in the place of the set's own")
+        lines.append(f"list: {test_list}, in place of the set's own")
     if maps_file := results.get("maps_file"):
         lines.append(f"maps: {maps_file}")
     if settings := results.get("settings"):

@@ -1,7 +1,7 @@
-"""Ratios of sums over the samples of a set, and their 95 % intervals by resampling what was drawn together.
+"""Ratios of sums over the samples of a set, and their 95 % bootstrap intervals.
 
-N samples, U units (what a resample draws: images, or videos whose frames share their audio), T thresholds. As every
-figure is a ratio of two sums, one resample of all figures is a matrix product.
+N samples, U units (what a resample draws: images, or videos whose frames share their audio), T thresholds. Every
+metric is a ratio of two sums, so one resample of all metrics is a matrix product.
 """
 
 import math

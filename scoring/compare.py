@@ -18,7 +18,7 @@ from scoring.metrics import RULES
 from scoring.summary import interactive_groups, ratios_of
 from utils import UserError
 
-WIDTH, LABEL = 130, 44  # characters of a line and of a label; columns that do not fit go on in a table below
+WIDTH, LABEL = 130, 44  # characters of a line and of a label; columns that do not fit go into a table below
 COLUMNS = (
     "cIoU", "AUC", "mAP", "pointing", "cIoU_half", "mIoU", "F", "IIoU", "listening", "class_R@1",
     "both_pointing", "AP", "max_F1",
@@ -42,7 +42,7 @@ class Configuration(NamedTuple):  # runs that differ in their seed only
     maps: list[str]
 
     def values(self, name: str, metric: str) -> list[float]:
-        """A figure of one map, run by run; empty where any lacks it. The recall, the worse way, is the first map's."""
+        """A metric of one map, run by run; empty where any lacks it. Recall (worse direction) is the first map's."""
         found = [run.results["maps"][name].get(metric) for run in self.runs]
         if metric == "class_R@1" and name == self.maps[0]:
             ways = [((run.results.get("retrieval") or {}).get("by_class") or {}).values() for run in self.runs]
@@ -108,7 +108,7 @@ def read_run(path: str | Path) -> Run:
     scored = results["pairs"].get("scored")
     _require(rows and scored == len(rows), f"{path} counts {scored} pairs, {table} {len(rows)}: not of one run")
     columns = dict(zip(names, map(list, zip(*sorted(rows, key=lambda row: row[names.index("id")])))))
-    _require(len({*columns["id"]}) == len(rows), f"{table}: an id stands twice")
+    _require(len({*columns["id"]}) == len(rows), f"{table}: an id occurs twice")
     checkpoint = results.get("checkpoint") or {}
     return Run(path, results, columns, checkpoint, checkpoint.get("training") or {})
 
@@ -135,7 +135,7 @@ def refuse_different(first: Run, other: Run) -> None:
 
 
 def ratios(run: Run, name: str) -> dict[str, Ratio]:
-    """The figures of one map, from its rows. UserError where they are not those of results.json."""
+    """The metrics of one map, from per_sample.csv. UserError where they disagree with results.json."""
     table, given, columns = run.path.with_name("per_sample.csv"), run.results["maps"][name], {}
     for column in ("area", *("iou" + suffix for suffix in RULES.values()), "average_precision", "pointing"):
         title = column if column == "area" else f"{name}_{column}"
@@ -159,7 +159,7 @@ def ratios(run: Run, name: str) -> dict[str, Ratio]:
 
 
 def configure(runs: Sequence[Run], map_name: str | None = None) -> list[Configuration]:
-    """Seeds of one configuration together; where a seed stands twice, names and at last paths tell runs apart."""
+    """Group the seeds of one configuration; where a seed occurs twice, names and finally paths tell runs apart."""
     groups, traits_of = [[*runs]], lambda run: json.dumps(_traits(run), sort_keys=True)
     for key in (traits_of, _name, lambda run: str(run.path)):
         parts: dict[tuple, list[Run]] = {}
@@ -259,7 +259,7 @@ def seed_means(configuration: Configuration, name: str) -> dict[str, Ratio]:
 
 
 def footer(configurations: Sequence[Configuration]) -> list[str]:
-    """What the signs mean, which files stand behind each row, and what differs or flatters without being refused."""
+    """What the signs mean, which files each row is from, and differences that are allowed but may favour a row."""
     several = any(len(c.runs) > 1 for c in configurations)
     lines = ["±: standard deviation (n - 1) over runs that differ in their seed."] * several
     lines += ["class_R@1: the worse direction."] * any(c.values(c.maps[0], "class_R@1") for c in configurations)
@@ -306,7 +306,10 @@ def _span(low: float, high: float) -> str:
 
 
 def _tables(head: Sequence[str], rows: Sequence[Sequence[str]], fixed: int, align: str = "right") -> list[str]:
-    """Markdown; as many columns as fit, the rest below, always after the first `fixed` ones. align: of the others."""
+    """Markdown; columns that do not fit follow in further tables, which repeat the first `fixed` ones.
+
+    align: of all columns but these.
+    """
 
     def markdown(columns: Sequence[int]) -> list[str]:
         cells = [[row[i] for i in columns] for row in (head, *rows)]

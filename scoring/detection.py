@@ -1,6 +1,6 @@
-"""Detection on extended sets, where some pairs have no source in view: by how surely a method says that there is one.
+"""Detection on extended sets, where some pairs have no source in view, by a method's confidence that there is one.
 
-N pairs. A confidence is any finite number, larger where the method is surer; scores are fractions of 1.
+N pairs. A confidence is any finite number, larger where the method is more certain; scores are fractions of 1.
 """
 
 import math
@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score
 from scoring.bootstrap import RESAMPLES, interval, resampled_counts
 from scoring.metrics import RULES
 
-IOU_BARS = (0.3, 0.5, 0.75)  # a region is right from this IoU on
+IOU_BARS = (0.3, 0.5, 0.75)  # a region is right if its IoU reaches this
 
 
 def detection_scores(

@@ -41,12 +41,12 @@ OnBatch = Callable[[ScoredBatch], None]
 
 
 class WithWrongAudio(Dataset):
-    """Every item of a set with the spectrogram of a pair of another class (of any other where they are unknown)."""
+    """Every item of a set, with the spectrogram of a pair of another class (of any other pair if they are unknown)."""
 
     def __init__(self, dataset: EvaluationPairs, seed: int) -> None:
         self.dataset = dataset
         if len(dataset) < 2:
-            raise UserError(f"a test set of {len(dataset)} pair has no wrong audio to ask with: give it two or more")
+            raise UserError(f"a test set of {len(dataset)} pair has no wrong audio to test with: give it two or more")
         files = [pair.audio for pair in dataset.pairs]  # the frames of a video share one
         labels = dataset.class_names if all(dataset.class_names) else files
         order = np.argsort([pair.id for pair in dataset.pairs])  # the order of the list changes no partner
@@ -64,7 +64,7 @@ class WithWrongAudio(Dataset):
 
 
 class Localized(NamedTuple):
-    """What a model says of images and audio, on the CPU, before anything is enlarged and scored."""
+    """A model's output for images and audio, on the CPU, before anything is enlarged and scored."""
 
     raw: dict[str, torch.Tensor]  # (B, h, w) each
     scalars: dict[str, torch.Tensor]  # (B,) each
@@ -95,7 +95,7 @@ def localize_batch(
     infer_smoothing: float,
     saliency: ObjectSaliency | None,
 ) -> Localized:
-    """Ask images (B, 3, H, W) with their own audio and with the wrong one, spectrograms (B, 1, F, L).
+    """Maps of images (B, 3, H, W) with their own audio and with the wrong one, spectrograms (B, 1, F, L).
 
     infer_smoothing: of the model's own maps, see `smooth_maps`.
     """
@@ -136,9 +136,9 @@ def evaluate(
 ) -> Evaluation | None:
     """Score every map of a test set in one pass, in fp32; weights, buffers and the model's mode stay as they were.
 
-    resamples: of the bootstrap (0: no intervals); on_batch see each batch (to draw or keep its maps); max_batches ends
-    the pass early (dry runs). Of several processes each localizes every W-th batch; the first one scores all of them in
-    order, so its numbers are those of one process, and returns them; the others return None.
+    resamples: of the bootstrap (0: no intervals); on_batch: called with each batch (to draw or keep its maps);
+    max_batches ends the pass early (dry runs). Each of several processes localizes every W-th batch; the first one
+    scores all of them in order, so that its numbers are those of one process, and returns them; the others return None.
     """
     paired = WithWrongAudio(dataset, seed)
     batches = in_order(len(paired), batch_size)[:max_batches]
@@ -178,7 +178,7 @@ def evaluate(
 
 
 def counted_batches(batches: Iterable, dataset: EvaluationPairs, workers: int) -> Iterator:
-    """The batches; where a pair cannot be decoded, all are looked at, and a UserError says how many cannot."""
+    """The batches; where a pair cannot be decoded, all pairs are checked, and a UserError says how many cannot."""
     with count_undecodable(dataset.pairs, workers, dataset.ground_truth.truth_of):
         yield from batches
 
@@ -254,8 +254,7 @@ def evaluate_stored(
 ) -> Evaluation:
     """Score the maps of a file against a test set, each of its arrays a row; ids are matched.
 
-    UserError for an id that stands twice, one that the set does not hold and, unless allow_missing, one that the set
-    holds and the file does not, or the other way round.
+    UserError for an id that occurs twice and, unless allow_missing, for one that only the set or only the file holds.
     """
     left_out, unknown = match_ids(stored, ground_truth, allow_missing)
     skipped = set(unknown)
@@ -292,7 +291,7 @@ def match_ids(
     known, given = set(ground_truth.ids), set(stored.ids)
     if len(given) < len(stored.ids):
         twice = repeated(stored.ids)
-        raise UserError(f"{where}: {len(twice)} ids stand twice, so which map counts? {first_ids(twice)}")
+        raise UserError(f"{where}: {len(twice)} ids occur twice, so which map counts? {first_ids(twice)}")
     left_out = [i for i in ground_truth.ids if i not in given]
     unknown = [i for i in stored.ids if i not in known]
     if not given & known:
@@ -303,5 +302,5 @@ def match_ids(
     problems = [(unknown, "ids are not of this set"), (left_out, "ids of the set have no map")]
     if (unknown or left_out) and not allow_missing:
         named = "; ".join(f"{len(ids)} {what}: {first_ids(ids)}" for ids, what in problems if ids)
-        raise UserError(f"{where}: {named} (--allow_missing true goes on without them and counts them)")
+        raise UserError(f"{where}: {named} (--allow_missing true continues without them and counts them)")
     return left_out, unknown

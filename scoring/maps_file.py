@@ -2,11 +2,11 @@
 
     id             N strings
     <any name>     (N, h, w) floats, integers or booleans, at any resolution, larger where the sound comes from
-    confidence     optional, N floats: how surely the source is in view (extended sets)
-    interpolation  optional: "bicubic" (default), or "bilinear" with aligned corners, what EZ-VSL, FNAC, SLAVC use
-    alpha          optional: with it AUD, IMG_QUERY and OBJ_PRIOR are summed to IQR, OGL and IQR_OGL as well
+    confidence     optional, N floats, larger where the source is more likely in view (extended sets)
+    interpolation  optional: "bicubic" (default), or "bilinear" with aligned corners, as EZ-VSL, FNAC, SLAVC use it
+    alpha          optional: if given, AUD, IMG_QUERY and OBJ_PRIOR are also summed to IQR, OGL and IQR_OGL
 
-Both ways go through the file batch by batch: a map is never in memory longer than its batch. B batch, N samples.
+The file is written and read batch by batch: only one batch of maps is in memory. B batch, N samples.
 """
 
 import math
@@ -22,7 +22,11 @@ import torch
 
 from utils import UserError, as_user_error, atomic_path
 
-SCALARS = ("confidence", "confidence_map", "presence")  # per sample; detection by the first one needs no name
+SCALARS = (
+    "confidence",
+    "confidence_map",
+    "presence",
+)  # per sample; detection metrics by the first one have no suffix
 SETTINGS = ("interpolation", "alpha")  # of the whole file
 FUSED = ("IQR", "OGL", "IQR_OGL")  # formed from the others, by alpha
 HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -92,7 +96,7 @@ class StoredMaps:
             raise UserError(f"there is no file of maps {path}") from None
         except DAMAGE as error:
             mend = "; save ids as numpy.array(ids, dtype=str)" if "allow_pickle" in str(error) else ""
-            raise UserError(f"{path} is no .npz file of maps: {error}{mend}") from error
+            raise UserError(f"{path} is not an .npz file of maps: {error}{mend}") from error
         if "id" not in small:
             raise UserError(f"{path} has no array `id`: it holds {', '.join(names) or 'nothing'}")
         if small["id"].ndim != 1 or small["id"].dtype.kind not in "USiu":
@@ -109,7 +113,7 @@ class StoredMaps:
         if sums and self.alpha is not None and "AUD" in self.names:
             raise UserError(f"{path} holds {', '.join(sums)} and `alpha`, by which they would be formed: leave one out")
         if not self.names:
-            raise UserError(f"{path} holds no maps: beside `id` at least one array (N, h, w) is wanted")
+            raise UserError(f"{path} holds no maps: beside `id` it needs at least one array (N, h, w)")
 
     def _number(self, name: str, value: np.ndarray) -> float:
         number = float(value) if value.size == 1 and value.dtype.kind in "fiu" else math.nan
@@ -154,7 +158,7 @@ class StoredMaps:
     def _finite(self, name: str, ids: Sequence[str], maps: np.ndarray) -> np.ndarray:
         maps = maps.astype(np.float64 if maps.dtype == np.float64 else np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
-            bad = ~np.isfinite(maps.max((1, 2)) - maps.min((1, 2)))  # the range, too, must be a number
+            bad = ~np.isfinite(maps.max((1, 2)) - maps.min((1, 2)))  # the range must be finite, too
         if bad.any():
             raise UserError(
                 f"{self.path}: the map `{name}` of {ids[int(bad.argmax())]} holds a value that is not finite"

@@ -7,7 +7,7 @@ pixels are P is a rule, and numbers of different rules are never compared:
 
     fixed      map >= 0.6 after min-max          (the released code of joint slot attention)
     half       the upper half of the pixels      (LVS, EZ-VSL, FNAC, SSLalignment)
-    adaptive   as many pixels as G has           (it knows the true area: an oracle's help)
+    adaptive   as many pixels as G has           (uses the true area, as only an oracle could)
 
 A constant map predicts nothing under every rule: `normalize_maps` makes it 0 everywhere. Scores are fractions of 1.
 """
@@ -216,7 +216,7 @@ def map_columns(maps: Tensor, truth: Tensor, masks: bool = False) -> dict[str, T
 
 
 def reference_columns(truth: Tensor, masks: bool = False) -> dict[str, dict[str, Tensor]]:
-    """What truth (B, H, W) gives away without any model -> {"ceiling" | "whole_frame" | "centred_disc": columns}.
+    """Scores of truth (B, H, W) without any model -> {"ceiling" | "whole_frame" | "centred_disc": columns}.
 
     Frame and disc are regions, the same P under every rule; the ceiling takes G itself where no rule limits it.
     """
@@ -231,6 +231,6 @@ def reference_columns(truth: Tensor, masks: bool = False) -> dict[str, dict[str,
         references[name]["average_precision"] = region_average_precision(region, truth)
         if masks:
             as_map = region.float()
-            as_map[:, 0, 0] += 1e-6  # so that the whole frame is no constant map, which would predict nothing
+            as_map[:, 0, 0] += 1e-6  # so that the whole frame is not a constant map, which would predict nothing
             references[name] |= {"jaccard": jaccard(as_map, truth), "f": f_scores(as_map, truth).float()}
     return references

@@ -68,8 +68,8 @@ def retrieval_recall(
 def retrieval_score(image_embeddings: Tensor, audio_embeddings: Tensor) -> float:
     """Mean percentile rank of the right partner over both directions: 1 best, about 0.5 chance, 0 collapsed.
 
-    (N, D) twice, or (N, n, D) of which the best counts. It needs no boxes, and so chooses a checkpoint without looking
-    at a test set.
+    (N, D) twice, or (N, n, D) of which the best counts. It needs no boxes, so a checkpoint can be chosen by it without
+    a test set.
     """
     ranks = torch.cat(
         [partner_ranks(image_embeddings, audio_embeddings), partner_ranks(audio_embeddings, image_embeddings)]

@@ -1,4 +1,4 @@
-"""Figures of one set: what a pass over it adds up, sample by sample, and the cIoU, AUC and so on that follow.
+"""Metrics of one set: scores collected sample by sample in a pass over it, and cIoU, AUC and so on of them.
 
 B batch, h x w map as given; maps are scored at 224 x 224, in fp32. N samples. Figures are fractions of 1.
 """
@@ -26,7 +26,7 @@ from scoring.metrics import (
 )
 
 PART = 8  # samples whose enlarged maps are scored at once: more would leave the processor's cache
-WRONG = "_wrong"  # ends the name of a map that was asked with the wrong audio
+WRONG = "_wrong"  # suffix of a map that was computed with the wrong audio
 TIED_SHARE = 0.01  # more pixels than this share exactly at a cut: the region depends on the ties
 IOU_STEPS = np.arange(21) / 20  # thresholds of the success curve, 0, 0.05 ... 1
 SIZES = {"under 32x32": 32**2, "32x32 to 96x96": 96**2, "96x96 to 144x144": 144**2, "larger": math.inf}
@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 
 
 class ScoredBatch(NamedTuple):
-    """What a pass shows of a batch to those who draw or keep it."""
+    """What `on_batch` functions receive of each batch, to draw or keep it."""
 
     ids: list[str]
     truth: Tensor  # (B, 224, 224)
@@ -50,7 +50,7 @@ class ScoredBatch(NamedTuple):
 
 
 def in_parts(work: Callable[[slice], Result], count: int) -> Iterator[Result]:
-    """work(slice of PART samples) for all of `count`, in order: one core for each part, not all cores for each step."""
+    """work(slice of PART samples) for all of `count`, in order; parts run in parallel, each on one core."""
     slices = [slice(start, start + PART) for start in range(0, count, PART)]
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -84,7 +84,7 @@ class Samples(NamedTuple):
     groups: Groups | None = None  # of interactive sets
 
     def take(self, rows: np.ndarray) -> "Samples":
-        """Some of the samples; images with several sources are not followed into a part of the set."""
+        """Some of the samples, without `groups`: a part of the set may hold only some entries of an image."""
         tables = (
             {name: {key: values[rows] for key, values in columns.items()} for name, columns in table.items()}
             for table in (self.maps, self.references)
@@ -93,7 +93,7 @@ class Samples(NamedTuple):
 
 
 class SetScores:
-    """Scalars per sample (for masks two curves, too), never maps; and what they say about the set."""
+    """Collects scalars per sample (for masks two curves, too), never maps, and summarises them."""
 
     def __init__(self, ground_truth: GroundTruth) -> None:
         self.ground_truth, self.ids = ground_truth, []
@@ -145,7 +145,7 @@ class SetScores:
     def summary(self, missing: Sequence[str] = (), resamples: int = 0, seed: int = 0) -> dict[str, Any]:
         """maps, intervals, references, by_class and by_size, all by map or reference and then by metric.
 
-        missing: ids that the set should hold, too. resamples: of the bootstrap over units; 0 leaves intervals out.
+        missing: ids of the set that were not scored. resamples: of the bootstrap over units; 0 leaves intervals out.
         """
         truth, resampling = self.ground_truth, (resamples, seed)
         ids, samples, scalars = self._in_order()
@@ -189,7 +189,7 @@ class SetScores:
 
 
 def ratios_of(columns: Columns, empty: np.ndarray, groups: Groups | None = None) -> dict[str, Ratio]:
-    """Every figure that the columns of one map allow; empty (N,) bool, where G is; `groups` adds the interactive ones.
+    """Every metric that the columns of one map allow; empty (N,) bool, where G is; `groups` adds the interactive ones.
 
     Of the rule `fixed`: cIoU, AUC, mean_iou, cIoU_sounding (without the samples whose G is empty; cIoU counts them as
     misses), with groups IIoU and IAUC; of another rule the same names and its suffix. mAP (an empty G counts 0),
@@ -262,8 +262,7 @@ def interactive_groups(ids: Sequence[str], expected: Sequence[str] | None = None
 def worst_by_image(values: np.ndarray, groups: Groups) -> tuple[np.ndarray, np.ndarray]:
     """Per image its smallest value, so that a threshold holds for every source of the image.
 
-    values (N,) -> the smallest value in the place of the image's first sample, 0 elsewhere, and (N,) bool, which places
-    those are.
+    values (N,) -> (N,) the smallest value at the image's first sample, 0 elsewhere; and (N,) bool, True at those.
     """
     first = np.zeros(len(values), dtype=bool)
     first[[group[0] for group in groups.values()]] = True
@@ -276,7 +275,7 @@ def worst_by_image(values: np.ndarray, groups: Groups) -> tuple[np.ndarray, np.n
 def summarise(samples: Samples, resamples: int = 0, seed: int = 0) -> dict[str, dict]:
     """Figures of some samples: maps and references, {name: {metric: value}}; intervals, {map: {metric: [low, high]}}.
 
-    A map that was also asked with the wrong audio gets `listening`, the difference of the two cIoU.
+    A map that was also computed with the wrong audio gets `listening`, the difference of the two cIoU.
     """
     ratios, references = (
         {name: ratios_of(columns, samples.empty, samples.groups) for name, columns in table.items()}

@@ -291,9 +291,9 @@ def preview(path: Path, seed: int, columns: int = 6) -> None:
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("data/synthetic"), metavar="DIR", help="folder of the set")
+    parser.add_argument("--out", type=Path, default=Path("data/synthetic"), metavar="DIR", help="folder to write to")
     parser.add_argument(
-        "--seed", type=number(int, low=0, high=2**32 - 1), help="seed of the set and of the preview (default: 0)"
+        "--seed", type=number(int, low=0, high=2**32 - 1), help="random seed of the set and of the preview (default: 0)"
     )
     parser.add_argument(
         "--train", type=number(int, low=1), metavar="N", help=f"number of training pairs (default: {COUNTS['train']})"
@@ -302,13 +302,15 @@ def add_flags(parser: ArgumentParser) -> None:
         "--train_objects",
         type=number(int, low=1, high=MOST_OBJECTS),
         metavar="N",
-        help="images of train and val hold 1 to N objects of which one sounds (default: 1, at most "
-        f"{MOST_OBJECTS}); a set other than the default one: give it a folder of its own, --out data/synthetic_3",
+        help="training and validation images show 1 to N objects, one of which sounds (default: 1, at most "
+        f"{MOST_OBJECTS}); give a set with more than 1 a folder of its own, such as --out data/synthetic_3",
     )
-    add_boolean(parser, "--force", "rewrite the synthetic set that is in the folder")
-    add_boolean(parser, "--probe", "print how far one gets on the set without learning")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers of the probe here")
-    parser.add_argument("--preview", type=Path, metavar="FILE.png", help="draw each kind and its sound; writes no set")
+    add_boolean(parser, "--force", "overwrite the synthetic set that is in the folder")
+    add_boolean(parser, "--probe", "print what simple guesses without learning score on the set")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --probe: also write its numbers to this file")
+    parser.add_argument(
+        "--preview", type=Path, metavar="FILE.png", help="draw every kind with its sound here; writes no set"
+    )
 
 
 def run(args: Namespace) -> None:

@@ -100,7 +100,7 @@ def test_missing_pairs_stop_with_their_ids_and_are_counted_when_allowed(root):
         ("boxes.json", '[{"file": "a"}]', "entry 0"),
         ("boxes.json", '[{"file": "a", "bbox": [[0, 1, "x", 1]]}]', "entry 0"),
         ("boxes.json", '[{"file": "a", "bbox": [[0, 1, 1]]}]', "four numbers"),
-        ("boxes.json", '[{"file": "a", "bbox": [[30, 20, 90, 80]]}]', "in 0..1 of the picture are wanted, a has"),
+        ("boxes.json", '[{"file": "a", "bbox": [[30, 20, 90, 80]]}]', "in 0..1 of the image, a has"),
         ("boxes.json", '[{"file": "a", "bbox": [[0.9, 0.9, 0.1, 0.1]]}]', "a box of a is reversed"),
         ("boxes.json", '[{"file": "a", "bbox": [[0.5, 0.5, 0.5, 0.9]]}]', "covers a pixel"),
         ("ids.txt", "", "is empty"),
@@ -280,7 +280,7 @@ def test_boxes_and_masks_of_one_set_are_two_rows(name, below, tmp_path):
     assert seg.ground_truth.masks and not boxes.ground_truth.masks
     assert boxes.ground_truth.interactive == (name != "vpo_ss")
     for wrong, other in ((name, f"{name}_seg"), (f"{name}_seg", name)):
-        with pytest.raises(UserError, match="this set wants"):
+        with pytest.raises(UserError, match="this set needs"):
             path = str(tmp_path / dataset.TEST_SETS[other].annotation)
             dataset.build_ground_truth(wrong, str(tmp_path), path, str(tmp_path))
     (folder / "gray_masks" / f"{ids[1]}.jpg").unlink()
@@ -309,10 +309,10 @@ def test_all_leaves_out_what_is_absent_and_stops_at_what_is_broken(synthetic_roo
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "a\\b"])
 def test_an_id_that_leads_out_of_its_folder_is_refused(name, root):
     (root / "ids.txt").write_text(f"{IDS[0]}\n{name}\n")
-    with pytest.raises(UserError, match="is no id"):
+    with pytest.raises(UserError, match="is not an id"):
         custom(root, test_list=str(root / "ids.txt"))
     (root / "boxes.json").write_text(json.dumps([{"file": name, "bbox": [[0, 0, 1, 1]]}]))
-    with pytest.raises(UserError, match="is no id"):
+    with pytest.raises(UserError, match="is not an id"):
         custom(root)
 
 

@@ -85,8 +85,8 @@ def test_weights_that_do_not_fit_are_all_listed(tmp_path):
 
 @pytest.mark.parametrize(
     "config, message",
-    [({"arch": "none"}, "build no model"), ({"stranger": 1}, "build no model"), ([1], "no dict")],
-    ids=["unknown recipe", "unknown setting", "no dict"],
+    [({"arch": "none"}, "build no model"), ({"stranger": 1}, "build no model"), ([1], "not a dict")],
+    ids=["unknown recipe", "unknown setting", "not a dict"],
 )
 def test_settings_that_build_no_model_are_refused_with_the_file(config, message, tmp_path):
     torch.save({"model": {}, "model_config": config}, tmp_path / "a.pth")

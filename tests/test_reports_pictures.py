@@ -156,6 +156,6 @@ def test_what_cannot_stand_side_by_side_is_named(trained, pairs, synthetic_root,
     with pytest.raises(UserError, match="two or more"):
         pictures.side_by_side(trained, pairs, ids[:1], sheet)
     larger = build_test_set("synthetic_interactive", str(synthetic_root), None, "metadata", 112, 0.8)
-    with pytest.raises(UserError, match=r"0\.pth cannot stand .* image_size 64 and not 112"):
+    with pytest.raises(UserError, match=r"0\.pth cannot be drawn .* image_size 64 and not 112"):
         pictures.side_by_side(trained, larger, ids, sheet)
     assert not sheet.exists()

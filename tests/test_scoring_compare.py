@@ -372,7 +372,7 @@ def edit(path, change):
         ("per_sample.csv", lambda text: text.replace("AUD_pointing", "pointing"), "has no column `AUD_pointing`"),
         ("per_sample.csv", lambda text: text + "id7,dog\n", "not all of one length"),
         ("per_sample.csv", lambda text: "".join(text.splitlines(True)[:-1]), "counts 2 pairs, .* 1: not of one run"),
-        ("per_sample.csv", lambda text: text.replace("id0_1", "id0_0"), "an id stands twice"),
+        ("per_sample.csv", lambda text: text.replace("id0_1", "id0_0"), "an id occurs twice"),
         ("per_sample.csv", lambda text: text.replace("True", "perhaps"), "AUD_pointing: could not convert"),
         ("per_sample.csv", lambda text: "", "has no column id, unit, area"),
     ],

@@ -83,7 +83,7 @@ def test_a_confidence_serves_silent_pairs(save):
 
 def test_ids_that_do_not_fit_are_named_and_counted_only_when_allowed(truth, save):
     maps = np.random.default_rng(4).random((6, 7, 7))
-    with pytest.raises(UserError, match=r"1 ids stand twice.*clip_1"):
+    with pytest.raises(UserError, match=r"1 ids occur twice.*clip_1"):
         evaluate_stored(save(id=[*IDS[:5], "clip_1"], a=maps), truth, allow_missing=True)
     stored = save(id=[*IDS[:5], "other"], a=maps)
     with pytest.raises(UserError, match=r"1 ids are not of this set: other; 1 ids of the set have no map: clip_5"):
@@ -101,7 +101,7 @@ def test_ids_that_do_not_fit_are_named_and_counted_only_when_allowed(truth, save
     [
         ({"a": np.ones((6, 7, 7))}, "no array `id`"),
         ({"id": IDS}, "holds no maps"),
-        ({"id": np.array(IDS, dtype=object), "a": np.ones((6, 7, 7))}, "no .npz file of maps"),
+        ({"id": np.array(IDS, dtype=object), "a": np.ones((6, 7, 7))}, "not an .npz file of maps"),
         ({"id": IDS, "a": np.ones((5, 7, 7))}, r"`a` must be \(6, h, w\)"),
         ({"id": IDS, "a": np.ones((6, 49))}, r"`a` must be \(6, h, w\)"),
         ({"id": IDS, "a": np.ones((6, 7, 7), dtype=complex)}, r"`a` must be \(6, h, w\)"),
@@ -128,7 +128,7 @@ def test_a_damaged_file_is_named(truth, save, tmp_path):
     with pytest.raises(UserError, match=r"maps\.npz.*damaged"):
         evaluate_stored(stored, truth)
     (tmp_path / "maps.npz").write_bytes(b"PK" + bytes(50))
-    with pytest.raises(UserError, match=r"no \.npz file"):
+    with pytest.raises(UserError, match=r"not an \.npz file"):
         StoredMaps(tmp_path / "maps.npz")
 
 

@@ -70,13 +70,13 @@ def test_a_user_error_is_one_line_and_status_2_even_from_a_loader_process(capsys
             return 2
 
         def __getitem__(self, index):
-            raise utils.UserError("cannot decode the picture x.jpg")
+            raise utils.UserError("cannot decode the image x.jpg")
 
     with pytest.raises(SystemExit) as stop:
         utils.run_cli(lambda: list(torch.utils.data.DataLoader(Broken(), num_workers=1)))
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2
-    assert len(lines) == 1 and lines[0].endswith("error: cannot decode the picture x.jpg")
+    assert len(lines) == 1 and lines[0].endswith("error: cannot decode the image x.jpg")
 
 
 def test_random_states_bring_the_same_numbers_back():

@@ -12,21 +12,21 @@ from audio_io import load_resampler
 from reports.curves import plot_curves
 from utils import provenance, strict_json, write_text
 
-COUNTS = ("samples", "empty", "images", "tied_half", "tied_adaptive")  # numbers of a test set that are no figures
+COUNTS = ("samples", "empty", "images", "tied_half", "tied_adaptive")  # counts of a test set, which are not scores
 
 
 class RunLog:
-    """What a training run tells the world while it goes on.
+    """The log of a run: log.jsonl, curves.png and, if wanted, wandb.
 
     wandb: "true" (offline, with a line that says so, where nobody is logged in), "offline" or "false".
-    lines: of the epochs that the resumed checkpoint has behind it, as `write` left them in `self.lines`. log.jsonl and
-    curves.png are made of them again at once: they always show the run of the checkpoint, never epochs to come.
-    run_id: wandb's id of the run that is resumed, `self.run_id` of then; None starts another. Online the run goes on;
-    offline every start leaves a folder of its own under one id, which `wandb sync` sends as one run.
+    lines: those of the epochs before the resumed checkpoint, as `write` left them in `self.lines`. log.jsonl and
+    curves.png are rewritten from them at once, so they never show epochs after the checkpoint.
+    run_id: wandb's id of the run that is resumed, its `self.run_id`; None starts another. Online the run continues;
+    offline every start writes a folder of its own under the same id, which `wandb sync` sends as one run.
 
-    In wandb the x axis of everything is `step`, the optimisation steps done, a number in every row: wandb's own counter
-    must only grow and would drop the steps that a resumed run does again. That counter just numbers the rows, and after
-    a resume it starts above the checkpoint's rows, for an offline folder does not know the one before it.
+    In wandb the x axis of everything is `step`, the number of optimisation steps done, which every row contains. The
+    counter of wandb itself can only grow and would drop the steps that a resumed run repeats; here it only numbers the
+    rows. After a resume it starts above the checkpoint's rows, as an offline folder does not know the one before it.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RunLog:
         self.sheets = {}
 
     def add_sheet(self, name: str, path: Path) -> None:
-        """Heat maps of a test set's fixed samples, drawn for the next line, or for the end."""
+        """Add heat maps of a test set's fixed samples, which go to wandb with the next line or at the end."""
         self.sheets[name] = path
 
     def finish(self, scores: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, what is saved, and how a run continues exactly where it stopped."""
+"""The folder of a run: its lock, what is saved, and how a run continues exactly where it stopped."""
 
 import hashlib
 import math
@@ -66,12 +66,12 @@ class RunState:
 
 
 def fingerprint(pairs: Sequence[Pair]) -> str:
-    """How many ids there are and which, in their order, wherever their files lie."""
+    """The number of ids and a hash of them in order; where their files are does not matter."""
     return f"{len(pairs)} ids {hashlib.sha256('/'.join(pair.id for pair in pairs).encode()).hexdigest()[:12]}"
 
 
 def fingerprints(train: Sequence[Pair], held_out: Sequence[Pair], amp: torch.dtype | None) -> dict[str, str]:
-    """What belongs to a run and its settings do not say."""
+    """What must agree between a run and its continuation but is not in the settings."""
     return {
         "training pairs": fingerprint(train),
         "held-out pairs": fingerprint(held_out),
@@ -82,8 +82,8 @@ def fingerprints(train: Sequence[Pair], held_out: Sequence[Pair], amp: torch.dty
 def differences(state: Mapping[str, Any], args, marks: Mapping[str, str]) -> list[str]:
     """Settings and fingerprints in which this run differs from the one that wrote the checkpoint.
 
-    Which data are trained on, the fingerprints say. A setting that older code did not know makes no difference where it
-    is off.
+    The fingerprints stand for the data that are trained on. A setting that older code did not know makes no difference
+    where it is off.
     """
     free = {name for name, role in roles().items() if role in (RUN, DATA)}
     if args.select != "test":
@@ -99,7 +99,7 @@ def differences(state: Mapping[str, Any], args, marks: Mapping[str, str]) -> lis
 
 
 def launch_name() -> str:
-    """What all processes that one start of torchrun brings up have in common, its restarts included; else ""."""
+    """A name that all processes of one start of torchrun share, restarts included; "" without torchrun."""
     if not under_torchrun():
         return ""
     name = os.environ["TORCHELASTIC_RUN_ID"]
@@ -107,10 +107,10 @@ def launch_name() -> str:
 
 
 def should_resume(folder: Path, args) -> bool:
-    """Whether to continue from latest.pth: asked by --resume, or written by this very start of torchrun.
+    """Whether to continue from latest.pth: --resume asks for it, or this same start of torchrun wrote it.
 
-    Decided by the first process for all. UserError where a finished run would be replaced unasked, or there is nothing
-    to resume.
+    The first process decides for all. UserError where a finished run would be replaced without --overwrite, or there
+    is nothing to resume.
     """
     path = folder / "latest.pth"
     there = path.exists()
@@ -132,7 +132,7 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """Set by SIGTERM, which schedulers send before they kill; asked between steps and batches, where Stopped is raised.
+    """Set by SIGTERM, which schedulers send before they kill; checked between steps and batches, which raise Stopped.
 
     As a context manager it ends the block on Stopped, with a line that says so.
     """
@@ -154,7 +154,7 @@ class StopFlag:
         self.is_set = True
 
     def is_set_anywhere(self) -> bool:
-        """Whether any process was told to stop; every process has to ask."""
+        """Whether any process was told to stop; every process has to call it."""
         return any_rank(self.is_set, self.device)
 
     def leave_together(self) -> None:
@@ -162,7 +162,7 @@ class StopFlag:
             raise Stopped
 
     def leave_alone(self, *_: Any) -> None:
-        """Within work that a resumed run repeats; of several processes none may leave the others waiting."""
+        """For work that a resumed run repeats; with several processes none stops, as the others would wait for it."""
         if self.is_set and world_size() == 1:
             raise Stopped
 
@@ -183,9 +183,9 @@ def lock_folder(folder: Path):
 
 
 class RunFolder:
-    """What a run leaves on disk and takes up again. Only the first process writes, and no dry run.
+    """What a run writes to disk and resumes from. Only the first process writes, and a dry run writes nothing.
 
-    about: what else a checkpoint says of its run: `model_config`, `args`, `marks`, `selected_by`.
+    about: what else a checkpoint says about its run: `model_config`, `args`, `marks`, `selected_by`.
     """
 
     def __init__(self, path: Path, optimisation: Optimisation, state: RunState, about: Mapping[str, Any]) -> None:
@@ -194,7 +194,7 @@ class RunFolder:
 
     @contextmanager
     def opened(self, args, left_out: Mapping[str, str], train: Sequence[Pair], resumed: Mapping[str, Any]):
-        """The folder locked, its files and the log begun; an overwritten run goes first."""
+        """Lock the folder, remove a run that is overwritten, and begin the run's files and log."""
         if is_main():
             with lock_folder(self.path):
                 self._begin(args, left_out, train, resumed)
@@ -215,7 +215,7 @@ class RunFolder:
         self.log = RunLog(self.path, args.wandb, args.experiment_name, vars(args), **resumed)
 
     def save(self, *names: str) -> None:
-        """Write all that the rest of the run depends on under these names, as `weights_only` loading allows it."""
+        """Write all that resuming needs to NAME.pth for each name, in types that `weights_only` loading allows."""
         if not self.log:
             return
         state = self.optimisation.state_dict() | self.state.state_dict() | self.about
@@ -225,15 +225,15 @@ class RunFolder:
             save_checkpoint(self.path / f"{name}.pth", state)
 
     def save_between_steps(self, steps: int, every: int, stop: StopFlag) -> None:
-        """Save every so many steps and after the last one; where the run is told to stop, save and raise Stopped."""
+        """Save after every `every` steps and after the last one; where the run is told to stop, save, raise Stopped."""
         stopping = stop.is_set_anywhere()
         if stopping or self.state.step == steps or (every and self.state.step % every == 0):
-            self.save("latest")  # after the last: a file that cannot be read while scoring does not cost the epoch
+            self.save("latest")  # after the last step, too: an error while scoring does not lose the epoch
         if stopping:
             raise Stopped
 
     def write(self, line: dict[str, Any], step: int) -> None:
-        """One epoch's numbers, after so many steps of the run."""
+        """One epoch's numbers; step: optimisation steps of the run so far."""
         if self.log:
             self.log.write(line, step)
 
@@ -243,7 +243,7 @@ class RunFolder:
             self.log.finish(scores)
 
     def save_failed(self, ids: Sequence[str], random: Mapping[str, Any]) -> str:
-        """Keep the state before a step that failed, and the ids of its batch -> where they are, for a message."""
+        """Save the state before a step that failed, and the ids of its batch -> where they are, for a message."""
         if not self.log:
             return ""
         restore_random_states(random)

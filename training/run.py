@@ -1,7 +1,7 @@
 """One epoch of training, and what is measured after it.
 
-A run's place is (epochs finished, steps done in the epoch under way). All that is drawn follows from the seed and that
-place, but for token masks, which PyTorch's CPU generator draws: its state lies in the checkpoint.
+All random choices follow from the seed, the epoch and the step, except token masks, which PyTorch's CPU generator
+draws: its state is in the checkpoint.
 """
 
 import time
@@ -42,7 +42,7 @@ def train_one_epoch(
     after_step: Callable[[int], None] | None = None,
     max_steps: int | None = None,
 ) -> dict[str, float]:
-    """The steps of the epoch under way that are not done -> its averages: losses by name, speed, memory.
+    """Take the remaining steps of the current epoch -> its averages: losses by name, speed, memory.
 
     lr_factor: step of the whole run -> share of the learning rate; weights: {loss: weight}; batch_size: over all
     processes; after_step is told the number of steps of the epoch; max_steps: for a dry run.
@@ -99,7 +99,7 @@ def _speed(state, batch_size: int) -> dict[str, float]:
 def train_step(
     optimisation: Optimisation, batch, folder: RunFolder, weights: Mapping[str, float], factor: float, batch_size: int
 ) -> dict[str, float]:
-    """One step on this process's rows of a batch. A loss that is not finite is kept for study and ends the run."""
+    """One step on this process's rows of a batch. A loss that is not finite ends the run; its batch is saved."""
     before, device = random_states(), optimisation.device
     rows = local_slice(batch_size)
     inputs = Inputs(
@@ -123,7 +123,7 @@ def train_step(
 def validate(
     model: Model, held_out: TrainingPairs, device: torch.device, batch_size: int, workers: int, count: int | None = None
 ) -> dict[str, float]:
-    """Retrieval on at most `count` held-out pairs, without boxes or classes; empty but on the first process."""
+    """Retrieval on at most `count` held-out pairs, without boxes or classes; empty except on the first process."""
     pairs = Subset(held_out, range(min(count or len(held_out), len(held_out))))
     if not len(pairs):
         return {}
@@ -147,7 +147,7 @@ def score_sets(
     chosen: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, float]:
-    """Score every test set -> {"set/map/metric": value}; empty but on the first process.
+    """Score every test set -> {"set/map/metric": value}; empty except on the first process.
 
     settings: of `evaluate`. chosen: the checkpoint of a finished run, whose results are published with intervals.
     """

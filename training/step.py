@@ -1,6 +1,6 @@
 """One optimisation step: precision, micro-batches, many processes, and the learning rate.
 
-B pairs of the global batch, of which each process holds an equal share. A step gives the gradients of one loss over all
+B pairs of the global batch, of which each process holds an equal share. The gradients are those of one loss over all
 of them, however they are divided: over processes (`distributed.gather_rows`), or in parts that fit memory (GradCache).
 """
 
@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
 
 
 class NotFinite(Exception):
-    """The loss or the gradient of a step is not finite; weights and batch-norm statistics are those before it."""
+    """The loss or gradient of a step is not finite; weights and batch-norm statistics are as before the step."""
 
 
 # ---------------------------------------------------------------- schedules
@@ -70,12 +70,12 @@ def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def weighted(losses: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
-    """Sum of the losses that are there times their weights; those of weight 0 send no gradient."""
+    """Sum of the computed losses times their weights; those of weight 0 send no gradient."""
     return sum(weight * losses[name] for name, weight in weights.items() if weight and name in losses)
 
 
 def surrogate(gradients: Mapping[str, torch.Tensor], compared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """In place of a model's `batch_losses`: {SURROGATE: scalar} whose gradient at `compared` is `gradients`."""
+    """Replaces a model's `batch_losses`: {SURROGATE: scalar} whose gradient at `compared` is `gradients`."""
     return {SURROGATE: sum((value * gradients[name]).sum() for name, value in compared.items())}
 
 
@@ -100,7 +100,7 @@ class Optimisation:
         micro_batch: int | None = None,
         all_weights: bool = True,
     ) -> None:
-        """all_weights: whether every step sends a gradient to every weight, which spares the processes a search."""
+        """all_weights: whether every step gives every weight a gradient; then DDP need not search for unused ones."""
         self.model, self.device, self.lr, self.clip, self.amp = model, device, lr, clip, amp
         self.micro_batch = micro_batch
         self.optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
@@ -216,7 +216,7 @@ class Optimisation:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        for group in self.optimizer.param_groups:  # the command line's, which --force may have changed
+        for group in self.optimizer.param_groups:  # the command line's, which --resume force may have changed
             group["weight_decay"] = weight_decay
 
 
