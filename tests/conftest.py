@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import soundfile
+from filelock import FileLock
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,14 +30,6 @@ SHORT = ["--epochs", "2", "--batch_size", "16", "--lr", "1e-3", "--num_workers",
 MEASURED = ("pairs_per_second", "data_wait", "memory_gib")  # of a line of the log: what no other run repeats
 
 import utils  # noqa: E402  (found through the path set above)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items) -> None:
-    """On several workers the tests of a file stay together: they share its fixtures."""
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def shared_folder(name: str) -> Path:
@@ -60,10 +53,17 @@ def synthetic_root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory) -> list[dict]:
-    """{case: result} of either process: one spawn for all cases of `processes.CASES`."""
+    """{case: result} of either process: one spawn for all cases of `processes.CASES`, whichever worker comes first."""
     import processes
+    import torch
 
-    return processes.on_two(tmp_path_factory.mktemp("processes"))
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder) / "processes"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "result_1").is_file():
+            processes.spawn_two(folder)
+    return [torch.load(folder / f"result_{rank}", weights_only=True) for rank in range(2)]
 
 
 class Finished(NamedTuple):

@@ -84,7 +84,6 @@ def work(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def on_two(folder: Path) -> list[dict]:
-    """{case: what it returned} of either process."""
+def spawn_two(folder: Path) -> None:
+    """Write result_0 and result_1, {case: what it returned} of either process."""
     mp.spawn(work, (2, folder), 2)
-    return [torch.load(folder / f"result_{rank}", weights_only=True) for rank in range(2)]

@@ -225,6 +225,7 @@ def test_hard_augmentation_changes_colour_and_plain_only_place():
     assert len(plain) == 1 and len(hard) > 10
 
 
+@pytest.mark.slow
 def test_lists_of_the_field_have_their_known_counts():
     folder = shared_folder("metadata")
     for name, row in dataset.TRAIN_SETS.items():

@@ -98,6 +98,7 @@ def test_maps_are_scored_against_masks_and_boxes_with_frames_of_a_video_as_one_u
     assert results["references"]["ceiling"]["cIoU"] == 1
 
 
+@pytest.mark.slow
 def test_counts_of_the_real_lists():
     folder = shared_folder("metadata")
     assert len(dataset_avs.read_videos(folder / "s4_meta_data.csv")) == 740

@@ -10,7 +10,6 @@ import distributed
 from distributed import local_slice
 
 
-@pytest.mark.xdist_group("processes")
 def test_rows_of_all_processes_are_gathered_and_their_gradient_comes_back(two_processes):
     weights = torch.arange(4.0)
     for rank, found in enumerate(two_processes):
@@ -19,7 +18,6 @@ def test_rows_of_all_processes_are_gathered_and_their_gradient_comes_back(two_pr
         assert torch.equal(gradient[:, 0], 2 * weights[2 * rank : 2 * rank + 2])  # of two losses
 
 
-@pytest.mark.xdist_group("processes")
 def test_shared_items_come_back_once_each_and_in_order(two_processes):
     first, second = (found["shared items"] for found in two_processes)
     assert first == [f"item {i}" for i in range(7)] == shared_items()

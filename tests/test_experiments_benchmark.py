@@ -2,11 +2,13 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
 
 import experiments.benchmark as benchmark
+from model_slot import JointSlotModel
 
 
 def test_both_ways_of_scoring_give_the_same_figures():
@@ -53,6 +55,7 @@ def test_a_step_is_timed_against_the_same_work(cli, monkeypatch):
     for name, value in {"MATRIX": 256, "IMAGE_SIZE": 64, "AUDIO_SECONDS": 1.0}.items():
         monkeypatch.setattr(benchmark, name, value)
     monkeypatch.setattr(benchmark, "apart", lambda work, *arguments: work(*arguments))
+    monkeypatch.setattr(benchmark, "JointSlotModel", partial(JointSlotModel, "small"))
     done = cli("experiments.benchmark", "step", "--rounds", "1", "--batch_size", "2")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

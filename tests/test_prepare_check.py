@@ -1,5 +1,6 @@
 """The check of a set: one table of all that is wrong, and what is wrong in annotations."""
 
+import pytest
 from conftest import shared_folder
 
 from dataset import TEST_SETS
@@ -29,6 +30,7 @@ def test_the_check_prints_one_table_of_all_that_is_wrong(damaged, cli):
         assert cli("prepare_data", "check", *wrong).returncode == 2
 
 
+@pytest.mark.slow
 def test_the_boxes_of_vggss_have_their_known_problems():
     folder = shared_folder("metadata")
     problems = annotation_problems(TEST_SETS["vggss"], folder / "vggss.json")

@@ -302,6 +302,7 @@ def test_vggsounds_list_settles_an_ambiguous_name():
     assert clip_id("--8puiAGLhs_5000", {"--8puiAGLhs_000005"}) == ("--8puiAGLhs_000005", "")
 
 
+@pytest.mark.slow
 def test_public_ids_are_read_as_they_are():
     for line in (shared_folder("metadata") / "vggss_test.csv").read_text().split():
         assert clip_id(line.split(",")[0]) == (line.split(",")[0], "")

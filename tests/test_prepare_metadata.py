@@ -224,6 +224,7 @@ def test_sources_name_a_public_address_or_the_way_to_the_file():
         assert (row["url"] or "").startswith("https://raw.githubusercontent.com/") or row["by_hand"], name
 
 
+@pytest.mark.slow
 def test_sources_agree_with_the_published_files(cli, tmp_path):
     folder = shared_folder("metadata")
     sums = dict(reversed(line.split()) for line in (folder / "SHA256SUMS").read_text().splitlines())

@@ -278,7 +278,6 @@ def first_ids(browser, count=6):
     return browser.execute_script(script, count)
 
 
-@pytest.mark.xdist_group("browser")
 def test_the_page_of_5158_samples_draws_only_what_is_in_sight(page):
     browser, rows = page
     assert first_ids(browser) == [row["id"] for row in rows[:6]]
@@ -288,7 +287,6 @@ def test_the_page_of_5158_samples_draws_only_what_is_in_sight(page):
     assert browser.execute_script("return document.querySelectorAll('#curve path').length") == len(MAPS)
 
 
-@pytest.mark.xdist_group("browser")
 @pytest.mark.parametrize("order, sign", [("worst", 1), ("best", -1)])
 def test_sorting_by_iou_changes_the_order(page, order, sign):
     browser, rows = page
@@ -301,7 +299,6 @@ def test_sorting_by_iou_changes_the_order(page, order, sign):
     assert first_ids(browser) == [row["id"] for row in by_half[:6]]
 
 
-@pytest.mark.xdist_group("browser")
 def test_filters_hide_what_does_not_fit_and_count_what_does(page):
     browser, rows = page
 
@@ -325,7 +322,6 @@ def test_filters_hide_what_does_not_fit_and_count_what_does(page):
     assert shown() == "5,158 of 5,158 samples"
 
 
-@pytest.mark.xdist_group("browser")
 def test_the_keyboard_moves_plays_and_enlarges(page):
     browser, rows = page
     from selenium.webdriver.common.action_chains import ActionChains
@@ -352,7 +348,6 @@ def test_the_keyboard_moves_plays_and_enlarges(page):
     assert press(Keys.ESCAPE) == rows[1]["id"]
 
 
-@pytest.mark.xdist_group("browser")
 def test_names_are_shown_as_they_are_and_never_run(page):
     browser, _ = page
     assert browser.execute_script("return document.querySelector('.card .who bdi').textContent") == HOSTILE
@@ -374,7 +369,6 @@ return [...document.body.querySelectorAll(":not(script, style, option, text)")]
   .sort((a, b) => a[0] - b[0]).slice(0, 3);"""
 
 
-@pytest.mark.xdist_group("browser")
 def test_both_themes_are_legible_and_the_button_changes_between_them(page):
     browser, _ = page
     papers = set()
@@ -386,7 +380,6 @@ def test_both_themes_are_legible_and_the_button_changes_between_them(page):
     assert len(papers) == 2
 
 
-@pytest.mark.xdist_group("browser")
 def test_a_phone_shows_one_column_and_nothing_sticks_out(page):
     browser, rows = page
     phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
@@ -404,7 +397,6 @@ def test_a_phone_shows_one_column_and_nothing_sticks_out(page):
     assert all(browser.find_element("id", name).size["height"] > 100 for name in ("views", "large-scores"))
 
 
-@pytest.mark.xdist_group("browser")
 def test_a_page_without_its_folder_says_so_once(browser, big_page, tmp_path):
     shutil.copy(big_page[0], tmp_path / "alone.html")
     browser.get((tmp_path / "alone.html").as_uri())

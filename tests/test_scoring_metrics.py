@@ -110,6 +110,7 @@ def test_avsbench_matches_the_reference(golden):
     assert np.allclose(curves.amax(1), golden["avs_F_per_frame_max"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_vggss_ceiling_and_disc_are_the_known_bars():
     entries = json.loads((shared_folder("metadata") / "vggss.json").read_text())
     ceiling, disc, frame = [], [], []

@@ -77,6 +77,7 @@ def test_the_overlap_with_test_lists_is_told_and_removed_on_request(damaged, tmp
     assert read_ids(tmp_path / "without" / "train_ids.txt") == list("bcef")
 
 
+@pytest.mark.slow
 def test_the_overlaps_of_the_public_lists_are_the_known_ones():
     folder = shared_folder("metadata")
     for name, tested, count in (

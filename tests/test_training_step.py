@@ -33,7 +33,6 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole(micro_batch, weights):
     assert_same(gradients(micro_batch, weights=weights), gradients(weights=weights))
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("case", ["whole", "parts of 2", "parts of 3", "maps", "maps in parts", "max-pooled in parts"])
 def test_several_processes_give_the_gradients_of_one(case, two_processes, with_maps):
     expected = with_maps if case.startswith("maps") else gradients(make=max_pool) if "max" in case else gradients()
@@ -41,7 +40,6 @@ def test_several_processes_give_the_gradients_of_one(case, two_processes, with_m
         assert_same(found[case], expected)
 
 
-@pytest.mark.xdist_group("processes")
 def test_weights_without_a_gradient_have_none_on_several_processes_either(two_processes):
     expected = gradients(weights=WITHOUT_RECONSTRUCTION)
     assert not any(name.startswith("img_decoder") for name in expected[1])
