@@ -164,7 +164,7 @@ def print_start(args, data: TrainingData, test_sets, optimisation: Optimisation)
     for name, dataset in test_sets.items():
         print(f"test set {name}: {len(dataset)} of {dataset.ground_truth.expected} pairs")
     if device.type == "cpu" and args.arch == "resnet18":
-        print("on a CPU the full-size network takes weeks: --recipe small trains a small one in minutes")
+        print("the full-size network is made for GPUs: on a CPU, --recipe small trains a small one")
 
 
 def print_epoch(args, line) -> None:

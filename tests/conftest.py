@@ -94,16 +94,30 @@ def cli() -> Callable[..., Finished]:
     return run
 
 
+class NotDrawn:
+    """In place of `Drawer`, where nobody looks at the contact sheet."""
+
+    def __init__(self, sheet, *_) -> None:
+        self.sheet = sheet
+
+    def __call__(self, batch) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
 @pytest.fixture(scope="session")
 def train(cli):
     """Run train_slot.py on the small synthetic set: train(root, folder, *flags)."""
 
-    def run(root, folder, *arguments, curves=False):
+    def run(root, folder, *arguments, drawn=False):
         data = ["--trainset", "synthetic", "--train_data_path", root, "--test_data_path", root]
         flags = [*data, *SMALL, *SHORT, "--model_dir", folder, "--experiment_name", "run", *arguments]
         with pytest.MonkeyPatch.context() as patch:
-            if not curves:  # drawing them takes longer than the training
+            if not drawn:  # drawing takes longer than the training
                 patch.setattr("training.log.plot_curves", lambda lines, path: Path(path).write_bytes(b"not drawn"))
+                patch.setattr("training.run.Drawer", NotDrawn)
             return cli("train_slot", *flags)
 
     return run

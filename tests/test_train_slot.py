@@ -27,7 +27,7 @@ def finished(synthetic_root, tmp_path_factory, train):
     """Two epochs on 70 pairs with everything on, resumable, scored."""
     folder = tmp_path_factory.mktemp("checkpoints")
     done = train(
-        synthetic_root, folder, "--testset", "synthetic,synthetic_interactive", "--wandb", "offline", curves=True
+        synthetic_root, folder, "--testset", "synthetic,synthetic_interactive", "--wandb", "offline", drawn=True
     )
     assert done.returncode == 0, done.stderr
     return folder / "run", done

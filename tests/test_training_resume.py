@@ -25,7 +25,7 @@ from utils import UserError, load_checkpoint, save_checkpoint
 
 EVERYTHING = [  # strong augmentation, token masks, false negatives; five steps in each of two epochs
     "--batch_size", "14", "--augment", "hard", "--mask_ratio", "0.3", "--reciprocal_k", "2", "--lr_schedule", "cosine",
-    "--recipe", "lr_warmup=0.1", "--testset", "synthetic", "--save_every_steps", "2",
+    "--recipe", "lr_warmup=0.1", "--testset", "synthetic", "--save_every_steps", "2", "--eval_every", "2",
 ]  # fmt: skip
 
 
