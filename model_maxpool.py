@@ -16,7 +16,7 @@ from audio_io import num_frames
 from model_slot import Compared, Maps, TokenMasks, at_least_fp32, contrast_both_ways
 from resnet import AudioEncoder, ImageEncoder, get_architecture, tokens_along
 
-OBJECTIVE = "maxpool_contrastive"
+OBJECTIVE = "maxpool"
 
 
 class MaxPooled(NamedTuple):

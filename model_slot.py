@@ -406,8 +406,8 @@ class JointSlotModel(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Unweighted losses by name, scalars; what training calls. masks and spectrogram: see `represent`.
 
-        wanted: names of losses; those that are not the paper's are computed only if named. compare: called in place of
-        `batch_losses` where these rows are only a part of the batch (training/step.py).
+        wanted: names of losses; those of the map (MAP_LOSSES) are computed only if one of them is. compare: called in
+        place of `batch_losses` where these rows are only a part of the batch (training/step.py).
         """
         pairs = self.represent(image, spectrogram, masks)
         own = self.compared(pairs, wanted)

@@ -1,8 +1,8 @@
 """The models by objective, and the one way to load a checkpoint of any of them, ours or the paper's.
 
-To add a model, add a row to `OBJECTIVES` and write a class whose constructor takes arguments that
-`train_slot.build_model` knows, and which has what the two classes have: for training `forward`, `draw_masks`,
-`represent`, `compared`, `batch_losses`, `config`, `shape`; for evaluation `attend_image`, `attend_audio`, `maps`,
+To add a model, add a row to `MODELS` and one to `OBJECTIVES` of recipes.py, and write a class whose constructor takes
+settings of recipes.py, and which has what the two classes have: for training `forward`, `draw_masks`, `represent`,
+`compared`, `batch_losses`, `imgnet`, `config`, `shape`; for evaluation `attend_image`, `attend_audio`, `maps`,
 `confidences`, `embedding`, `primary_map`; for use from Python `localize`, `embed`.
 """
 
@@ -19,8 +19,11 @@ from model_slot import JointSlotModel
 from utils import UserError, check_weights, load_checkpoint
 
 Model = JointSlotModel | MaxPoolModel
-OBJECTIVES: dict[str, type[Model]] = {"paper": JointSlotModel, "listen": JointSlotModel, "maxpool": MaxPoolModel}
-OLD_NAMES = {"joint_slot": "paper", "maxpool_contrastive": "maxpool"}  # in older checkpoints; most name no objective
+MODELS: dict[str, type[Model]] = {
+    "paper": JointSlotModel,
+    "maxpool": MaxPoolModel,
+}  # every other objective: the paper's
+OLD_OBJECTIVES = {"joint_slot": "paper", "maxpool_contrastive": "maxpool"}  # their names in older checkpoints
 PAPERS_INFERENCE = {"infer_sharpening": 0.1, "infer_smoothing": 0.0}
 
 
@@ -55,11 +58,11 @@ def _restore(path: Path, state: Mapping[str, Any]) -> Model:
     if not isinstance(config, dict):
         raise UserError(f"the checkpoint {path} is damaged: its `model_config` is not a dict of settings")
     objective = config.get("objective", "paper")
-    objective = OLD_NAMES.get(objective, objective)
-    if objective not in OBJECTIVES:
-        raise UserError(f"{path} is of objective {objective!r}, which is none of {', '.join(OBJECTIVES)}")
+    objective = OLD_OBJECTIVES.get(objective, objective)
+    if objective not in MODELS:
+        raise UserError(f"{path} is of objective {objective!r}, which is none of {', '.join(MODELS)}")
     try:
-        model = OBJECTIVES[objective](**{name: value for name, value in config.items() if name != "objective"})
+        model = MODELS[objective](**{name: value for name, value in config.items() if name != "objective"})
     except (TypeError, ValueError) as error:
         raise UserError(f"the settings of the checkpoint {path} build no model: {error}") from error
     weights = {key.removeprefix("module."): value for key, value in state["model"].items()}

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from dataset import TRAIN_SETS
+from models import OLD_OBJECTIVES
 from resnet import ARCHITECTURES
 from sets import add_run_data_flags, add_test_set_flags
 from utils import ArgumentParser, UserError, add_boolean, number
@@ -81,6 +82,7 @@ INFERENCE = {"infer_sharpening", "infer_smoothing"}  # how maps are computed in 
 PAPER_WEIGHTS = {"info_nce": 1.0, "reconstruction": 0.1, "slot_divergence": 0.1, "attention_matching": 100.0}
 PAPER_NAMES = {"lam1": "reconstruction", "lam2": "slot_divergence", "lam3": "attention_matching"}
 OUR_LOSSES = ("share_contrast", "foreign_claims", "silence")  # not in the paper
+GONE_LOSSES = ("map_contrast", "foreign_tokens")  # older runs may have them; see docs/listening.md
 OBJECTIVES = {  # objective: (weights of losses, settings) that differ from the paper's and the recipe's
     "paper": ({}, {}),
     "listen": (
@@ -282,11 +284,13 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> argparse
 
 def read_recipe(words: Iterable[str], name: str) -> tuple[str, dict[str, Any]]:
     """Words after --recipe -> the recipe's name (`name` where they give none), and {setting: value} of NAME=VALUE."""
-    own = {}
+    own, names = {}, []
     for word in words:
         setting, is_setting, value = word.partition("=")
         if not is_setting:
-            name = word
+            if names and word != names[0]:
+                raise UserError(f"--recipe {names[0]} and {word}: one of them")
+            names.append(word)
             continue
         if setting not in WITHOUT_FLAG:
             flag = f": it has a flag of its own, --{setting} {value}" if setting in PAPER else ""
@@ -295,22 +299,23 @@ def read_recipe(words: Iterable[str], name: str) -> tuple[str, dict[str, Any]]:
             own[setting] = WITHOUT_FLAG[setting](value)
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--recipe {word}: {error}") from error
+    name = names[0] if names else name
     if name not in RECIPES:
         raise UserError(f"--recipe {name}: choose from {', '.join(RECIPES)}")
     return name, own
 
 
 def modern(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that an older run was trained with under today's names: weights in one dict, names of objectives."""
-    if "lam1" not in flags:
-        return dict(flags)
-    old = {"joint_slot": "paper", "maxpool_contrastive": "maxpool"}
-    renamed = PAPER_NAMES | {name: name for name in OUR_LOSSES}
-    weights = {renamed[key]: flags[key] for key in renamed if key in flags and (key in PAPER_NAMES or flags[key])}
-    weights = {"info_nce": 1.0} | weights
-    gone = {*renamed, "alpha", "force", *(key for key in ("map_contrast", "foreign_tokens") if not flags.get(key))}
-    objective = old.get(flags.get("objective", "joint_slot"), flags.get("objective"))
-    if objective == "paper" and OBJECTIVES["listen"][0].items() <= weights.items():
-        objective = "listen"
-    kept = {key: value for key, value in flags.items() if key not in gone}
-    return kept | {"weights": weights, "objective": objective}
+    """The settings of a run under today's names: older code had a flag for each weight, and other names of objectives.
+
+    What is switched off of a loss that is gone is left out. `objective` names the model, "paper" or "maxpool": what
+    `listen` changes, the weights say.
+    """
+    objective = flags.get("objective", "paper")
+    found = dict(flags) | {"objective": {"listen": "paper"}.get(objective, OLD_OBJECTIVES.get(objective, objective))}
+    if "weights" in flags or not PAPER_NAMES.keys() & flags.keys():
+        return found
+    weights = {"info_nce": 1.0} | {loss: flags[name] for name, loss in PAPER_NAMES.items() if name in flags}
+    found["weights"] = weights | {loss: flags[loss] for loss in OUR_LOSSES if flags.get(loss)}
+    gone = {*PAPER_NAMES, *OUR_LOSSES, "alpha", "force", *(loss for loss in GONE_LOSSES if not flags.get(loss))}
+    return {name: value for name, value in found.items() if name not in gone}

@@ -30,7 +30,6 @@ def add_test_set_flags(group, default: str | None) -> None:
     """The flags that name test sets, the same in testing and training."""
     several = "several separated by commas, or all whose data are present"
     group.add_argument("--testset", default=default, help=f"test sets to score: {', '.join(ALL_SETS)}; {several}")
-    group.add_argument("--test_data_path", help="root of the test data (default: the set's environment variable)")
     truth = "ground truth: a JSON of boxes, for flickr the folder of XML files (default: the set's own)"
     group.add_argument("--test_gt_path", help=truth)
     group.add_argument("--test_list", help="file of test ids, one per line, in place of the set's own list")
@@ -38,6 +37,7 @@ def add_test_set_flags(group, default: str | None) -> None:
 
 def add_run_data_flags(group) -> None:
     """Where lists are and what to do about missing pairs, the same in testing and training."""
+    group.add_argument("--test_data_path", help="root of the test data (default: the set's environment variable)")
     group.add_argument("--metadata", default="./metadata", help="folder of the public lists and annotations")
     add_boolean(group, "--allow_missing", "continue without missing or broken pairs, but count and list them")
 

@@ -21,7 +21,7 @@ import torch
 
 from dataset import TrainingPairs, hold_out, select_training_pairs
 from distributed import barrier, own_device, process_group, world_size
-from models import OBJECTIVES, Model
+from models import MODELS, Model
 from recipes import OUR_LOSSES, add_flags, parse
 from resnet import load_imagenet_weights
 from sets import ALL_SETS, build_test_sets, overlap_with_tests, parse_testsets, undecodable
@@ -77,7 +77,7 @@ class TrainingData(NamedTuple):
 
 
 def build_model(args, device: torch.device) -> Model:
-    kind = OBJECTIVES[args.objective]
+    kind = MODELS.get(args.objective, MODELS["paper"])
     with as_user_error(ValueError):
         model = kind(**{name: getattr(args, name) for name in inspect.signature(kind).parameters})
         if args.imagenet_weights != "none":
@@ -198,7 +198,7 @@ def print_end(args, path: Path) -> None:
 # ---------------------------------------------------------------- from start to end
 
 
-def selection(args, data: TrainingData, model: Model, test_sets: Mapping) -> tuple[str, str]:
+def chosen_by(args, data: TrainingData, model: Model, test_sets: Mapping) -> tuple[str, str]:
     """What best.pth is chosen by, in words, and the name of the number that decides."""
     select = args.select if args.select == "test" or len(data.held_out) else "last"
     return tuple(text.format(map=model.primary_map, first=next(iter(test_sets), "")) for text in SELECTED_BY[select])
@@ -231,7 +231,7 @@ def main() -> None:
         model = build_model(args, device)
         test_sets = build_test_sets(args, args.image_size, args.audio_seconds) if args.testset else {}
         optimisation, state = build_optimisation(args, model, device), RunState()
-        selected_by, measure = selection(args, data, model, test_sets)
+        selected_by, measure = chosen_by(args, data, model, test_sets)
         marks = fingerprints(data.train.pairs, data.held_out.pairs, optimisation.amp)
         about = {"model_config": model.config, "args": vars(args), "marks": marks, "selected_by": selected_by}
         folder = RunFolder(path, optimisation, state, about)

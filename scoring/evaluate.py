@@ -25,7 +25,7 @@ from scoring.summary import WRONG, Result, ScoredBatch, SetScores, in_parts
 from sets import count_undecodable
 from utils import UserError, as_user_error
 
-NOT_SCORED = "picture, sound or mask not found or not decodable"
+NOT_SCORED = "image, audio or mask not found or not decodable"
 BAR = {"leave": False, "unit": "batch"}
 
 

@@ -1,6 +1,7 @@
 """What README and docs tell people to type works, what they name exists, and figures that stand twice agree."""
 
 import argparse
+import ast
 import glob
 import importlib
 import json
@@ -410,3 +411,58 @@ def test_every_table_that_a_command_writes_has_its_two_marks():
     for page, tables in {"results": ["demo"], "listening": ["fixed", "half"]}.items():
         marks = re.findall(r"^<!-- (table|end): (\w+) -->$", (ROOT / "docs" / f"{page}.md").read_text(), re.M)
         assert marks == [(mark, name) for name in tables for mark in ("table", "end")]
+
+
+# ---------------------------------------------------------------- the rules that the pages speak of
+
+ROOMS = {  # room: what else than the core it may import
+    "training": {"scoring", "reports"},
+    "reports": {"scoring"},
+    "scoring": set(),
+    "prepare": set(),
+    "synthetic": {"scoring"},
+    "experiments": {"training", "scoring", "reports", "prepare", "synthetic"},
+}
+ENTRY_POINTS = {"train_slot", "test_model", "prepare_data"}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, by dotted name."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def test_imports_run_from_scripts_to_rooms_to_the_core():
+    core = {path.stem for path in ROOT.glob("*.py")} - ENTRY_POINTS
+    assert len(core) + len(ENTRY_POINTS) <= 20
+    for path in [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))]:
+        tops = {name.split(".")[0] for name in imported(path)}
+        assert not tops & ENTRY_POINTS, f"{path.name} imports a script"
+        room = path.parent.name if path.parent != ROOT else None
+        if path.stem not in ENTRY_POINTS:
+            allowed = ROOMS[room] | {room} if room else set()
+            assert not (tops & ROOMS.keys()) - allowed, f"{path.relative_to(ROOT)} imports {tops & ROOMS.keys()}"
+
+
+def test_no_imports_go_in_a_circle():
+    paths = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))]
+    files = {str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path for path in paths}
+    left = {name: imported(path) & files.keys() for name, path in files.items()}
+    while free := {name for name, needs in left.items() if not needs & left.keys()}:
+        left = {name: needs for name, needs in left.items() if name not in free}
+    assert not left, f"a circle among {', '.join(left)}"
+
+
+def test_the_functions_that_contributing_names_are_there():
+    """`name` of a backticked file in the same cell."""
+    rows = [line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("|")]
+    for cell in " ".join(rows).split("|"):
+        files = [ROOT / name for name in re.findall(r"`([a-z_/]+\.py)`", cell)]
+        names = [name.rpartition(".")[2] for name in re.findall(r"`([A-Za-z_.]+)`", cell) if not name.endswith(".py")]
+        text = "".join(path.read_text() for path in files)
+        assert not files or all(re.search(rf"\b{name}\b", text) for name in names), cell

@@ -363,7 +363,7 @@ def test_the_listening_objective_follows_the_sound_in_its_last_epoch(default_roo
     """The headline of the README: one seed, the built-in data, one object in a training image."""
     data = ["--train_data_path", str(default_root), "--test_data_path", str(default_root)]
     listen = "bash", "train_script.sh", "synthetic", "synthetic_distractor", "cpu", "ears", "--model_dir", str(tmp_path)
-    runs.call(*listen, *data, OBJECTIVE="listen")
+    subprocess.run([*listen, *data], cwd=ROOT, env=runs.environment() | {"OBJECTIVE": "listen"}, check=True)
     done = cli(
         "test_model", "--checkpoint", tmp_path / "ears_listen" / "latest.pth", "--testset", "synthetic_distractor",
         "--test_data_path", default_root, "--gpu", "cpu", "--imagenet_weights", "none", "--out_dir", tmp_path / "last",

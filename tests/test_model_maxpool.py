@@ -117,7 +117,7 @@ def test_a_training_run_is_scored_by_the_map_that_there_is(trained):
     state = load_checkpoint(folder / "best.pth")
     assert state["selected_by"] == "cIoU of AUD on test set synthetic" in done.stdout
     assert state["best"] == line["synthetic/AUD/cIoU"]
-    assert state["model_config"]["objective"] == "maxpool_contrastive"
+    assert state["model_config"]["objective"] == OBJECTIVE
     assert (folder / "curves.png").stat().st_size > 0
 
 
@@ -189,7 +189,7 @@ def test_retrieval_takes_the_best_token(trained, synthetic_root):
 
 
 def test_the_diagnosis_of_slots_is_refused_before_anything_is_written(model, trained, synthetic_root, tmp_path, cli):
-    with pytest.raises(UserError, match="--objective maxpool_contrastive has none"):
+    with pytest.raises(UserError, match=f"--objective {OBJECTIVE} has none"):
         diagnose(model, [], CPU, tmp_path)
     done = cli(
         "test_model", "--checkpoint", trained[0] / "best.pth", "--testset", "synthetic", "--gpu", "cpu",

@@ -51,9 +51,13 @@ def test_what_a_file_says_of_itself_comes_with_the_model(tmp_path):
 
 def test_the_objective_is_that_of_the_file_and_an_unknown_one_is_named(tmp_path):
     assert "objective" not in JointSlotModel(**SMALL).config  # as in every checkpoint so far
-    assert MaxPoolModel(**SMALL).config["objective"] == "maxpool_contrastive"
+    pooled = MaxPoolModel(**SMALL)
+    assert pooled.config["objective"] == "maxpool"
+    old = {"model": pooled.state_dict(), "model_config": pooled.config | {"objective": "maxpool_contrastive"}}
+    save_checkpoint(tmp_path / "old.pth", old)
+    assert isinstance(models.load_model(tmp_path / "old.pth"), MaxPoolModel)
     save_checkpoint(tmp_path / "a.pth", {"model": {}, "model_config": SMALL | {"objective": "none"}})
-    with pytest.raises(UserError, match=r"objective 'none'.* paper, listen, maxpool"):
+    with pytest.raises(UserError, match=r"objective 'none'.* paper, maxpool"):
         models.load(tmp_path / "a.pth")
 
 

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 import recipes
 import train_slot
@@ -58,7 +59,7 @@ def test_a_recipe_or_setting_that_there_is_not_is_refused(words):
 
 def test_the_group_of_a_flag_says_what_it_may_change():
     found = roles()
-    assert found.keys() == settings().keys() - {"experiment_name"} | {"experiment_name"}
+    assert found.keys() == settings().keys()
     expected = {"lr": OPTIMISATION, "weights": LOSSES, "train_list": DATA, "testset": TESTS, "infer_sharpening": TESTS}
     expected |= dict.fromkeys(("keep_every", "save_every_steps", "resume", "gpu", "allow_missing", "recipe"), RUN)
     assert {name: found[name] for name in expected} == expected
@@ -74,12 +75,20 @@ def test_there_are_at_most_46_flags(capsys):
 def test_settings_of_older_runs_have_todays_names():
     old = {"lam1": 0.1, "lam2": 0.1, "lam3": 0.0, "share_contrast": 1.0, "foreign_claims": 4.0, "silence": 0.0}
     found = modern(old | {"map_contrast": 0.0, "foreign_tokens": 2.0, "objective": "joint_slot", "tau": 0.05})
-    assert found["objective"] == "listen" and found["tau"] == 0.05 and found["foreign_tokens"] == 2.0
+    assert found["objective"] == "paper" and found["tau"] == 0.05 and found["foreign_tokens"] == 2.0
     assert found["weights"] == settings("--objective", "listen")["weights"] and "map_contrast" not in found
     assert modern(old | {"objective": "maxpool_contrastive"})["objective"] == "maxpool"
     assert modern(found) == found
 
 
-def test_flags_of_the_command_line_are_taken_where_none_are_given(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_slot.py", "--experiment_name", "x", "--trainset", "vggss_144k"])
-    assert train_slot.parse_args().epochs == 50
+def test_torchrun_starts_with_the_same_recipe(monkeypatch):
+    command = "--nproc_per_node 4 train_slot.py --trainset vggss_144k --experiment_name x --batch_size 1024"
+    launched = get_args_parser().parse_args(command.split())
+    monkeypatch.setattr(sys, "argv", [launched.training_script, *launched.training_script_args])
+    args = train_slot.parse_args()
+    assert (args.epochs, args.infer_sharpening, args.batch_size) == (50, 1.0, 1024)
+
+
+def test_two_recipes_at_once_are_refused():
+    with pytest.raises(UserError, match="small and paper"):
+        settings("--recipe", "small", "--recipe", "paper")

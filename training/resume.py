@@ -79,7 +79,7 @@ def fingerprints(train: Sequence[Pair], held_out: Sequence[Pair], amp: torch.dty
     }
 
 
-def differences(state: Mapping[str, Any], args, marks: Mapping[str, str]) -> list[str]:
+def differences(state: Mapping[str, Any], args, marks: Mapping[str, str]) -> dict[str, str]:
     """Settings and fingerprints in which this run differs from the one that wrote the checkpoint.
 
     The fingerprints stand for the data that are trained on. A setting that older code did not know makes no difference
@@ -90,12 +90,14 @@ def differences(state: Mapping[str, Any], args, marks: Mapping[str, str]) -> lis
         free |= {name for name, role in roles().items() if role == TESTS}
     if args.lr_schedule != "cosine" and not args.lr_warmup:
         free.add("epochs")
-    then, now = modern(state["args"]) | state["marks"], vars(args) | marks
-    return [
-        f"{name if name in marks else f'--{name}'} {then.get(name)} -> {value}"
-        for name, value in now.items()
-        if name not in free and then.get(name) != value and (name in then or value)
-    ]
+    then, now = modern(state["args"]) | state["marks"], modern(vars(args)) | marks
+    found = {}
+    for name in dict.fromkeys([*now, *then]):
+        old, new = then.get(name), now.get(name)
+        known_to_both = name in then and name in now
+        if name not in free and old != new and (known_to_both or old or new):
+            found[name] = f"{name if name in marks else f'--{name}'} {old} -> {new}"
+    return found
 
 
 def launch_name() -> str:
@@ -106,6 +108,13 @@ def launch_name() -> str:
     return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name
 
 
+def _written_by_this_start(path: Path) -> bool:
+    try:
+        return load_checkpoint(path).get("launch") == launch_name()
+    except UserError:  # damaged: of no use to anybody
+        return False
+
+
 def should_resume(folder: Path, args) -> bool:
     """Whether to continue from latest.pth: --resume asks for it, or this same start of torchrun wrote it.
 
@@ -114,7 +123,7 @@ def should_resume(folder: Path, args) -> bool:
     """
     path = folder / "latest.pth"
     there = path.exists()
-    own = there and under_torchrun() and load_checkpoint(path).get("launch") == launch_name()
+    own = there and under_torchrun() and is_main() and _written_by_this_start(path)
     there, own = all_gather_object((there, own))[0]
     asked = args.resume != "false"
     if asked and not there:
@@ -172,14 +181,22 @@ class StopFlag:
 
 @contextmanager
 def lock_folder(folder: Path):
-    """Hold the run's folder for this process. UserError when another process holds it."""
+    """Hold the run's folder for this process. UserError when another process holds it.
+
+    Where the file system knows no locks, nobody is held back.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
     try:
-        lock = FileLock(folder / "lock").acquire(timeout=LOCK_SECONDS)
+        lock.acquire(timeout=LOCK_SECONDS)
     except Timeout as error:
         raise UserError(f"another process is training in {folder}: stop it, or take another name") from error
-    with lock:
+    except (OSError, NotImplementedError) as error:
+        print(f"{folder} cannot be locked ({error}): do not start another training in it")
+    try:
         yield
+    finally:
+        lock.release()
 
 
 class RunFolder:
@@ -197,6 +214,8 @@ class RunFolder:
         """Lock the folder, remove a run that is overwritten, and begin the run's files and log."""
         if is_main():
             with lock_folder(self.path):
+                if not (resumed or args.overwrite) and (self.path / "latest.pth").exists():
+                    raise UserError(f"another process has trained in {self.path} meanwhile: take another name")
                 self._begin(args, left_out, train, resumed)
                 yield
         else:
@@ -231,6 +250,7 @@ class RunFolder:
             self.save("latest")  # after the last step, too: an error while scoring does not lose the epoch
         if stopping:
             raise Stopped
+        stop.leave_alone()  # told to while the file was written
 
     def write(self, line: dict[str, Any], step: int) -> None:
         """One epoch's numbers; step: optimisation steps of the run so far."""
@@ -258,7 +278,8 @@ class RunFolder:
         if not state.keys() >= STATE:
             raise UserError(f"{path} holds weights only, or is of another version, and cannot be resumed")
         marks = self.about["marks"]
-        listed = "; ".join(different := differences(state, args, marks))
+        different = differences(state, args, marks)
+        listed = "; ".join(different.values())
         if different and args.resume != "force":
             mend = "give the old ones to continue as before, or --resume force to continue with these"
             raise UserError(f"{path} was trained with other settings: {listed} ({mend})")
@@ -270,7 +291,7 @@ class RunFolder:
             self.state.step, self.state.sums = 0, {}
             measured = state["selected_by"] == self.about["selected_by"]
             measured &= state["marks"]["held-out pairs"] == marks["held-out pairs"]
-            if not measured or any(f"--{name} " in listed for name in INFERENCE):
+            if not measured or INFERENCE & different.keys():
                 self.state.best = -math.inf  # another measure: the old best says nothing about it
             print(f"--resume force: other settings, from the start of epoch {self.state.epoch + 1}: {listed}")
         if state["processes"] != world_size():
