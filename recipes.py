@@ -80,6 +80,7 @@ WITHOUT_FLAG = {  # settings that NAME=VALUE after --recipe changes
 INFERENCE = {"infer_sharpening", "infer_smoothing"}  # how maps are computed in tests
 
 PAPER_WEIGHTS = {"info_nce": 1.0, "reconstruction": 0.1, "slot_divergence": 0.1, "attention_matching": 100.0}
+MAXPOOL_WEIGHTS = {"info_nce": 1.0}
 PAPER_NAMES = {"lam1": "reconstruction", "lam2": "slot_divergence", "lam3": "attention_matching"}
 OUR_LOSSES = ("share_contrast", "foreign_claims", "silence")  # not in the paper
 GONE_LOSSES = ("map_contrast", "foreign_tokens")  # older runs may have them; see docs/listening.md
@@ -277,8 +278,9 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> argparse
     args = parser.parse_args(argv)
     vars(args).update({key: settings[key] for key in WITHOUT_FLAG}, recipe=name)
     given = {PAPER_NAMES.get(loss, loss): weight for loss, weight in args.weights or ()}
-    weights = PAPER_WEIGHTS | weights | given
-    args.weights = {loss: weight for loss, weight in weights.items() if weight or loss in PAPER_WEIGHTS}
+    own = MAXPOOL_WEIGHTS if args.objective == "maxpool" else PAPER_WEIGHTS
+    weights = own | weights | given
+    args.weights = {loss: weight for loss, weight in weights.items() if weight or loss in own}
     return args
 
 
@@ -316,6 +318,7 @@ def modern(flags: Mapping[str, Any]) -> dict[str, Any]:
     if "weights" in flags or not PAPER_NAMES.keys() & flags.keys():
         return found
     weights = {"info_nce": 1.0} | {loss: flags[name] for name, loss in PAPER_NAMES.items() if name in flags}
-    found["weights"] = weights | {loss: flags[loss] for loss in OUR_LOSSES if flags.get(loss)}
+    weights |= {loss: flags[loss] for loss in OUR_LOSSES if flags.get(loss)}
+    found["weights"] = MAXPOOL_WEIGHTS if found["objective"] == "maxpool" else weights
     gone = {*PAPER_NAMES, *OUR_LOSSES, "alpha", "force", *(loss for loss in GONE_LOSSES if not flags.get(loss))}
     return {name: value for name, value in found.items() if name not in gone}

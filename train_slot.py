@@ -51,9 +51,12 @@ def check_args(args) -> None:
     if args.select == "test" and args.eval_every > args.epochs:
         raise UserError(f"--select test with --eval_every {args.eval_every} never tests within {args.epochs} epochs")
     ours = [name for name in OUR_LOSSES if name in args.weights]
-    if args.objective == "maxpool" and (ours or args.reciprocal_k):
-        unknown = ", ".join([*(f"--weights {name}" for name in ours), *["--reciprocal_k"] * bool(args.reciprocal_k)])
-        raise UserError(f"{unknown}: --objective maxpool would ignore it, leave it out")
+    if args.objective == "maxpool":
+        ignored = [f"--weights {name}" for name in args.weights if name != "info_nce"]
+        if args.reciprocal_k:
+            ignored.append("--reciprocal_k")
+        if ignored:
+            raise UserError(f"{', '.join(ignored)}: --objective maxpool would ignore it, leave it out")
     if args.num_slots == 1 and ours:
         raise UserError(f"{', '.join(ours)}: one slot has every token to itself, --num_slots 2 or more")
     if args.testset:
@@ -98,7 +101,7 @@ def build_optimisation(args, model: Model, device: torch.device) -> Optimisation
         args.clip,
         choose_amp(args.amp, device),
         args.micro_batch,
-        all_weights=bool(args.mask_ratio and args.weights["reconstruction"] and not args.warmup),
+        all_weights=bool(args.mask_ratio and args.weights.get("reconstruction") and not args.warmup),
     )
 
 

@@ -139,7 +139,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_in_one_go_and_takes_no_other
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--weights", "silence=1", "share_contrast=1"], "--weights share_contrast, --weights silence"),
+        (["--weights", "silence=1", "share_contrast=1"], "--weights silence, --weights share_contrast"),
         (["--reciprocal_k", "3"], "--reciprocal_k"),
     ],
 )

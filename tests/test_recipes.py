@@ -89,6 +89,12 @@ def test_torchrun_starts_with_the_same_recipe(monkeypatch):
     assert (args.epochs, args.infer_sharpening, args.batch_size) == (50, 1.0, 1024)
 
 
+def test_max_pooling_has_one_loss():
+    assert settings("--objective", "maxpool")["weights"] == {"info_nce": 1.0}
+    old = {"lam1": 0.1, "lam2": 0.1, "lam3": 100.0, "objective": "maxpool_contrastive"}
+    assert modern(old)["weights"] == {"info_nce": 1.0}
+
+
 def test_two_recipes_at_once_are_refused():
     with pytest.raises(UserError, match="small and paper"):
         settings("--recipe", "small", "--recipe", "paper")

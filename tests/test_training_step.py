@@ -7,6 +7,7 @@ from processes import CPU, PAIRS, WITH_MAPS, WITHOUT_RECONSTRUCTION, gradients, 
 from model_slot import JointSlotModel
 from recipes import PAPER_WEIGHTS
 from training.step import Inputs, NotFinite, Optimisation, lr_factor
+from utils import UserError
 
 
 def assert_same(found, expected):
@@ -81,6 +82,13 @@ def test_a_step_leaves_the_statistics_of_one_pass_not_of_two():
     Optimisation(model, CPU, 1e-3, micro_batch=2).step(inputs, PAPER_WEIGHTS, 1.0)
     counts = {int(value) for name, value in model.named_buffers() if name.endswith("num_batches_tracked")}
     assert counts == {2}
+
+
+def test_a_weight_of_a_loss_that_no_model_computes_stops_the_run():
+    model = JointSlotModel("small", 16, 2, 3, 32, 0.4, reciprocal_k=0).train()
+    inputs = Inputs(torch.randn(2, 3, 32, 32), torch.randn(2, 1, 257, 41), model.draw_masks(2))
+    with pytest.raises(UserError, match="slot_norm"):
+        Optimisation(model, CPU, 1e-3).step(inputs, PAPER_WEIGHTS | {"slot_norm": 1.0}, 1.0)
 
 
 # ---------------------------------------------------------------- schedule, precision

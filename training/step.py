@@ -126,6 +126,8 @@ class Optimisation:
         norm = nn.utils.get_total_norm([p.grad for p in trained])
         if self.clip:
             nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
+        if absent := [name for name, weight in weights.items() if weight and name not in losses]:
+            raise UserError(f"{', '.join(absent)}: has a weight, but the model computes no such loss")
         figures = losses | {"loss": weighted(losses, weights)}
         values = dict(zip(figures, average(torch.stack([*figures.values()])).tolist(), strict=True))
         norm = norm.item()
