@@ -176,7 +176,7 @@ def test_the_flags_of_every_row_are_flags_of_the_training(key, arch, tmp_path):
     ours = {name for name in ("share_contrast", "foreign_claims", "silence") if args.weights.get(name)}
     wanted = {"share": {"share_contrast"}, "listen": {"share_contrast", "foreign_claims"}}.get(key.split("_")[0], set())
     assert ours == wanted | ({"silence"} if "silence" in key else set())
-    assert bool(args.weights["attention_matching"]) == (not ours)
+    assert bool(args.weights.get("attention_matching")) == (not ours and key != "maxpool")
 
 
 @pytest.mark.slow
