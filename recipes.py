@@ -117,6 +117,148 @@ def _weight(text: str) -> tuple[str, float]:
     return name, number(float, low=0)(value)
 
 
+def _data_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
+    """Which pairs are learnt from, which are held out."""
+    group = parser.add_argument_group(DATA)
+    group.add_argument(
+        "--trainset", choices=sorted(TRAIN_SETS), default="synthetic", help="training set; custom: your own pairs"
+    )
+    group.add_argument("--train_list", help="file of training ids, one per line, in place of the set's own list")
+    held_out = "file of ids held out to choose best.pth by retrieval (default: the set's own list, else a fraction)"
+    group.add_argument("--val_list", help=held_out)
+    group.add_argument(
+        "--val_fraction", type=number(float, low=0, high=0.5), default=0.02,
+        help="fraction of training pairs held out to choose best.pth, where no list says which",
+    )  # fmt: skip
+    add_boolean(group, "--exclude_test_overlap", "do not train on ids that are in a test list in --metadata")
+    return group
+
+
+def _test_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
+    """What is scored while training."""
+    group = parser.add_argument_group(TESTS)
+    add_test_set_flags(group, default=None)
+    group.add_argument(
+        "--eval_every", type=number(int, low=0), help="epochs between two scorings of --testset; 0: only at the end"
+    )
+    return group
+
+
+def _model_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
+    """Objective, encoders, slots and the size of the input."""
+    group = parser.add_argument_group(MODEL)
+    group.add_argument(
+        "--objective", choices=[*OBJECTIVES], default="paper",
+        help="paper: joint slot attention; listen: the same with share contrast and foreign claims in place of "
+        "attention matching, so that maps follow the audio; maxpool: max-pooled contrast on the same encoders, without "
+        "slots (EZ-VSL's objective)",
+    )  # fmt: skip
+    group.add_argument(
+        "--arch", choices=sorted(ARCHITECTURES), help="both encoders: the paper's, or a small one for CPUs"
+    )
+    group.add_argument("--num_slots", type=number(int, low=1), help="number of slots; slot 0 is the target slot")
+    group.add_argument("--iterations", type=number(int, low=1), help="iterations of slot attention")
+    group.add_argument("--image_size", type=number(int, low=16), help="side of the square input image, in pixels")
+    group.add_argument("--audio_seconds", type=number(float, low=0.1), help="length of the input audio, in seconds")
+    group.add_argument(
+        "--imagenet_weights", help="initial weights of the image encoder: auto (download), none (random), or a file"
+    )
+    return group
+
+
+def _loss_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
+    """Temperature, masks, false negatives, weights."""
+    group = parser.add_argument_group(LOSSES)
+    group.add_argument("--tau", type=number(float, above=0), help="temperature of the contrastive loss")
+    group.add_argument(
+        "--mask_ratio", type=number(float, low=0, high=0.99), help="fraction of tokens hidden in training"
+    )
+    group.add_argument(
+        "--reciprocal_k", type=number(int, low=0),
+        help="k of the k-reciprocal false-negative rule (default: 20 at batch 256, scaled with the batch; 0 = off)",
+    )  # fmt: skip
+    group.add_argument(
+        "--weights", type=_weight, nargs="+", action=_Weight, metavar="NAME=W",
+        help=f"weights of losses: {', '.join(f'{name} ({paper})' for paper, name in PAPER_NAMES.items())}; not in the "
+        f"paper: {', '.join(OUR_LOSSES)} (default: the paper's 0.1, 0.1, 100, or those of --objective)",
+    )  # fmt: skip
+    group.add_argument(
+        "--lam1", "--lam2", "--lam3", type=number(float, low=0), dest="weights", action=_Weight, metavar="W",
+        help="the paper's weights one by one: --lam3 0 is --weights lam3=0",
+    )  # fmt: skip
+    return group
+
+
+def _optimisation_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
+    """Augmentation, batch, learning rate, precision, seed."""
+    group = parser.add_argument_group(OPTIMISATION)
+    group.add_argument(
+        "--augment", choices=("hard", "plain"), help="hard: the paper's augmentation; plain: crop and flip only"
+    )
+    group.add_argument("--epochs", type=number(int, low=1), help="passes over the training pairs")
+    group.add_argument("--batch_size", type=number(int, low=2), help="pairs per step, over all processes together")
+    group.add_argument(
+        "--micro_batch", type=number(int, low=1),
+        help="pairs per process that go through the network at once, to save memory; the losses still see the whole "
+        "batch",
+    )  # fmt: skip
+    add_boolean(group, "--sync_bn", "compute batch-norm statistics over all processes (CUDA only)")
+    group.add_argument("--lr", type=number(float, above=0), help="learning rate of AdamW")
+    group.add_argument(
+        "--lr_schedule", choices=("constant", "step", "cosine"),
+        help="learning rate after the warm-up; step: x 0.9 per epoch; cosine: falls to 0 at the end",
+    )  # fmt: skip
+    group.add_argument(
+        "--amp", choices=("auto", "bf16", "fp16", "none"), default="auto",
+        help="precision of the encoders; auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPUs",
+    )  # fmt: skip
+    group.add_argument(
+        "--select", choices=("retrieval", "test"), default="retrieval",
+        help="what best.pth is chosen by: retrieval on held-out pairs (no boxes), or cIoU on the first --testset",
+    )  # fmt: skip
+    group.add_argument(
+        "--seed",
+        type=number(int, low=0, high=2**32 - 1),
+        default=0,
+        help="random seed; on a CPU the same one gives the same numbers",
+    )
+    return group
+
+
+def _run_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
+    """Where data and results lie; nothing here changes what is learnt."""
+    group = parser.add_argument_group(RUN)
+    group.add_argument("--train_data_path", help="root of the training data (default: the set's environment variable)")
+    add_run_data_flags(group)
+    group.add_argument("--num_workers", type=number(int, low=0), default=2, help="data-loading workers per process")
+    group.add_argument(
+        "--gpu", default="0", help="number of a CUDA device, or cpu; torchrun gives every process its own"
+    )
+    group.add_argument(
+        "--model_dir", default="./checkpoints", help="folder in which every run gets a folder of its own"
+    )
+    group.add_argument("--experiment_name", required=True, help="name of this run, and of its folder in --model_dir")
+    group.add_argument(
+        "--wandb", choices=("true", "offline", "false"), default="false",
+        help="log to Weights & Biases; offline: record locally, for wandb sync",
+    )  # fmt: skip
+    group.add_argument(
+        "--resume", nargs="?", const="true", choices=("true", "false", "force"), default="false",
+        help="continue from latest.pth; force: even if settings or data differ, then from the start of the epoch",
+    )  # fmt: skip
+    group.add_argument(
+        "--save_every_steps", type=number(int, low=0), default=0, metavar="N",
+        help="also write latest.pth every N steps; 0: only at the end of an epoch",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep_every", type=number(int, low=0), default=0, metavar="K",
+        help="keep a checkpoint epoch_NNNN.pth every K epochs; 0: none",
+    )  # fmt: skip
+    add_boolean(group, "--overwrite", "replace an existing run of the same name")
+    add_boolean(group, "--dry_run", "try one training step and one batch of every test set, then stop; writes nothing")
+    return group
+
+
 def add_flags(parser: ArgumentParser) -> dict[str, str]:
     """Every flag of a training -> {flag: its group}. The group says what the flag may change.
 
@@ -129,124 +271,9 @@ def add_flags(parser: ArgumentParser) -> dict[str, str]:
         help=f"recipe, which sets the defaults of the flags below: {', '.join(RECIPES)} (default: chosen by "
         f"--trainset); SETTING=VALUE changes a setting that has no flag: {', '.join(WITHOUT_FLAG)}",
     )  # fmt: skip
-
-    data = parser.add_argument_group(DATA)
-    data.add_argument(
-        "--trainset", choices=sorted(TRAIN_SETS), default="synthetic", help="training set; custom: your own pairs"
-    )
-    data.add_argument("--train_list", help="file of training ids, one per line, in place of the set's own list")
-    held_out = "file of ids held out to choose best.pth by retrieval (default: the set's own list, else a fraction)"
-    data.add_argument("--val_list", help=held_out)
-    data.add_argument(
-        "--val_fraction", type=number(float, low=0, high=0.5), default=0.02,
-        help="fraction of training pairs held out to choose best.pth, where no list says which",
-    )  # fmt: skip
-    add_boolean(data, "--exclude_test_overlap", "do not train on ids that are in a test list in --metadata")
-
-    tests = parser.add_argument_group(TESTS)
-    add_test_set_flags(tests, default=None)
-    tests.add_argument(
-        "--eval_every", type=number(int, low=0), help="epochs between two scorings of --testset; 0: only at the end"
-    )
-
-    model = parser.add_argument_group(MODEL)
-    model.add_argument(
-        "--objective", choices=[*OBJECTIVES], default="paper",
-        help="paper: joint slot attention; listen: the same with share contrast and foreign claims in place of "
-        "attention matching, so that maps follow the audio; maxpool: max-pooled contrast on the same encoders, without "
-        "slots (EZ-VSL's objective)",
-    )  # fmt: skip
-    model.add_argument(
-        "--arch", choices=sorted(ARCHITECTURES), help="both encoders: the paper's, or a small one for CPUs"
-    )
-    model.add_argument("--num_slots", type=number(int, low=1), help="number of slots; slot 0 is the target slot")
-    model.add_argument("--iterations", type=number(int, low=1), help="iterations of slot attention")
-    model.add_argument("--image_size", type=number(int, low=16), help="side of the square input image, in pixels")
-    model.add_argument("--audio_seconds", type=number(float, low=0.1), help="length of the input audio, in seconds")
-    model.add_argument(
-        "--imagenet_weights", help="initial weights of the image encoder: auto (download), none (random), or a file"
-    )
-
-    losses = parser.add_argument_group(LOSSES)
-    losses.add_argument("--tau", type=number(float, above=0), help="temperature of the contrastive loss")
-    losses.add_argument(
-        "--mask_ratio", type=number(float, low=0, high=0.99), help="fraction of tokens hidden in training"
-    )
-    losses.add_argument(
-        "--reciprocal_k", type=number(int, low=0),
-        help="k of the k-reciprocal false-negative rule (default: 20 at batch 256, scaled with the batch; 0 = off)",
-    )  # fmt: skip
-    losses.add_argument(
-        "--weights", type=_weight, nargs="+", action=_Weight, metavar="NAME=W",
-        help=f"weights of losses: {', '.join(f'{name} ({paper})' for paper, name in PAPER_NAMES.items())}; not in the "
-        f"paper: {', '.join(OUR_LOSSES)} (default: the paper's 0.1, 0.1, 100, or those of --objective)",
-    )  # fmt: skip
-    losses.add_argument(
-        "--lam1", "--lam2", "--lam3", type=number(float, low=0), dest="weights", action=_Weight, metavar="W",
-        help="the paper's weights one by one: --lam3 0 is --weights lam3=0",
-    )  # fmt: skip
-
-    optimisation = parser.add_argument_group(OPTIMISATION)
-    optimisation.add_argument(
-        "--augment", choices=("hard", "plain"), help="hard: the paper's augmentation; plain: crop and flip only"
-    )
-    optimisation.add_argument("--epochs", type=number(int, low=1), help="passes over the training pairs")
-    optimisation.add_argument(
-        "--batch_size", type=number(int, low=2), help="pairs per step, over all processes together"
-    )
-    optimisation.add_argument(
-        "--micro_batch", type=number(int, low=1),
-        help="pairs per process that go through the network at once, to save memory; the losses still see the whole "
-        "batch",
-    )  # fmt: skip
-    add_boolean(optimisation, "--sync_bn", "compute batch-norm statistics over all processes (CUDA only)")
-    optimisation.add_argument("--lr", type=number(float, above=0), help="learning rate of AdamW")
-    optimisation.add_argument(
-        "--lr_schedule", choices=("constant", "step", "cosine"),
-        help="learning rate after the warm-up; step: x 0.9 per epoch; cosine: falls to 0 at the end",
-    )  # fmt: skip
-    optimisation.add_argument(
-        "--amp", choices=("auto", "bf16", "fp16", "none"), default="auto",
-        help="precision of the encoders; auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPUs",
-    )  # fmt: skip
-    optimisation.add_argument(
-        "--select", choices=("retrieval", "test"), default="retrieval",
-        help="what best.pth is chosen by: retrieval on held-out pairs (no boxes), or cIoU on the first --testset",
-    )  # fmt: skip
-    optimisation.add_argument(
-        "--seed",
-        type=number(int, low=0, high=2**32 - 1),
-        default=0,
-        help="random seed; on a CPU the same one gives the same numbers",
-    )
-
-    run = parser.add_argument_group(RUN)
-    run.add_argument("--train_data_path", help="root of the training data (default: the set's environment variable)")
-    add_run_data_flags(run)
-    run.add_argument("--num_workers", type=number(int, low=0), default=2, help="data-loading workers per process")
-    run.add_argument("--gpu", default="0", help="number of a CUDA device, or cpu; torchrun gives every process its own")
-    run.add_argument("--model_dir", default="./checkpoints", help="folder in which every run gets a folder of its own")
-    run.add_argument("--experiment_name", required=True, help="name of this run, and of its folder in --model_dir")
-    run.add_argument(
-        "--wandb", choices=("true", "offline", "false"), default="false",
-        help="log to Weights & Biases; offline: record locally, for wandb sync",
-    )  # fmt: skip
-    run.add_argument(
-        "--resume", nargs="?", const="true", choices=("true", "false", "force"), default="false",
-        help="continue from latest.pth; force: even if settings or data differ, then from the start of the epoch",
-    )  # fmt: skip
-    run.add_argument(
-        "--save_every_steps", type=number(int, low=0), default=0, metavar="N",
-        help="also write latest.pth every N steps; 0: only at the end of an epoch",
-    )  # fmt: skip
-    run.add_argument(
-        "--keep_every", type=number(int, low=0), default=0, metavar="K",
-        help="keep a checkpoint epoch_NNNN.pth every K epochs; 0: none",
-    )  # fmt: skip
-    add_boolean(run, "--overwrite", "replace an existing run of the same name")
-    add_boolean(run, "--dry_run", "try one training step and one batch of every test set, then stop; writes nothing")
-
-    groups = data, tests, model, losses, optimisation, run
+    groups = [
+        add(parser) for add in (_data_flags, _test_flags, _model_flags, _loss_flags, _optimisation_flags, _run_flags)
+    ]
     return {action.dest: group.title for group in groups for action in group._group_actions}
 
 
