@@ -155,6 +155,19 @@ def f_scores(maps: Tensor, masks: Tensor, ascending: Tensor | None = None) -> Te
     return torch.from_numpy(np.stack(scores)).to(maps.device)
 
 
+def share_above(maps: Tensor, threshold: float) -> Tensor:
+    """(B, H, W) -> (B,) float64 in 0..1: share of the pixels strictly above a threshold, how much of an image is lit.
+
+    maps: absolute ones, never min-max normalised, or something is lit always. Under audio that nothing in view can
+    cause this is pIA (Juanola et al., arXiv 2410.01020), a fraction here. ValueError for a NaN, which would count as
+    dark, or an infinity.
+    """
+    bad = ~torch.isfinite(maps).flatten(1).all(1)
+    if bad.any():
+        raise ValueError(f"map {int(bad.nonzero()[0])} of the batch holds a value that is not finite")
+    return (maps > threshold).flatten(1).double().mean(1)
+
+
 def _same_shape(maps: Tensor, truth: Tensor) -> None:
     if maps.shape != truth.shape or maps.dim() != 3:
         raise ValueError(f"maps {tuple(maps.shape)} and truth {tuple(truth.shape)} must both be (B, H, W)")

@@ -284,3 +284,15 @@ def test_a_region_scores_as_its_map_does():
     region = metrics.centred_disc(24, 24).expand_as(truth)
     wanted = metrics.pixel_average_precision(region.float(), truth)
     assert torch.allclose(metrics.region_average_precision(region, truth), wanted, equal_nan=True)
+
+
+def test_share_above_counts_the_pixels_strictly_above_the_threshold():
+    maps = torch.zeros(3, 4, 5)
+    maps[0, 0], maps[1] = 0.7, 1.0
+    assert metrics.share_above(maps, 0.5).tolist() == [0.25, 1.0, 0.0]
+    assert metrics.share_above(maps, float(maps[0, 0, 0])).tolist() == [0, 1, 0]  # at the threshold is not above it
+    assert metrics.share_above(maps - 2, -2.5).tolist() == [1, 1, 1] and metrics.share_above(maps, 2).sum() == 0
+    assert metrics.share_above(maps, 0.5).dtype == torch.float64
+    maps[2, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="map 2 of the batch"):
+        metrics.share_above(maps, 0.5)
