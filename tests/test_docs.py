@@ -42,6 +42,7 @@ RUN_ELSEWHERE = {
 }
 SCRIPTS = ("train_slot", "test_model", "experiments.objectives", "experiments.benchmark")
 PREPARATIONS = ("metadata", "clips", "check", "synthetic")
+BENCHES = ("step", "scaling", "input", "eval", "all")
 FOREIGN_FLAGS = {"--max-restarts", "--init_lr"}  # named in prose: torchrun's, EZ-VSL's
 FOREIGN_FILES = {"train.py", "test.py"}  # EZ-VSL's
 AUTHORS = [("Inho", "Kim"), ("Youngkil", "Song"), ("Jicheol", "Park"), ("Won Hwa", "Kim"), ("Suha", "Kwak")]
@@ -235,7 +236,8 @@ def test_every_command_is_run_by_a_test_or_marked():
 
 def test_every_flag_in_prose_is_a_flag(monkeypatch, capsys):
     known = set(FOREIGN_FLAGS)
-    for script, first in [*((name, []) for name in SCRIPTS), *(("prepare_data", [name]) for name in PREPARATIONS)]:
+    commands = [(name,) for name in SCRIPTS] + [("prepare_data", name) for name in PREPARATIONS]
+    for script, *first in [*commands, *(("experiments.benchmark", name) for name in BENCHES)]:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *first, "--help"])
         with pytest.raises(SystemExit):
             importlib.import_module(script).main()

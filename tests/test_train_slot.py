@@ -226,7 +226,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_ids(synthetic_root, tm
     "script, readers",
     [
         ("recipes.py", ("train_slot.py", "training/resume.py", "sets.py")),
-        *((name, ()) for name in ("test_model.py", "sets.py", "experiments/objectives.py", "experiments/benchmark.py")),
+        *((name, ()) for name in ("test_model.py", "sets.py", "experiments/objectives.py")),
+        *((f"experiments/bench_{name}.py", ()) for name in ("step", "input", "eval")),
+        ("experiments/timing.py", ("experiments/bench_step.py", "experiments/benchmark.py")),
         ("synthetic/generate.py", ()),
     ],
 )

@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional, v2
 
-import experiments.benchmark as benchmark
 import transforms
+from experiments.bench_input import random_image
+from experiments.released import ReleasedPairs
+from experiments.timing import one_thread
 
 SIZE = 224
 HUES = 12  # bins of the hue histogram
@@ -16,7 +18,7 @@ HUES = 12  # bins of the hue histogram
 
 def pictures(count, height=360, width=640):
     rng = np.random.default_rng(0)
-    return [Image.fromarray(benchmark.random_image(rng, height, width)) for _ in range(count)]
+    return [Image.fromarray(random_image(rng, height, width)) for _ in range(count)]
 
 
 def pixels_of(normalised):
@@ -62,7 +64,7 @@ def with_half_the_blur(monkeypatch):
 
 
 def check_statistics(drawn_from, draws, released, monkeypatch):
-    with benchmark.one_thread():
+    with one_thread():
         reference = draw_statistics(released, drawn_from, draws)
         ours = draw_statistics(transforms.train_transform(SIZE, "hard"), drawn_from, draws)
         blurred_less = draw_statistics(with_half_the_blur(monkeypatch), drawn_from, draws)
@@ -73,7 +75,7 @@ def check_statistics(drawn_from, draws, released, monkeypatch):
 @pytest.fixture
 def released():
     """torchvision's transforms on PIL pictures, as the benchmark's baseline keeps them."""
-    return benchmark.ReleasedPairs([]).transform
+    return ReleasedPairs([]).transform
 
 
 def test_statistics_of_a_few_draws_are_those_of_torchvision_and_a_halved_blur_shows(released, monkeypatch):
@@ -138,7 +140,7 @@ def large_jpeg(tmp_path):
 def test_a_large_jpeg_is_decoded_at_half_its_size_and_two_thousand_draws_would_not_show_it(large_jpeg):
     whole, half = transforms.load_image(large_jpeg), transforms.load_image(large_jpeg, 2 * SIZE)
     assert whole.size == (1080, 1920) and half.size == (540, 960)
-    with benchmark.one_thread():
+    with one_thread():
         found = [draw_statistics(transforms.train_transform(SIZE, "hard"), [x], 40) for x in (half, whole)]
     assert standard_errors_apart(*found).max() * (2000 / 40) ** 0.5 < 2
 

@@ -1,0 +1,109 @@
+"""From files to what the model takes: our data loading against the released code's."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import soundfile
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from audio_io import SAMPLE_RATE, load_audio, num_samples, power_spectrogram
+from dataset import Pair, TrainingPairs, make_loader
+from experiments.released import ReleasedPairs
+from experiments.timing import Timing, add_rounds, alternate, one_thread
+from model_slot import JointSlotModel
+from utils import bf16_is_fast, number
+
+IMAGE_SIZE, AUDIO_SECONDS = 224, 5.0
+INPUT_FILES = 32  # different images and audio files
+TRAIN_BATCH, TRAIN_WORKERS = 32, 2
+
+
+def add_flags(parser) -> None:
+    add_rounds(parser)
+    parser.add_argument("--train_pairs", type=number(int, low=2), default=256, help="pairs per training epoch")
+
+
+def run(args) -> Iterator[Timing]:
+    return bench_input(args.rounds, args.train_pairs)
+
+
+def random_image(rng: np.random.Generator, height: int = 360, width: int = 640) -> np.ndarray:
+    """(height, width, 3) uint8: smooth fields of several scales, discs with sharp edges, a little noise."""
+    image = np.zeros((height, width, 3))
+    for cells in (3, 8, 20, 60, 160):
+        field = rng.normal(size=(cells, cells * width // height, 3))
+        image += cells**-0.5 * cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC)
+    image = 128 + 45 * image / image.std()
+    for _ in range(6):
+        centre, radius = rng.integers((width, height)).tolist(), int(rng.integers(height // 36, height // 4))
+        cv2.circle(image, centre, radius, rng.uniform(0, 255, 3).tolist(), cv2.FILLED, cv2.LINE_AA)
+    return (image + rng.normal(0, 2, image.shape)).clip(0, 255).astype(np.uint8)
+
+
+def random_audio(rng: np.random.Generator, length: int) -> np.ndarray:
+    """(length,) in -1..1: a tone in noise."""
+    time_axis = np.arange(length) / SAMPLE_RATE
+    return 0.3 * np.sin(2 * np.pi * rng.uniform(100, 4000) * time_axis) + rng.normal(0, 0.05, length)
+
+
+def make_input_files(folder: Path, count: int) -> tuple[list[Pair], list[Pair]]:
+    """Images of 640 x 360 and 10 s of audio, as ours reads them and, with stored spectrograms, as the baseline does."""
+    rng = np.random.default_rng(0)
+    ours, baseline = [], []
+    for i in range(count):
+        image, audio, stored = (str(folder / f"{i}.{suffix}") for suffix in ("jpg", "wav", "npy"))
+        Image.fromarray(random_image(rng)).save(image, quality=90)
+        soundfile.write(audio, random_audio(rng, 10 * SAMPLE_RATE), SAMPLE_RATE, subtype="PCM_16")
+        np.save(stored, power_spectrogram(load_audio(audio, num_samples(AUDIO_SECONDS))).numpy())
+        ours.append(Pair(str(i), image, audio))
+        baseline.append(Pair(str(i), image, stored))
+    return ours, baseline
+
+
+def read_all(pairs: Dataset) -> None:
+    for index in range(len(pairs)):
+        pairs[index]
+
+
+def train_epoch(pairs: Dataset, model: JointSlotModel, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Forward, backward and step over all batches, in bfloat16 where that is fast."""
+    for batch in make_loader(pairs, TRAIN_BATCH, TRAIN_WORKERS):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device)):
+            loss = sum(model(batch.image.to(device), batch.spectrogram.to(device)).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    loss.item()  # waits for the device
+
+
+def bench_input(rounds: int, train_pairs: int) -> Iterator[Timing]:
+    with tempfile.TemporaryDirectory() as folder:
+        files = make_input_files(Path(folder), INPUT_FILES)
+
+        def data_sets(count: int) -> tuple[TrainingPairs, ReleasedPairs]:
+            ours, baseline = ([found[i % len(found)] for i in range(count)] for found in files)
+            return TrainingPairs(ours, IMAGE_SIZE, AUDIO_SECONDS, "hard"), ReleasedPairs(baseline)
+
+        ours, baseline = data_sets(2 * INPUT_FILES)
+        with one_thread():
+            spent = alternate(lambda: read_all(ours), lambda: read_all(baseline), rounds, time.process_time)
+        yield Timing("input: core time, per sample", *(1000 * t / len(ours) for t in spent), "ms")
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(0)
+        model = JointSlotModel(arch="small", image_size=IMAGE_SIZE, audio_seconds=AUDIO_SECONDS).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+        ours, baseline = data_sets(train_pairs)
+        spent = alternate(
+            lambda: train_epoch(ours, model, optimizer, device),
+            lambda: train_epoch(baseline, model, optimizer, device),
+            rounds,
+        )
+        name = f"input: training epoch, {TRAIN_WORKERS} data-loading workers, {device.type}, per pair"
+        yield Timing(name, *(1000 * t / len(ours) for t in spent), "ms")
