@@ -39,7 +39,7 @@ objectives: setup
 test: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(RUN) -m pytest -m slow
