@@ -15,8 +15,8 @@ from maps import enlarge
 from scoring.bootstrap import RESAMPLES
 from scoring.evaluate import evaluate_stored
 from scoring.maps_file import StoredMaps
-from scoring.metrics import consensus_iou, region_fixed
-from scoring.summary import area_under_success, in_parts, success
+from scoring.metrics import area_under_success, consensus_iou, region_fixed, success
+from scoring.summary import in_parts
 from utils import number
 
 VGGSS_PAIRS = 5158

@@ -22,8 +22,7 @@ from PIL import Image
 from audio_io import SAMPLE_RATE, crop_or_tile, load_audio, num_samples
 from maps import MAP_SIZE
 from reports.pictures import draw_truth, overlay
-from scoring.metrics import RULES
-from scoring.summary import success_steps
+from scoring.metrics import RULES, success_steps
 from utils import as_user_error, strict_json, write_text
 
 PAGE, FILES = "report.html", "report_files"

@@ -5,8 +5,8 @@ metric is a ratio of two sums, so one resample of all metrics is a matrix produc
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,17 @@ class Ratio(NamedTuple):
         return float((self.numerator.sum(0) / total).max()) if total else math.nan
 
 
-Ratios = Mapping[str, Mapping[str, Ratio]]  # by map, then by metric
+class Combined(NamedTuple):
+    """A figure that is formed of several ratios, such as a harmonic mean of two; resampled together with them."""
+
+    parts: tuple[Ratio, ...]
+    form: Callable[..., np.ndarray | float]  # of as many values, or arrays of values, as there are parts
+
+    def value(self) -> float:
+        return float(self.form(*(part.value() for part in self.parts)))
+
+
+Ratios = Mapping[str, Mapping[str, Ratio | Combined]]  # by map, then by metric
 
 
 def resampled_counts(units: int, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
@@ -40,9 +50,24 @@ def resampled_counts(units: int, resamples: int = RESAMPLES, seed: int = 0) -> I
 
 
 def bootstrap(
-    ratios: Mapping[str, Ratio], units: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
+    figures: Mapping[str, Ratio | Combined], units: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """Resample the units (N >= 1 labels) -> {name: (resamples,) values}, NaN where a resample leaves it undefined."""
+    parts = {
+        (name, i): part
+        for name, figure in figures.items()
+        for i, part in enumerate(figure.parts if isinstance(figure, Combined) else (figure,))
+    }
+    drawn = _resample(parts, units, resamples, seed)
+    return {
+        name: figure.form(*(drawn[name, i] for i in range(len(figure.parts))))
+        if isinstance(figure, Combined)
+        else drawn[name, 0]
+        for name, figure in figures.items()
+    }
+
+
+def _resample(ratios: Mapping[Any, Ratio], units: Sequence[str], resamples: int, seed: int) -> dict[Any, np.ndarray]:
     labels, unit_of = np.unique(np.asarray(units), return_inverse=True)
     tops = [ratio.numerator.reshape(len(unit_of), -1) for ratio in ratios.values()]
     widths = [top.shape[1] for top in tops]

@@ -23,6 +23,7 @@ from maps import MAP_SIZE
 THRESHOLD = 0.6  # of the rule `fixed`, on min-max normalised maps
 RULES = {"fixed": "", "half": "_half", "adaptive": "_adaptive"}  # rule: what ends the names of its scores
 
+IOU_STEPS = np.arange(21) / 20  # thresholds of the success curve, 0, 0.05 ... 1
 JACCARD_THRESHOLDS = [step / 20 for step in range(1, 20)]  # 0.5 is the headline, never the best of them
 F_THRESHOLDS = np.linspace(0, 1 - 1e-10, 255)
 F_BETA_SQUARED = 0.3
@@ -155,6 +156,27 @@ def f_scores(maps: Tensor, masks: Tensor, ascending: Tensor | None = None) -> Te
     return torch.from_numpy(np.stack(scores)).to(maps.device)
 
 
+def success(ious: np.ndarray | Tensor, at: float = 0.5) -> np.ndarray | Tensor:
+    """(N,) IoUs -> (N,) bool: which samples are localized at this IoU. Their share at 0.5 is a set's cIoU."""
+    return ious >= at
+
+
+def success_steps(ious: np.ndarray) -> np.ndarray:
+    """(N,) IoUs -> (N, 21) bool: `success` at each of IOU_STEPS. Its mean over samples is the success curve."""
+    return success(np.asarray(ious)[..., None], IOU_STEPS)
+
+
+def area_under_success(ious: np.ndarray) -> np.ndarray:
+    """(N,) IoUs -> (N,) in 0..1: the area under each sample's `success_steps` by trapezoids. AUC is its mean."""
+    return area_under_steps(success_steps(ious))
+
+
+def area_under_steps(steps: np.ndarray) -> np.ndarray:
+    """What holds at each of IOU_STEPS, (..., 21) bool -> (...) in 0..1: the area below it by trapezoids."""
+    heights = steps.astype(float)
+    return (heights.sum(-1) - (heights[..., 0] + heights[..., -1]) / 2) / 20
+
+
 def share_above(maps: Tensor, threshold: float) -> Tensor:
     """(B, H, W) -> (B,) float64 in 0..1: share of the pixels strictly above a threshold, how much of an image is lit.
 
@@ -165,7 +187,19 @@ def share_above(maps: Tensor, threshold: float) -> Tensor:
     bad = ~torch.isfinite(maps).flatten(1).all(1)
     if bad.any():
         raise ValueError(f"map {int(bad.nonzero()[0])} of the batch holds a value that is not finite")
-    return (maps > threshold).flatten(1).double().mean(1)
+    lit = (maps > threshold).flatten(1)
+    return torch.from_numpy(np.count_nonzero(lit.cpu().numpy(), axis=1) / lit.shape[1]).to(maps.device)
+
+
+def region_change(one: Tensor, other: Tensor) -> Tensor:
+    """IoU of two regions of one image, (..., H, W) bool each -> (...) float64 in 0..1: 1 where both are empty.
+
+    Of the regions that one image shows under two sounds it is the map change of Juanola et al. (arXiv 2410.01020): 1
+    where the map stays as it was.
+    """
+    both, any_of_them = (np.asarray(x.flatten(-2).cpu()) for x in (one & other, one | other))
+    shared, union = np.count_nonzero(both, axis=-1), np.count_nonzero(any_of_them, axis=-1)
+    return torch.from_numpy(np.where(union == 0, 1.0, shared / np.maximum(union, 1)))
 
 
 def _same_shape(maps: Tensor, truth: Tensor) -> None:

@@ -15,20 +15,22 @@ from torch import Tensor
 
 from annotations import GroundTruth
 from maps import enlarge
-from scoring.bootstrap import Ratio, intervals_of, values_of
+from scoring.bootstrap import Combined, Ratio, intervals_of, values_of
 from scoring.detection import detect
 from scoring.maps_file import SCALARS
 from scoring.metrics import (
     JACCARD_THRESHOLDS,
     RULES,
+    area_under_success,
     map_columns,
     reference_columns,
+    success,
 )
+from scoring.negatives import negative_ratios
 
 PART = 8  # samples whose enlarged maps are scored at once: more would leave the processor's cache
 WRONG = "_wrong"  # suffix of a map that was computed with the wrong audio
 TIED_SHARE = 0.01  # more pixels than this share exactly at a cut: the region depends on the ties
-IOU_STEPS = np.arange(21) / 20  # thresholds of the success curve, 0, 0.05 ... 1
 SIZES = {"under 32x32": 32**2, "32x32 to 96x96": 96**2, "96x96 to 144x144": 144**2, "larger": math.inf}
 
 Columns = Mapping[str, np.ndarray]  # name: (N,), or (N, thresholds)
@@ -188,12 +190,12 @@ class SetScores:
 # ---------------------------------------------------------------- figures
 
 
-def ratios_of(columns: Columns, empty: np.ndarray, groups: Groups | None = None) -> dict[str, Ratio]:
+def ratios_of(columns: Columns, empty: np.ndarray, groups: Groups | None = None) -> dict[str, Ratio | Combined]:
     """Every metric that the columns of one map allow; empty (N,) bool, where G is; `groups` adds the interactive ones.
 
     Of the rule `fixed`: cIoU, AUC, mean_iou, cIoU_sounding (without the samples whose G is empty; cIoU counts them as
     misses), with groups IIoU and IAUC; of another rule the same names and its suffix. mAP (an empty G counts 0),
-    pointing, with groups both_pointing; AVSBench's mIoU and F.
+    pointing, with groups both_pointing; AVSBench's mIoU and F; of absolute maps `negative_ratios`.
     """
     everywhere = np.ones(len(empty))
     ratios = {}
@@ -219,23 +221,7 @@ def ratios_of(columns: Columns, empty: np.ndarray, groups: Groups | None = None)
     if "jaccard" in columns:
         ratios["mIoU"] = Ratio(columns["jaccard"][:, JACCARD_THRESHOLDS.index(0.5)], everywhere)
         ratios["F"] = Ratio(columns["f"] * ~empty[:, None], ~empty)
-    return ratios
-
-
-def success(ious: np.ndarray | Tensor, at: float = 0.5) -> np.ndarray | Tensor:
-    """(N,) IoUs -> (N,) bool: which samples are localized at this IoU. Their share at 0.5 is a set's cIoU."""
-    return ious >= at
-
-
-def success_steps(ious: np.ndarray) -> np.ndarray:
-    """(N,) IoUs -> (N, 21) bool: `success` at each of IOU_STEPS. Its mean over samples is the success curve."""
-    return success(np.asarray(ious)[:, None], IOU_STEPS)
-
-
-def area_under_success(ious: np.ndarray) -> np.ndarray:
-    """(N,) IoUs -> (N,) in 0..1: the area under each sample's `success_steps` by trapezoids. AUC is its mean."""
-    reached = success_steps(ious).astype(float)
-    return (reached.sum(1) - (reached[:, 0] + reached[:, -1]) / 2) / 20
+    return ratios | negative_ratios(columns, empty)
 
 
 def interactive_groups(ids: Sequence[str], expected: Sequence[str] | None = None) -> Groups:

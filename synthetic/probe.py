@@ -20,8 +20,8 @@ from tqdm import tqdm
 from annotations import box_map, load_boxes
 from audio_io import load_audio, log_spectrogram
 from maps import MAP_SIZE, normalize_maps
-from scoring.metrics import consensus_iou, pointing, region_fixed
-from scoring.summary import Groups, interactive_groups, success, worst_by_image
+from scoring.metrics import consensus_iou, pointing, region_fixed, success
+from scoring.summary import Groups, interactive_groups, worst_by_image
 from synthetic.kinds import KINDS
 from transforms import load_image
 from utils import UserError, as_user_error

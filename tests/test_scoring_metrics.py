@@ -12,8 +12,7 @@ from sklearn.metrics import average_precision_score
 
 import scoring.metrics as metrics
 from maps import normalize_maps, upsample_maps
-from scoring.metrics import consensus_iou, map_columns
-from scoring.summary import success
+from scoring.metrics import consensus_iou, map_columns, success
 
 SEEDS = st.integers(0, 2**32 - 1)
 few = settings(max_examples=20, deadline=None)

@@ -170,10 +170,10 @@ def test_ciou_and_auc_of_the_reference_ious_are_the_reference(name):
 
 def test_thresholds_of_the_curve_are_exact():
     for step in range(21):  # an IoU of exactly x counts at x: 0.05 * 3 would be above 0.15
-        (area,) = summary.area_under_success(np.array([step / 20]))
+        (area,) = metrics.area_under_success(np.array([step / 20]))
         assert area == pytest.approx((step + 0.5) / 20 if step < 20 else 1)
     assert summary.success(np.array([0.5, 0.49, 0.51])).tolist() == [True, False, True]
-    assert summary.success_steps(np.array([0.25, np.nan])).sum(1).tolist() == [6, 0]
+    assert metrics.success_steps(np.array([0.25, np.nan])).sum(1).tolist() == [6, 0]
 
 
 def test_interactive_images_need_every_sound():
@@ -192,7 +192,7 @@ def test_interactive_figures_follow_the_worst_sound_of_an_image():
     columns = {"iou": np.array([0.9, 0.6, 0.7, 0.2]), "pointing": np.array([True, True, True, False])}
     ratios = ratios_of(columns, np.zeros(4, dtype=bool), {"a": [0, 1], "b": [2, 3]})
     assert ratios["IIoU"].value() == ratios["both_pointing"].value() == 0.5
-    assert ratios["IAUC"].value() == pytest.approx(summary.area_under_success(np.array([0.6, 0.2])).mean())
+    assert ratios["IAUC"].value() == pytest.approx(metrics.area_under_success(np.array([0.6, 0.2])).mean())
 
 
 def test_tables_keep_the_order_they_are_asked_for():
