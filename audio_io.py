@@ -6,6 +6,7 @@ F = 257 frequency bins, L frames of 10 ms. This is the only file that knows 16 k
 import os
 from pathlib import Path
 from tokenize import TokenError
+from typing import NamedTuple
 
 import librosa
 import numpy as np
@@ -30,6 +31,14 @@ def num_frames(seconds: float) -> int:
     return 1 + num_samples(seconds) // HOP
 
 
+class Sound(NamedTuple):
+    """What an audio file holds, or the part of it that the wanted cuts reach."""
+
+    values: np.ndarray  # (samples,) mono 16 kHz, float32 in -1..1 or its 16-bit levels; or power (1, F, frames)
+    first: int  # place of the first sample or frame in the whole
+    total: int  # samples or frames of the whole
+
+
 def load_audio(path: str | Path, length: int | None = None, position: float = 0.5) -> np.ndarray:
     """Decode an audio file (WAV, FLAC, Ogg, MP3; any rate and number of channels) to mono 16 kHz.
 
@@ -37,31 +46,68 @@ def load_audio(path: str | Path, length: int | None = None, position: float = 0.
     Returns (samples,) float32 in -1..1: the mean of the channels, resampled with soxr's high quality.
     Raises ValueError, naming the file, when it cannot be decoded, is cut short, empty or, in what is read, not finite.
     """
+    sound = _load_waveform(path, length, (position, position))
+    return as_float(sound.values if length is None else cut(sound, length, position))
+
+
+def load_sound(path: str | Path, seconds: float, positions: tuple[float, float] = (0.5, 0.5)) -> Sound:
+    """Audio file, or stored power spectrogram (.npy), as far as cuts of `seconds` between both positions reach.
+
+    Raises ValueError, naming the file, when it is neither: see `load_audio`, `load_power`.
+    """
+    if not str(path).endswith(".npy"):
+        return _load_waveform(path, num_samples(seconds), positions)
+    power = load_power(path)
+    total = power.shape[2]
+    first, end = _reach(total, num_frames(seconds), positions)
+    return Sound(power[:, :, first:end].astype(np.float32), first, total)
+
+
+def _load_waveform(path: str | Path, length: int | None, positions: tuple[float, float]) -> Sound:
     try:
-        part = None if length is None else _read_part(path, length, position)
-        waveform, rate = soundfile.read(path, dtype="float32", always_2d=True) if part is None else (part, SAMPLE_RATE)
+        sound = None if length is None else _read_part(path, length, positions)
+        if sound is None:
+            sound = _read_whole(path, length, positions)
     except (soundfile.LibsndfileError, OSError, MemoryError, OverflowError) as error:
         raise ValueError(f"cannot decode the audio {path}: {error}") from error
     _check_whole(path)
-    mono = waveform[:, 0] if waveform.shape[1] == 1 else waveform.mean(axis=1)
-    if mono.size == 0:
+    if sound.values.size == 0:
         raise ValueError(f"the audio {path} is empty")
-    if not np.isfinite(mono).all():
+    if not np.isfinite(sound.values).all():
         raise ValueError(f"the audio {path} holds values that are not finite")
-    if rate != SAMPLE_RATE:
-        mono = resample(mono, rate)
-    return mono if length is None else crop_or_tile(mono, length, position)
+    return sound
 
 
-def _read_part(path: str | Path, length: int, position: float) -> np.ndarray | None:
-    """The cut (length, channels) of a longer 16-kHz 16-bit WAV, where every sample's place is known; else None."""
+def _read_part(path: str | Path, length: int, positions: tuple[float, float]) -> Sound | None:
+    """What the cuts reach of a 16-kHz 16-bit WAV, where every sample's place is known; None for other files."""
     with soundfile.SoundFile(path) as file:
-        slack = file.frames - length
         known = file.format in ("WAV", "WAVEX") and file.subtype == "PCM_16" and file.samplerate == SAMPLE_RATE
-        if slack <= 0 or not known:
+        if not known:
             return None
-        file.seek(int(slack * position))
-        return file.read(length, dtype="int16", always_2d=True) * np.float32(2**-15)  # as soundfile scales them
+        first, end = _reach(file.frames, length, positions)
+        file.seek(first)
+        levels = file.read(end - first, dtype="int16", always_2d=True)
+        return Sound(levels[:, 0] if levels.shape[1] == 1 else as_float(levels).mean(axis=1), first, file.frames)
+
+
+def _read_whole(path: str | Path, length: int | None, positions: tuple[float, float]) -> Sound:
+    waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    mono = waveform[:, 0] if waveform.shape[1] == 1 else waveform.mean(axis=1)
+    if rate != SAMPLE_RATE and mono.size and np.isfinite(mono).all():
+        mono = resample(mono, rate)
+    first, end = (0, len(mono)) if length is None else _reach(len(mono), length, positions)
+    return Sound(mono[first:end], first, len(mono))
+
+
+def _reach(total: int, length: int, positions: tuple[float, float]) -> tuple[int, int]:
+    """The first and the end of what cuts of `length` between two positions take of `total` samples or frames."""
+    slack = max(total - length, 0)
+    return int(slack * positions[0]), min(int(slack * positions[1]) + length, total)
+
+
+def as_float(waveform: np.ndarray) -> np.ndarray:
+    """16-bit levels to -1..1, as soundfile scales them; other values as they are."""
+    return waveform * np.float32(2**-15) if waveform.dtype == np.int16 else waveform
 
 
 def resample(mono: np.ndarray, rate: int) -> np.ndarray:
@@ -88,11 +134,17 @@ def crop_or_tile(waveform: np.ndarray, length: int, position: float = 0.5) -> np
 
     position: where the cut lies, as a fraction of the slack; 0.5 is the middle.
     """
-    slack = len(waveform) - length
+    return cut(Sound(waveform, 0, len(waveform)), length, position)
+
+
+def cut(sound: Sound, length: int, position: float = 0.5) -> np.ndarray:
+    """`length` samples, or frames of power: cut at that fraction of the slack, or repeated until there are as many."""
+    slack = sound.total - length
     if slack < 0:
-        return np.tile(waveform, -(-length // len(waveform)))[:length]
-    start = int(slack * position)
-    return waveform[start : start + length]
+        repeats = -(-length // sound.total)
+        return np.tile(sound.values, repeats)[..., :length]
+    start = int(slack * position) - sound.first
+    return sound.values[..., start : start + length]
 
 
 def power_spectrogram(waveform: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -142,12 +194,15 @@ def load_spectrogram(path: str | Path, seconds: float, position: float = 0.5) ->
     seconds: length that the model takes; position: see `crop_or_tile`, stored spectrograms are cut likewise.
     Raises ValueError, naming the file, when it is neither.
     """
-    if str(path).endswith(".npy"):
-        power = load_power(path)
-        columns = crop_or_tile(np.arange(power.shape[2]), num_frames(seconds), position)
-        spectrogram = compress(torch.from_numpy(power[:, :, columns].astype(np.float32)))
+    return spectrogram_of(load_sound(path, seconds, (position, position)), path, seconds, position)
+
+
+def spectrogram_of(sound: Sound, path: str | Path, seconds: float, position: float = 0.5) -> torch.Tensor:
+    """What `load_sound` read of a file -> (1, F, L) log power spectrogram of the cut at that position."""
+    if sound.values.ndim == 3:
+        spectrogram = compress(torch.from_numpy(cut(sound, num_frames(seconds), position).copy()))
     else:
-        spectrogram = log_spectrogram(load_audio(path, num_samples(seconds), position))
+        spectrogram = log_spectrogram(as_float(cut(sound, num_samples(seconds), position)))
     if not torch.isfinite(spectrogram.sum()):
         raise ValueError(f"the audio {path} is so loud that its spectrogram is not finite: samples must be in -1..1")
     return spectrogram

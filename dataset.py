@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ from annotations import (
     read_ids,
     read_silent_pairs,
 )
-from audio_io import AUDIO_SUFFIXES, load_spectrogram, silence_spectrogram
+from audio_io import AUDIO_SUFFIXES, Sound, load_sound, silence_spectrogram, spectrogram_of
 from maps import MAP_SIZE
-from transforms import eval_transform, load_image, mask_spectrogram, train_transform
+from transforms import load_image, mask_spectrogram, normalise, resize_whole, train_transform
 from utils import Absent, Undecodable, UserError, as_user_error
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -209,7 +209,45 @@ def find_pairs(
 # ---------------------------------------------------------------- data sets
 
 
-class TrainingPairs(Dataset):
+TRAIN_POSITIONS = 0.4, 0.6  # where in the slack of a clip training cuts
+
+
+class Decoded(NamedTuple):
+    """What a pair's files hold, before anything is drawn at random."""
+
+    image: np.ndarray  # (H, W, 3) uint8
+    sound: Sound
+
+
+class DecodedPairs(Dataset):
+    """Pairs whose files are decoded every time, or once where `store` keeps what they held (training/decoded.py)."""
+
+    pairs: Sequence[Pair]
+    store: Any = None  # get(index) -> Decoded, or None where nothing is kept; put(index, decoded)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def decoded(self, index: int) -> Decoded:
+        """Raises Undecodable, naming the file."""
+        kept = self.store and self.store.get(index)
+        if kept is None:
+            with as_user_error(ValueError, kind=Undecodable):
+                kept = self._decode(self.pairs[index])
+            if self.store:
+                self.store.put(index, kept)
+        return kept
+
+    def _decode(self, pair: Pair) -> Decoded:
+        raise NotImplementedError
+
+
+def decode_for_evaluation(pair: Pair, image_size: int, audio_seconds: float) -> Decoded:
+    """The whole image resized, and the middle of the audio."""
+    return Decoded(resize_whole(load_image(pair.image), image_size), load_sound(pair.audio, audio_seconds))
+
+
+class TrainingPairs(DecodedPairs):
     """Augmented pairs. Random choices depend on (seed, epoch, index) alone, not on workers or order.
 
     augment: "hard", "plain" or "none" (held-out pairs: as in evaluation). silence: spectrograms are (2, F, L), the
@@ -226,29 +264,31 @@ class TrainingPairs(Dataset):
         silence: bool = False,
     ) -> None:
         self.pairs, self.audio_seconds, self.augment, self.seed, self.epoch = pairs, audio_seconds, augment, seed, 0
-        self.transform = eval_transform(image_size) if augment == "none" else train_transform(image_size, augment)
-        self.short_side = None if augment == "none" else 2 * image_size
-        self.silence = silence
+        self.image_size, self.silence = image_size, silence
+        self.transform = normalise if augment == "none" else train_transform(image_size, augment)
 
-    def __len__(self) -> int:
-        return len(self.pairs)
+    def _decode(self, pair: Pair) -> Decoded:
+        if self.augment == "none":
+            return decode_for_evaluation(pair, self.image_size, self.audio_seconds)
+        image = np.array(load_image(pair.image, 2 * self.image_size))
+        return Decoded(image, load_sound(pair.audio, self.audio_seconds, TRAIN_POSITIONS))
 
     def __getitem__(self, index: int) -> Sample:
-        pair = self.pairs[index]
+        pair, (image, sound) = self.pairs[index], self.decoded(index)
         draw = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
         with torch.random.fork_rng(devices=[]), as_user_error(ValueError, kind=Undecodable):
             torch.default_generator.manual_seed(draw)  # torch.manual_seed would reseed CUDA as well
             position = 0.5 if self.augment == "none" else 0.4 + 0.2 * float(torch.rand(()))
-            spectrogram = load_spectrogram(pair.audio, self.audio_seconds, position)
+            spectrogram = spectrogram_of(sound, pair.audio, self.audio_seconds, position)
             if self.augment == "hard":
                 spectrogram = mask_spectrogram(spectrogram)
-            image = self.transform(load_image(pair.image, self.short_side))
+            image = self.transform(image)
             if self.silence:  # last, so that it changes no other random choice
                 spectrogram = torch.cat([spectrogram, silence_spectrogram(self.audio_seconds)])
             return Sample(image, spectrogram, torch.empty(0), pair.id, "")
 
 
-class EvaluationPairs(Dataset):
+class EvaluationPairs(DecodedPairs):
     """Pairs with their ground truth; missing: ids of the set that are not among them."""
 
     def __init__(
@@ -262,7 +302,6 @@ class EvaluationPairs(Dataset):
         self.pairs, self.ground_truth, self.missing, self.audio_seconds = pairs, ground_truth, missing, audio_seconds
         self.image_size = image_size
         self.class_names = [ground_truth.class_of.get(pair.id, "") for pair in pairs]
-        self.transform = eval_transform(image_size)
 
     def without(self, broken: Mapping[str, str]) -> "EvaluationPairs":
         """The same set without the pairs of {id: reason}, which join the missing ones. UserError when none is left."""
@@ -272,19 +311,21 @@ class EvaluationPairs(Dataset):
         missing = [*self.missing, *broken]
         return EvaluationPairs(pairs, self.ground_truth, missing, self.image_size, self.audio_seconds)
 
-    def __len__(self) -> int:
-        return len(self.pairs)
+    def _decode(self, pair: Pair) -> Decoded:
+        return decode_for_evaluation(pair, self.image_size, self.audio_seconds)
 
     def spectrogram(self, index: int) -> torch.Tensor:
+        path = self.pairs[index].audio
         with as_user_error(ValueError, kind=Undecodable):
-            return load_spectrogram(self.pairs[index].audio, self.audio_seconds)
+            sound = self.decoded(index).sound if self.store else load_sound(path, self.audio_seconds)
+            return spectrogram_of(sound, path, self.audio_seconds)
 
     def __getitem__(self, index: int) -> Sample:
-        pair = self.pairs[index]
+        pair, (image, sound) = self.pairs[index], self.decoded(index)
         with as_user_error(ValueError, kind=Undecodable):
-            image = self.transform(load_image(pair.image))
+            spectrogram = spectrogram_of(sound, pair.audio, self.audio_seconds)
         truth = self.ground_truth.truth_of(pair.id)
-        return Sample(image, self.spectrogram(index), truth, pair.id, self.class_names[index])
+        return Sample(normalise(image), spectrogram, truth, pair.id, self.class_names[index])
 
 
 class Selection(NamedTuple):

@@ -36,6 +36,7 @@ PAPER = {  # Kim et al., CVPR 2025, sections 3 and 4, for the sets of 10k pairs
     "lr_warmup": 0.0,  # share of all steps until --lr is reached
     "clip": 0.0,  # largest gradient norm; 0: no clipping
     "eval_every": 1,
+    "decode_once": "false",
     "infer_sharpening": 0.1,
     "infer_smoothing": 0.0,
 }
@@ -59,6 +60,7 @@ RECIPES = {
         "lr_warmup": 0.06,
         "clip": 5.0,
         "eval_every": 0,
+        "decode_once": "auto",
         "infer_sharpening": 0.02,
     },
 }
@@ -231,6 +233,11 @@ def _run_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--train_data_path", help="root of the training data (default: the set's environment variable)")
     add_run_data_flags(group)
     group.add_argument("--num_workers", type=number(int, low=0), default=2, help="data-loading workers per process")
+    group.add_argument(
+        "--decode_once", choices=("auto", "memory", "disk", "false"),
+        help="keep what images and audio files hold for the later epochs: in memory, or in a file in CACHE_ROOT "
+        "(default: cache/); auto: in memory if all pairs fit; changes no number",
+    )  # fmt: skip
     group.add_argument(
         "--gpu", default="0", help="number of a CUDA device, or cpu; torchrun gives every process its own"
     )

@@ -25,6 +25,7 @@ from models import MODELS, Model
 from recipes import OUR_LOSSES, add_flags, parse
 from resnet import load_imagenet_weights
 from sets import ALL_SETS, build_test_sets, overlap_with_tests, parse_testsets, undecodable
+from training.decoded import keep_decoded
 from training.resume import RunFolder, RunState, StopFlag, fingerprints, should_resume
 from training.run import score_sets, train_one_epoch, validate
 from training.step import Optimisation, choose_amp, lr_factor, with_sync_bn
@@ -239,6 +240,8 @@ def main() -> None:
         about = {"model_config": model.config, "args": vars(args), "marks": marks, "selected_by": selected_by}
         folder = RunFolder(path, optimisation, state, about)
         print_start(args, data, test_sets, optimisation)
+        often = [data.train, data.held_out, *(test_sets.values() if args.eval_every else ())]
+        print(keep_decoded(often, "false" if args.dry_run else args.decode_once))
 
         steps = len(data.train) // args.batch_size
         factor = partial(lr_factor, steps, args.epochs, args.lr_schedule, args.lr_warmup)

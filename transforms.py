@@ -22,14 +22,15 @@ CUT_OFF = -0.499  # OpenCV rounds to whole levels, Pillow cuts the fraction off
 cv2.setNumThreads(0)  # a forked worker would wait forever for the threads of its parent's OpenCV
 
 
-def train_transform(size: int, augment: str) -> Callable[[Image.Image], torch.Tensor]:
-    """RGB PIL image -> (3, size, size) normalised. augment: "hard" (the paper's) or "plain" (crop and flip)."""
+def train_transform(size: int, augment: str) -> Callable[[Image.Image | np.ndarray], torch.Tensor]:
+    """RGB image, PIL or (H, W, 3) uint8 -> (3, size, size) normalised. augment: "hard" (the paper's) or "plain" (crop
+    and flip)."""
     return partial(_augment, size=size, hard=augment == "hard")
 
 
-def _augment(image: Image.Image, size: int, hard: bool) -> torch.Tensor:
+def _augment(image: Image.Image | np.ndarray, size: int, hard: bool) -> torch.Tensor:
     """Draws from torch's global generator what torchvision's transforms of the same names draw, in their order."""
-    pixels = _random_crop(image, size, short_side=int(size * 1.1))
+    pixels = _random_crop(np.asarray(image), size, short_side=int(size * 1.1))
     if hard and _chance(0.8):
         kernel = cv2.getGaussianKernel(5, _uniform(0.1, 2.0))
         pixels = cv2.sepFilter2D(pixels, -1, kernel, kernel)
@@ -50,20 +51,20 @@ def _uniform(low: float, high: float) -> float:
     return float(torch.empty(()).uniform_(low, high))
 
 
-def _random_crop(image: Image.Image, size: int, short_side: int) -> np.ndarray:
-    """RGB PIL image -> (size, size, 3) uint8: a random crop of it resized (bicubic, antialiased) to that short side.
+def _random_crop(image: np.ndarray, size: int, short_side: int) -> np.ndarray:
+    """RGB (H, W, 3) -> (size, size, 3) uint8: a random crop of it resized (bicubic, antialiased) to that short side.
 
     Cropped before resizing: the result is the same to half a pixel, and only the cropped part has to be resized.
     """
-    scale = min(image.size) / short_side  # pixels of the image per pixel of the crop
-    side, (width, height) = round(scale * size), image.size
-    places = [short_side * length // min(image.size) - size + 1 for length in (height, width)]
+    height, width = image.shape[:2]
+    scale = min(height, width) / short_side  # pixels of the image per pixel of the crop
+    side = round(scale * size)
+    places = [short_side * length // min(height, width) - size + 1 for length in (height, width)]
     top, left = (round(scale * int(torch.randint(count, ()))) for count in places)
     top, left = min(top, height - side), min(left, width - side)  # rounding may have passed the edge
-    part = bytearray(image.crop((left, top, left + side, top + side)).tobytes("raw", "RGBX"))  # as Pillow stores it
-    part = torch.frombuffer(part, dtype=torch.uint8).view(side, side, 4).permute(2, 0, 1)
-    resized = v2.functional.resize(part, [size, size], InterpolationMode.BICUBIC).permute(1, 2, 0).numpy()
-    return cv2.cvtColor(resized, cv2.COLOR_RGBA2RGB)
+    part = torch.from_numpy(cv2.cvtColor(image[top : top + side, left : left + side], cv2.COLOR_RGB2RGBA))
+    resized = v2.functional.resize(part.permute(2, 0, 1), [size, size], InterpolationMode.BICUBIC)
+    return cv2.cvtColor(resized.permute(1, 2, 0).numpy(), cv2.COLOR_RGBA2RGB)
 
 
 def _jitter_colour(pixels: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float) -> np.ndarray:
@@ -104,8 +105,18 @@ def _normalise(pixels: np.ndarray) -> torch.Tensor:
 
 def eval_transform(size: int) -> Callable[[Image.Image], torch.Tensor]:
     """PIL image -> (3, size, size) normalised: bicubic, antialiased, the aspect ratio is not kept."""
-    resize = v2.Resize((size, size), InterpolationMode.BICUBIC)
-    return v2.Compose([resize, to_tensor, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])  # v2's scaling: another last bit
+    return lambda image: normalise(resize_whole(image, size))
+
+
+def resize_whole(image: Image.Image, size: int) -> np.ndarray:
+    """PIL image -> (size, size, 3) uint8: bicubic, antialiased, the aspect ratio is not kept."""
+    return np.array(v2.functional.resize(image, [size, size], InterpolationMode.BICUBIC))
+
+
+def normalise(pixels: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) float32, ImageNet-normalised as torchvision does it."""
+    scaled = to_tensor(pixels)  # v2's scaling: another last bit
+    return v2.functional.normalize(scaled, list(IMAGENET_MEAN), list(IMAGENET_STD))
 
 
 def mask_spectrogram(spectrogram: torch.Tensor) -> torch.Tensor:

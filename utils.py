@@ -153,6 +153,39 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def available_memory() -> int:
+    """Bytes of memory that this process may still take: what is free, or less where a control group limits it."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo)[1])
+    except (OSError, TypeError):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return min([free, *_left_in_control_groups()])
+
+
+def _left_in_control_groups(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What is left of each memory limit that this process or a group above it has, in versions 1 and 2."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    places = [(root, line[3:], "memory.max", "memory.current") for line in lines if line.startswith("0::")]
+    places += [
+        (root / "memory", line.split(":", 2)[2], "memory.limit_in_bytes", "memory.usage_in_bytes")
+        for line in lines
+        if "memory" in line.split(":")[1].split(",")
+    ]
+    left = []
+    for base, group, limit, usage in places:
+        own = Path(group.lstrip("/"))
+        for folder in (own, *own.parents):  # in a container the whole path may be hidden, and its own group the root
+            try:
+                left.append(int((base / folder / limit).read_text()) - int((base / folder / usage).read_text()))
+            except (OSError, ValueError):  # not there, or "max"
+                continue
+    return [max(amount, 0) for amount in left]
+
+
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
@@ -196,6 +229,16 @@ def atomic_path(path: str | Path):
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def cache_folder(kind: str) -> Path:
+    """The folder of what can be computed again, made where it is not there: `CACHE_ROOT`, else cache/, by kind.
+
+    Kinds: decoded (pairs, for one run). Whatever is in it may be deleted while no run uses it.
+    """
+    folder = Path(os.environ.get("CACHE_ROOT") or "cache") / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def write_text(path: str | Path, text: str) -> None:
