@@ -8,9 +8,9 @@ from pathlib import Path
 from tokenize import TokenError
 from typing import NamedTuple
 
-import librosa
 import numpy as np
 import soundfile
+import soxr
 import torch
 
 SAMPLE_RATE = 16000
@@ -19,6 +19,8 @@ HOP = 160
 WINDOW = torch.hann_window(N_FFT)
 LOG_FLOOR = 1e-7
 LOG_SCALE = 12.0
+CANCELLED = 0.25  # of the level of unrelated channels: 12 dB
+QUIET = 2**-16  # half a step of 16 bits: below it there is nothing to cancel
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".npy")
 
 
@@ -43,7 +45,7 @@ def load_audio(path: str | Path, length: int | None = None, position: float = 0.
     """Decode an audio file (WAV, FLAC, Ogg, MP3; any rate and number of channels) to mono 16 kHz.
 
     length, position: cut or repeat it to `length` samples, see `crop_or_tile`; of a 16-bit WAV no more is read.
-    Returns (samples,) float32 in -1..1: the mean of the channels, resampled with soxr's high quality.
+    Returns (samples,) float32 in -1..1: the channels as `mix_down` mixes them, resampled with soxr's high quality.
     Raises ValueError, naming the file, when it cannot be decoded, is cut short, empty or, in what is read, not finite.
     """
     sound = _load_waveform(path, length, (position, position))
@@ -87,12 +89,12 @@ def _read_part(path: str | Path, length: int, positions: tuple[float, float]) ->
         first, end = _reach(file.frames, length, positions)
         file.seek(first)
         levels = file.read(end - first, dtype="int16", always_2d=True)
-        return Sound(levels[:, 0] if levels.shape[1] == 1 else as_float(levels).mean(axis=1), first, file.frames)
+        return Sound(levels[:, 0] if levels.shape[1] == 1 else mix_down(as_float(levels))[0], first, file.frames)
 
 
 def _read_whole(path: str | Path, length: int | None, positions: tuple[float, float]) -> Sound:
     waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    mono = waveform[:, 0] if waveform.shape[1] == 1 else waveform.mean(axis=1)
+    mono, _ = mix_down(waveform)
     if rate != SAMPLE_RATE and mono.size and np.isfinite(mono).all():
         mono = resample(mono, rate)
     first, end = (0, len(mono)) if length is None else _reach(len(mono), length, positions)
@@ -112,12 +114,23 @@ def as_float(waveform: np.ndarray) -> np.ndarray:
 
 def resample(mono: np.ndarray, rate: int) -> np.ndarray:
     """(samples,) at `rate` Hz -> (samples,) at 16 kHz, by soxr's high quality."""
-    return librosa.resample(mono, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq")
+    return soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
 
 
-def load_resampler() -> None:
-    """Make librosa load its resampler now rather than at first use, which may be in a forked process that cannot."""
-    resample(np.zeros(SAMPLE_RATE, np.float32), 2 * SAMPLE_RATE)
+def mix_down(samples: np.ndarray) -> tuple[np.ndarray, bool]:
+    """(samples, channels) -> the mean of the channels (samples,), and False.
+
+    Where the mean lies CANCELLED below what channels that have nothing in common would give, as where one is the
+    other's negative: the loudest channel, and True.
+    """
+    if samples.shape[1] == 1:
+        return samples[:, 0], False
+    mono = samples.mean(axis=1)
+    power = np.square(samples, dtype=np.float64).mean(axis=0)
+    expected = power.sum() / samples.shape[1] ** 2
+    if expected > QUIET**2 and np.square(mono, dtype=np.float64).mean() < CANCELLED**2 * expected:
+        return samples[:, power.argmax()], True
+    return mono, False
 
 
 def _check_whole(path: str | Path) -> None:

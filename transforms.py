@@ -5,7 +5,7 @@ H x W image, F bins, L frames.
 
 import struct
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import cv2
@@ -145,3 +145,51 @@ def load_image(path: str | Path, short_side: int | None = None) -> Image.Image:
             return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot decode the image {path}: {error}") from error
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB image; what is transparent shows white, as a viewer shows it, and not the colour hidden there."""
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+REFERENCE_WHITE = 203.0  # cd/m2: what HDR shows where SDR is at its brightest (ITU-R BT.2408)
+HLG_PEAK, HLG_GAMMA = 1000.0, 1.2  # cd/m2 and system gamma of HLG's reference display (BT.2100)
+SDR_GAMMA = 2.4  # BT.1886
+TO_BT709 = {  # linear light of other primaries (columns: red, green, blue) in those of BT.709
+    "bt2020": ((1.660491, -0.587641, -0.072850), (-0.124550, 1.132900, -0.008349), (-0.018151, -0.100579, 1.118730)),
+    "p3": ((1.224940, -0.224940, 0.0), (-0.042057, 1.042057, 0.0), (-0.019638, -0.078636, 1.098274)),
+}
+
+
+def to_sdr(rgb: np.ndarray, transfer: str, primaries: str) -> tuple[np.ndarray, float]:
+    """RGB (H, W, 3) uint16 -> (H, W, 3) uint8 of BT.709, and the share of pixels that were brighter than its white.
+
+    transfer: "pq", "hlg" or "sdr"; primaries: "bt709" or a key of TO_BT709. Light up to reference white keeps its
+    value, brighter light is cut off. HLG's system gamma is taken channel by channel, as FFmpeg's zscale does.
+    """
+    light = _light_of_codes(transfer)[rgb]
+    if primaries in TO_BT709:
+        light = cv2.transform(light, np.array(TO_BT709[primaries], np.float32))
+    brighter = float((light.max(axis=2) > 1.05).mean())
+    return np.rint(255 * cv2.pow(light.clip(0, 1), 1 / SDR_GAMMA)).astype(np.uint8), brighter
+
+
+@cache
+def _light_of_codes(transfer: str) -> np.ndarray:
+    """(65536,) float32: linear light of every code of 16 bits, 1 at SDR's white."""
+    code = np.arange(2**16) / (2**16 - 1)
+    if transfer == "pq":  # SMPTE ST 2084
+        root = code ** (32 / 2523)
+        light = (
+            10_000 / REFERENCE_WHITE * ((root - 107 / 128).clip(0) / (2413 / 128 - 2392 / 128 * root)) ** (8192 / 1305)
+        )
+    elif transfer == "hlg":  # BT.2100
+        scene = np.where(code <= 0.5, code**2 / 3, (np.exp((code - 0.55991073) / 0.17883277) + 0.28466892) / 12)
+        light = HLG_PEAK / REFERENCE_WHITE * scene**HLG_GAMMA
+    else:
+        light = code**SDR_GAMMA
+    return light.astype(np.float32)

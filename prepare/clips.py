@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from annotations import first_ids
-from audio_io import SAMPLE_RATE, load_resampler
+from audio_io import SAMPLE_RATE
 from prepare.clip_reader import CLIP_SECONDS, BadClip, audio_from, clip_id, frame_at, measure, read_vggsound_csv
 from utils import UserError, atomic_path, number, write_text
 
@@ -256,7 +256,6 @@ def run(args: Namespace) -> None:
     """`prepare_data.py clips`: convert what is not there yet, and account for every clip, interrupted or not."""
     classes = read_vggsound_csv(args.vggsound_csv) if args.vggsound_csv else {}
     names = name_clips(args.folder, args.source, classes)
-    load_resampler()
     with lock_folder(args.out):
         there = finished_ids(args.out)
         todo = [task for task in names.tasks if task.id not in there]

@@ -8,7 +8,6 @@ from typing import Any
 
 from PIL import Image
 
-from audio_io import load_resampler
 from reports.curves import plot_curves
 from utils import provenance, strict_json, write_text
 
@@ -106,7 +105,6 @@ def _is_number(value: Any) -> bool:
 
 
 def _start_wandb(folder: Path, mode: str, name: str, config: Mapping[str, Any], run_id: str | None):
-    load_resampler()  # wandb watches imports, and that breaks in the loader processes
     import wandb
 
     if mode == "true" and not wandb.api.api_key and os.environ.get("WANDB_MODE") is None:
