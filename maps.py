@@ -1,6 +1,8 @@
 """Maps of where a sound comes from: enlarged, smoothed, normalised to 0..1, summed to IQR and OGL.
 
-B batch, h x w tokens of a map, H x W pixels. A map is a float tensor, larger where the sound comes from.
+B batch, h x w tokens of a map, H x W pixels. A map is a float tensor, larger where the sound comes from. The values of
+an absolute map (AUD_share) mean the same in every image, so it may stay dark; those of any other map compare the places
+of one image, and are scored and shown after min-max normalisation.
 """
 
 from collections.abc import Mapping
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAP_SIZE = 224  # pixels per side at which maps and ground truth are compared
+ABSOLUTE = "AUD_share"
 CONSTANT_RANGE = 1e-6  # a map whose range is at most this share of its largest magnitude is constant
 
 
@@ -77,9 +80,22 @@ def mix_maps(audio_map: Tensor, *rest: Tensor, alpha: float = 0.6) -> Tensor:
     return normalize_maps(mixed)
 
 
+def enlarge_absolute(maps: Tensor) -> Tensor:
+    """Absolute maps (B, h, w) -> (B, 224, 224), bilinear with aligned corners: no value leaves the range of the map."""
+    return upsample_maps(maps, interpolation="bilinear")
+
+
 def enlarge(raw: Mapping[str, Tensor], interpolation: str, alpha: float | None) -> dict[str, Tensor]:
-    """Maps (B, h, w) by name -> (B, 224, 224) in 0..1; with alpha also the sums IQR, OGL, IQR_OGL that they allow."""
-    maps = {name: normalize_maps(upsample_maps(values, interpolation=interpolation)) for name, values in raw.items()}
+    """Maps (B, h, w) by name -> (B, 224, 224) in 0..1; with alpha also the sums IQR, OGL, IQR_OGL that they allow.
+
+    An absolute map keeps its own range, and is enlarged as `enlarge_absolute` does it.
+    """
+    maps = {
+        name: enlarge_absolute(values)
+        if name == ABSOLUTE
+        else normalize_maps(upsample_maps(values, interpolation=interpolation))
+        for name, values in raw.items()
+    }
     if alpha is None or "AUD" not in maps:
         return maps
     for name, rest in {"IQR": ["IMG_QUERY"], "OGL": ["OBJ_PRIOR"], "IQR_OGL": ["IMG_QUERY", "OBJ_PRIOR"]}.items():

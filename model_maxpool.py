@@ -118,7 +118,7 @@ class MaxPoolModel(nn.Module):
 
     @torch.no_grad()
     def localize(self, image: torch.Tensor, spectrogram: torch.Tensor, infer_sharpening: float = 0.1) -> Maps:
-        """AUD (B, h, w) in -1..1, and no image map."""
+        """AUD and AUD_share (B, h, w) in -1..1, and no image map: see `maps`."""
         tokens, grid = self.attend_image(image)
         return self.maps(tokens, self.attend_audio(spectrogram), grid)
 
@@ -129,9 +129,12 @@ class MaxPoolModel(nn.Module):
 
     @staticmethod
     def maps(image: torch.Tensor, audio: torch.Tensor, grid: tuple[int, int], infer_sharpening: float = 0.1) -> Maps:
-        """AUD from image tokens (B, N, D) and audio vectors (B, D). infer_sharpening has no effect: it would only scale
-        a map that is scored after min-max normalisation."""
-        return Maps(torch.einsum("bid,bd->bi", image, audio).unflatten(1, grid), None)
+        """AUD from image tokens (B, N, D) and audio vectors (B, D): their cosine, absolute and so AUD_share, too.
+
+        infer_sharpening has no effect: it would only scale a map that is scored after min-max normalisation.
+        """
+        cosine = torch.einsum("bid,bd->bi", image, audio).unflatten(1, grid)
+        return Maps(cosine, None, cosine)
 
     @staticmethod
     def confidences(image: torch.Tensor, audio: torch.Tensor, infer_sharpening: float = 0.1) -> dict[str, torch.Tensor]:

@@ -35,6 +35,7 @@ class SlotState(NamedTuple):
 class Maps(NamedTuple):
     audio_map: torch.Tensor  # (B, h, w) AUD: audio query over image keys
     image_map: torch.Tensor | None  # (B, h, w) IMG_QUERY: image query over image keys; None where a model has none
+    share: torch.Tensor  # (B, h, w) AUD_share: what the audio claims of each token, an absolute map that may stay dark
 
 
 class Embeddings(NamedTuple):
@@ -481,7 +482,7 @@ class JointSlotModel(nn.Module):
 
     @torch.no_grad()
     def localize(self, image: torch.Tensor, spectrogram: torch.Tensor, infer_sharpening: float = 0.1) -> Maps:
-        """Maps of the target slot over the image grid, (B, h, w) each, every map summing to 1."""
+        """Maps of the target slot over the image grid, (B, h, w) each: see `maps`."""
         image_state, grid = self.attend_image(image)
         return self.maps(image_state, self.attend_audio(spectrogram), grid, infer_sharpening)
 
@@ -492,9 +493,14 @@ class JointSlotModel(nn.Module):
 
     @staticmethod
     def maps(image: SlotState, audio: SlotState, grid: tuple[int, int], infer_sharpening: float = 0.1) -> Maps:
-        """Like `localize`, from the state of both modalities, so that an image can be combined with any audio clip."""
-        maps = (slot_attention(m.query, image.keys, infer_sharpening)[:, TARGET] for m in (audio, image))
-        return Maps(*(m.unflatten(1, grid) for m in maps))
+        """Maps from the state of both modalities, so that an image can be combined with any audio clip.
+
+        audio_map and image_map each sum to 1, so they always light something. share is the target slot's `slot_share`
+        of each token, 0..1, not sharpened: near 0 everywhere where nothing in view sounds.
+        """
+        maps = [slot_attention(m.query, image.keys, infer_sharpening)[:, TARGET] for m in (audio, image)]
+        share = slot_share(audio.query, image.keys)[:, TARGET]
+        return Maps(*(m.unflatten(1, grid) for m in (*maps, share)))
 
     @staticmethod
     def confidences(image: SlotState, audio: SlotState, infer_sharpening: float = 0.1) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ settings of recipes.py, and which has what the two classes have: for training `f
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +31,13 @@ class Trained(NamedTuple):
     """A checkpoint, read once: the model in evaluation mode, and what the file says about it."""
 
     model: Model
-    about: dict[str, Any]  # `describe_checkpoint`: path, epoch, selected_by, trained_on, training (its flags)
+    about: dict[str, Any]  # `describe_checkpoint`: path, epoch, selected_by, trained_on, training, threshold
     inference: dict[str, float]  # infer_sharpening and infer_smoothing that the model was trained for
+
+    @property
+    def threshold(self) -> float | None:
+        """The universal threshold of AUD_share; None where none was chosen yet (scoring/threshold.py)."""
+        return self.about["threshold"]["value"] if "threshold" in self.about else None
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Trained:
@@ -88,14 +93,14 @@ def _released_config(path: Path) -> dict[str, Any]:
 
 def describe_checkpoint(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     """Where the weights come from, how they were chosen and trained, as far as the checkpoint says."""
-    flags = training_flags(state)
+    flags, threshold = training_flags(state), own_threshold(state)
     return {
         "path": str(path),
         "epoch": state.get("epoch", "unknown"),
         "selected_by": "last epoch trained" if path.name == "latest.pth" else state.get("selected_by", "unknown"),
         "trained_on": flags.get("trainset", "unknown"),
         "training": flags,
-    }
+    } | ({"threshold": threshold} if threshold else {})
 
 
 def training_flags(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,3 +113,21 @@ def own_inference(state: Mapping[str, Any]) -> dict[str, float]:
     """The sharpening and smoothing of maps that a model was trained for, else the paper's."""
     flags = training_flags(state)
     return {name: paper if flags.get(name) is None else flags[name] for name, paper in PAPERS_INFERENCE.items()}
+
+
+def own_threshold(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The universal threshold of AUD_share and how it was chosen: a record of scoring/threshold.py; None without one.
+
+    UserError where the file holds something else under that name.
+    """
+    chosen = state.get("threshold")
+    if chosen is None:
+        return None
+    if not isinstance(chosen, dict) or not isinstance(chosen.get("value"), float):
+        raise UserError("the checkpoint's `threshold` is no record of one: python -m scoring.threshold writes it anew")
+    return chosen
+
+
+def rows_of(state: Any, rows: torch.Tensor | Sequence[int] | slice) -> Any:
+    """Some rows of what `attend_image` or `attend_audio` gives, repeated if they are named repeatedly."""
+    return type(state)(*(part[rows] for part in state)) if isinstance(state, tuple) else state[rows]

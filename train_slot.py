@@ -24,12 +24,13 @@ from distributed import barrier, own_device, process_group, world_size
 from models import MODELS, Model
 from recipes import OUR_LOSSES, add_flags, parse
 from resnet import load_imagenet_weights
+from scoring.threshold import universal_threshold
 from sets import ALL_SETS, build_test_sets, overlap_with_tests, parse_testsets, undecodable
 from training.decoded import keep_decoded
 from training.resume import RunFolder, RunState, StopFlag, fingerprints, should_resume
 from training.run import score_sets, train_one_epoch, validate
 from training.step import Optimisation, choose_amp, lr_factor, with_sync_bn
-from utils import ArgumentParser, UserError, as_user_error, load_checkpoint, provenance, run_cli, seed_everything
+from utils import ArgumentParser, UserError, as_user_error, provenance, run_cli, seed_everything
 
 SELECTED_BY = {  # --select: (what best.pth is chosen by, the figure that says so)
     "retrieval": ("retrieval on held-out training pairs (no boxes)", "val/retrieval_score"),
@@ -213,6 +214,15 @@ def weights_in(epoch: int, args) -> dict[str, float]:
     return args.weights if epoch >= args.warmup else dict.fromkeys(args.weights, 0.0) | {"info_nce": 1.0}
 
 
+def choose_threshold(model: Model, data: TrainingData, device: torch.device, **settings) -> dict | None:
+    """The model's universal threshold on held-out pairs; on training pairs where fewer than two were held out."""
+    if len(data.held_out) > 1:
+        pairs, source = data.held_out.pairs, "held-out training pairs"
+    else:
+        pairs, source = data.train.pairs, "training pairs, as none were held out"
+    return universal_threshold(model, pairs, device, source, **settings)
+
+
 def dry_run(train: Callable, validate: Callable, test: Callable) -> None:
     print(f"one step: loss {train(max_steps=1)['loss']:.4f}")
     for name, value in validate().items():
@@ -272,8 +282,8 @@ def main() -> None:
                 print_epoch(args, line)
                 stop.leave_together()
             barrier()
-            best = load_checkpoint(path / "best.pth")
-            model.load_state_dict(best["model"])
+            settings = {"seed": args.seed, "between": stop.leave_alone, **loading}
+            best = folder.end(partial(choose_threshold, model, data, device, **settings))
             print(f"best.pth: epoch {best['epoch']}, chosen by {best['selected_by']}")
             folder.finish(test(on_batch=[stop.leave_alone], chosen=best))
             print_end(args, path)

@@ -27,7 +27,7 @@ from utils import as_user_error, strict_json, write_text
 
 PAGE, FILES = "report.html", "report_files"
 TEMPLATE = Path(__file__).with_name("page.html")
-SHOWN_BY_DEFAULT = ("AUD", "IQR")
+SHOWN_BY_DEFAULT = ("AUD", "AUD_share", "IQR")
 JPEG_QUALITY = 82
 SCORES = (*(f"iou{suffix}" for suffix in RULES.values()), "average_precision", "pointing")  # of a sample, per map
 
@@ -37,7 +37,7 @@ Files = Mapping[str, tuple[str, str | None]]  # id: names of its strip and of it
 class Gallery:
     """Draws samples one by one; the page and its files appear only at `finish`.
 
-    folder: where the page goes; maps: names of those to draw, by default AUD and IQR, else the first two given;
+    folder: where the page goes; maps: names of those to draw, see `shown_maps`;
     seconds: length of audio that the model hears. A run that breaks off leaves an older page and its files untouched.
     """
 
@@ -90,7 +90,7 @@ class Gallery:
 
 
 def shown_maps(given: Mapping[str, Any], wanted: Sequence[str] | None = None) -> list[str]:
-    """Which maps a gallery draws: the wanted ones, else AUD and IQR as far as given, else the first two given."""
+    """Which maps a gallery draws: the wanted ones, else AUD, AUD_share, IQR as far as given, else the first two."""
     if missing := [name for name in wanted or () if name not in given]:
         raise ValueError(f"no map {', '.join(missing)} to draw: there are {', '.join(given)}")
     return list(wanted or [name for name in SHOWN_BY_DEFAULT if name in given] or list(given)[:2])

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from annotations import GroundTruth, first_ids
 from dataset import EvaluationPairs, Pair, build_test_set
-from maps import MAP_SIZE
+from maps import MAP_SIZE, normalize_maps
 from models import Trained, load
 from scoring.evaluate import evaluate
 from scoring.metrics import consensus_iou, region_fixed
@@ -32,7 +32,7 @@ TRUTH_COLOUR = (60, 255, 90)
 INK, SOFT_INK, PAPER = (25, 25, 30), (105, 105, 115), (255, 255, 255)
 GAP, LABEL_HEIGHT, TITLE_HEIGHT, HEADER_HEIGHT = 8, 24, 26, 44  # pixels
 SHEET_SAMPLES = 16
-DRAWN_MAPS = ("AUD", "IMG_QUERY", "IQR")
+DRAWN_MAPS = ("AUD", "AUD_share", "IMG_QUERY", "IQR")
 
 # ---------------------------------------------------------------- one image
 
@@ -133,7 +133,7 @@ def contact_sheet(panels: Sequence[np.ndarray], path: str | Path, header: str = 
 
 def _fixed_iou(heat: np.ndarray, truth: np.ndarray) -> float:
     heat, truth = (torch.as_tensor(_as_array(x))[None] for x in (heat, truth))
-    return consensus_iou(region_fixed(heat), truth).item()
+    return consensus_iou(region_fixed(normalize_maps(heat)), truth).item()
 
 
 def _veil(image: np.ndarray, truth: np.ndarray) -> np.ndarray:

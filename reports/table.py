@@ -11,6 +11,7 @@ from tabulate import SEPARATING_LINE, tabulate
 
 from annotations import read_ids
 from scoring.evaluate import Evaluation
+from scoring.threshold import describe_threshold
 from utils import provenance, write_json, write_text
 
 INTERVAL_KEY = "cIoU interval"
@@ -37,7 +38,7 @@ COLUMNS = {  # key of a summary: head of its column
     "presence_AP": "presence_AP",
 }
 SOMETIMES = [*COLUMNS][[*COLUMNS].index("pointing") + 1 :]  # in a table of their own, where any is defined
-MAPS = ("AUD", "AUD_wrong", "IMG_QUERY", "IQR", "OBJ_PRIOR", "OGL", "IQR_OGL")
+MAPS = ("AUD", "AUD_wrong", "AUD_share", "IMG_QUERY", "IQR", "OBJ_PRIOR", "OGL", "IQR_OGL")
 REFERENCES = {"ceiling": "ceiling", "whole_frame": "whole frame", "centred_disc": "centred disc"}
 FIRST_KEYS = (
     "testset", "test_list", "maps", "intervals", "references", "retrieval", "pairs", "settings", "checkpoint",
@@ -145,6 +146,8 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
     if checkpoint:
         epoch, selected_by = checkpoint.get("epoch", "?"), checkpoint.get("selected_by", "?")
         lines.append(f"checkpoint: {checkpoint.get('path', '?')}, epoch {epoch}, selected by {selected_by}")
+    if checkpoint and "threshold" in checkpoint:
+        lines.append(describe_threshold(checkpoint["threshold"]))
     if test_list := results.get("test_list"):
         lines.append(f"list: {test_list}, in place of the set's own")
     if maps_file := results.get("maps_file"):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from annotations import GroundTruth, first_ids, repeated
 from dataset import EvaluationPairs, Sample, in_order, make_loader
 from distributed import gather_in_order, hidden_bar, is_main, shard
-from maps import smooth_maps
+from maps import ABSOLUTE, smooth_maps
 from models import Model
 from resnet import ObjectSaliency
 from scoring.maps_file import StoredMaps
@@ -97,7 +97,7 @@ def localize_batch(
 ) -> Localized:
     """Maps of images (B, 3, H, W) with their own audio and with the wrong one, spectrograms (B, 1, F, L).
 
-    infer_smoothing: of the model's own maps, see `smooth_maps`.
+    infer_smoothing: of the model's own relative maps, see `smooth_maps`.
     """
     image_state, grid = model.attend_image(image)
     audio_state = model.attend_audio(spectrogram)
@@ -107,6 +107,7 @@ def localize_batch(
     if own.image_map is not None:
         raw["IMG_QUERY"] = own.image_map
     raw = {name: smooth_maps(values, infer_smoothing) for name, values in raw.items()}
+    raw[ABSOLUTE] = own.share
     if saliency is not None:
         raw["OBJ_PRIOR"] = saliency(image)
     scalars = model.confidences(image_state, audio_state, infer_sharpening)

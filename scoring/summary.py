@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from annotations import GroundTruth
-from maps import enlarge
+from maps import ABSOLUTE, enlarge, normalize_maps
 from scoring.bootstrap import Combined, Ratio, intervals_of, values_of
 from scoring.detection import detect
 from scoring.maps_file import SCALARS
@@ -47,7 +47,7 @@ class ScoredBatch(NamedTuple):
     ids: list[str]
     truth: Tensor  # (B, 224, 224)
     raw: dict[str, Tensor]  # (B, h, w) each, as the model gives them
-    maps: dict[str, Tensor]  # (B, 224, 224) each in 0..1
+    maps: dict[str, Tensor]  # (B, 224, 224) each in 0..1, but an absolute one in its own range
     scalars: dict[str, Tensor]  # (B,) each
 
 
@@ -122,7 +122,8 @@ class SetScores:
         def score(rows: slice) -> tuple[ScoredBatch, dict, dict]:
             part = [{name: values[rows] for name, values in side.items()} for side in (raw, scalars)]
             batch = ScoredBatch(ids[rows], truth[rows], part[0], enlarge(part[0], interpolation, alpha), part[1])
-            columns = {name: map_columns(maps, batch.truth, masks) for name, maps in batch.maps.items()}
+            relative = batch.maps | {name: normalize_maps(batch.maps[name]) for name in batch.maps if name == ABSOLUTE}
+            columns = {name: map_columns(maps, batch.truth, masks) for name, maps in relative.items()}
             return batch, columns, reference_columns(batch.truth, masks)
 
         for batch, *tables in in_parts(score, len(ids)):

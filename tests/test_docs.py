@@ -40,7 +40,7 @@ RUN_ELSEWHERE = {
     "make objectives": "tests/test_experiments_objectives.py::--rows",
     "python prepare_data.py clips videos --out pairs": "tests/test_prepare_clips.py::clips",
 }
-SCRIPTS = ("train_slot", "test_model", "experiments.objectives", "experiments.benchmark")
+SCRIPTS = ("train_slot", "test_model", "scoring.threshold", "experiments.objectives", "experiments.benchmark")
 PREPARATIONS = ("metadata", "clips", "check", "synthetic")
 BENCHES = ("step", "scaling", "input", "eval", "all")
 FOREIGN_FLAGS = {"--max-restarts", "--init_lr"}  # named in prose: torchrun's, EZ-VSL's

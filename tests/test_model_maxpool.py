@@ -164,7 +164,8 @@ def test_it_is_tested_drawn_kept_and_compared_by_aud_alone(trained, synthetic_ro
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "model" / "synthetic_offscreen"
     own = json.loads((folder / "results.json").read_text())
-    assert own["maps"].keys() == {"AUD", "AUD_wrong", "OBJ_PRIOR", "OGL"} and "presence_AP" in own["maps"]["AUD"]
+    assert own["maps"].keys() == {"AUD", "AUD_wrong", "AUD_share", "OBJ_PRIOR", "OGL"}
+    assert "presence_AP" in own["maps"]["AUD"]
     assert (folder / "contact_sheet.png").is_file() and (folder / "report.html").is_file()
     assert set(np.load(folder / "maps.npz")) >= {"AUD", "AUD_wrong", "OBJ_PRIOR", "confidence"}
     done = cli("test_model", "--maps", folder / "maps.npz", *where, "--out_dir", tmp_path / "file")
@@ -173,7 +174,8 @@ def test_it_is_tested_drawn_kept_and_compared_by_aud_alone(trained, synthetic_ro
     assert again["maps"] == own["maps"]
     done = cli(*test, "--out_dir", tmp_path / "plain", "--imagenet_weights", "none", "--infer_sharpening", "7")
     plain = json.loads((tmp_path / "plain" / "synthetic_offscreen" / "results.json").read_text())["maps"]
-    assert plain == {name: own["maps"][name] for name in ("AUD", "AUD_wrong")}  # sharpening changes nothing
+    assert plain == {name: own["maps"][name] for name in ("AUD", "AUD_wrong", "AUD_share")}  # sharpening has no effect
+    assert -1 < own["checkpoint"]["threshold"]["value"] < 1
     done = cli("test_model", "--compare", *(tmp_path.glob("*/synthetic_offscreen/results.json")))
     assert done.returncode == 0 and "AUD" in done.stdout and "IQR" not in done.stdout
 

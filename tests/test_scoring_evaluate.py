@@ -49,15 +49,15 @@ def test_figures_are_those_of_the_maps_that_localize_gives(checkpoint, synthetic
         assert scored.rows[i]["id"] == sample.id
 
 
-def test_the_models_own_maps_are_smoothed_and_nothing_else(checkpoint, synthetic_root):
+def test_the_models_relative_maps_are_smoothed_and_nothing_else(checkpoint, synthetic_root):
     model, sample = load_model(checkpoint), build(synthetic_root)[0]
     pair = sample.image[None], sample.spectrogram[None], -sample.spectrogram[None]
     with torch.no_grad():
         raw, smooth = (evaluation.localize_batch(model, *pair, 0.1, s, lambda image: image[:, 0]) for s in (0.0, 0.1))
     for name, values in raw.raw.items():
-        expected = values if name == "OBJ_PRIOR" else smooth_maps(values, 0.1)
+        expected = values if name in ("OBJ_PRIOR", "AUD_share") else smooth_maps(values, 0.1)
         assert torch.equal(smooth.raw[name], expected), name
-    assert raw.raw.keys() == {"AUD", "AUD_wrong", "IMG_QUERY", "OBJ_PRIOR"}
+    assert raw.raw.keys() == {"AUD", "AUD_wrong", "AUD_share", "IMG_QUERY", "OBJ_PRIOR"}
     assert all(torch.equal(smooth.scalars[name], values) for name, values in raw.scalars.items())
     assert torch.equal(raw.audio_embedding, smooth.audio_embedding)
 
@@ -71,3 +71,27 @@ def test_wrong_audio_is_of_another_class_whatever_the_order_of_the_list(syntheti
     other = EvaluationPairs(dataset.pairs[::-1], dataset.ground_truth, [], **SIZES)
     partner = evaluation.WithWrongAudio(other, seed=0).partner
     assert other.pairs[partner[-1]] == dataset.pairs[paired.partner[0]]
+
+
+def test_the_absolute_map_is_shown_as_it_is_and_scored_like_every_other(checkpoint, synthetic_root):
+    """AUD_share: softmax over slots, neither sharpened nor stretched to its own range; rules compare its places."""
+    model, dataset = load_model(checkpoint), build(synthetic_root)
+    shown = {}
+
+    def keep(batch):
+        shown.update(zip(batch.ids, batch.maps["AUD_share"].clone(), strict=True))
+
+    scored = evaluation.evaluate(model, dataset, torch.device("cpu"), infer_sharpening=0.3, on_batch=[keep])
+    sample = dataset[0]
+    with torch.no_grad():
+        seen, grid = model.attend_image(sample.image[None])
+        heard = model.attend_audio(sample.spectrogram[None])
+    logits = heard.query @ seen.keys.transpose(1, 2) / seen.keys.shape[2] ** 0.5
+    share = logits.softmax(1)[:, 0].unflatten(1, grid)
+    big = torch.nn.functional.interpolate(share[:, None], (224, 224), mode="bilinear", align_corners=True)[0, 0]
+    assert torch.allclose(shown[sample.id], big, atol=1e-5)
+    assert shown[sample.id].min() > 0.1 and shown[sample.id].max() < 0.9  # an untrained model: nothing is stretched
+    assert {"cIoU", "pointing", "mAP"} <= scored.results["maps"]["AUD_share"].keys()
+    region = (big - big.min()) / (big.max() - big.min()) >= 0.6
+    union = sample.truth.sum() + (region & (sample.truth == 0)).sum()
+    assert scored.rows[0]["AUD_share_iou"] == pytest.approx(((region * sample.truth).sum() / union).item(), abs=1e-3)

@@ -18,7 +18,11 @@ from conftest import MEASURED, ROOT, SHORT, SMALL, shared_folder
 
 import recipes
 import train_slot
-from models import MODELS, load_model
+from annotations import read_ids
+from dataset import TrainingPairs, find_pairs
+from model_slot import JointSlotModel
+from models import MODELS, load, load_model
+from scoring.threshold import universal_threshold
 from utils import load_checkpoint
 
 
@@ -80,6 +84,29 @@ def test_the_checkpoint_says_how_it_was_chosen_and_loads_by_itself(finished):
     assert settings | place | {"model", "optimizer", "scaler"} <= state.keys()
     model = load_model(finished[0] / "best.pth")
     assert model.config["arch"] == "small" and model.config["image_size"] == 64
+
+
+def test_both_checkpoints_carry_the_universal_threshold_of_their_weights_and_results_name_it(finished, synthetic_root):
+    folder, done = finished
+    pairs = find_pairs(synthetic_root, "vggsound", read_ids(synthetic_root / "val.txt"))[0]
+    for name in ("best", "latest"):
+        trained = load(folder / f"{name}.pth")
+        model = trained.model.to(memory_format=torch.channels_last)
+        again = universal_threshold(model, pairs, torch.device("cpu"), "held-out training pairs")
+        assert trained.threshold == pytest.approx(again["value"], abs=1e-5)
+        assert trained.about["threshold"]["pairs"] == 10
+        assert trained.about["threshold"]["pairs_from"] == "held-out training pairs"
+    results = json.loads((folder / "results" / "synthetic" / "results.json").read_text())
+    assert results["checkpoint"]["threshold"] == load(folder / "best.pth").about["threshold"]
+    assert f"universal threshold {results['checkpoint']['threshold']['value']:.4f}" in done.stdout
+
+
+def test_without_held_out_pairs_training_pairs_choose_the_threshold_and_it_says_so(synthetic_root):
+    pairs = find_pairs(synthetic_root, "vggsound", None)[0]
+    data = train_slot.TrainingData(*(TrainingPairs(p, 64, 0.8, "none") for p in (pairs[1:6], pairs[:1])), {}, {})
+    model = JointSlotModel("small", 16, image_size=64, audio_seconds=0.8)
+    chosen = train_slot.choose_threshold(model, data, torch.device("cpu"))
+    assert chosen["pairs"] == 5 and chosen["pairs_from"] == "training pairs, as none were held out"
 
 
 def test_the_test_script_gives_the_figures_of_the_training_run(finished, synthetic_root, tmp_path, cli):

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -233,15 +233,32 @@ class RunFolder:
         write_text(self.path / "train_ids.txt", "".join(f"{pair.id}\n" for pair in train))
         self.log = RunLog(self.path, args.wandb, args.experiment_name, vars(args), **resumed)
 
-    def save(self, *names: str) -> None:
+    def save(self, *names: str, **more: Any) -> None:
         """Write all that resuming needs to NAME.pth for each name, in types that `weights_only` loading allows."""
         if not self.log:
             return
         state = self.optimisation.state_dict() | self.state.state_dict() | self.about
         state |= {"processes": world_size(), "launch": launch_name(), "random": random_states()}
-        state |= {"lines": self.log.lines, "wandb_run": self.log.run_id}
+        state |= {"lines": self.log.lines, "wandb_run": self.log.run_id} | more
         for name in names:
             save_checkpoint(self.path / f"{name}.pth", state)
+
+    def end(self, choose_threshold: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+        """Load best.pth into the model -> what the file holds; latest.pth and best.pth get their universal threshold.
+
+        choose_threshold: of the model as it is; every process calls it, the first one gets the record.
+        """
+        best, model = load_checkpoint(self.path / "best.pth"), self.optimisation.model
+        chosen = choose_threshold()
+        if self.log:
+            self.save("latest", threshold=chosen)
+        model.load_state_dict(best["model"])
+        if best["epoch"] != self.state.epoch:
+            chosen = choose_threshold()
+        best["threshold"] = chosen
+        if self.log:
+            save_checkpoint(self.path / "best.pth", best)
+        return best
 
     def save_between_steps(self, steps: int, every: int, stop: StopFlag) -> None:
         """Save after every `every` steps and after the last one; where the run is told to stop, save, raise Stopped."""
