@@ -13,14 +13,13 @@ import soundfile
 import soxr
 import torch
 
-SAMPLE_RATE = 16000
+from media import SAMPLE_RATE, mix_down
+
 N_FFT = 512
 HOP = 160
 WINDOW = torch.hann_window(N_FFT)
 LOG_FLOOR = 1e-7
 LOG_SCALE = 12.0
-CANCELLED = 0.25  # of the level of unrelated channels: 12 dB
-QUIET = 2**-16  # half a step of 16 bits: below it there is nothing to cancel
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".npy")
 
 
@@ -89,12 +88,14 @@ def _read_part(path: str | Path, length: int, positions: tuple[float, float]) ->
         first, end = _reach(file.frames, length, positions)
         file.seek(first)
         levels = file.read(end - first, dtype="int16", always_2d=True)
-        return Sound(levels[:, 0] if levels.shape[1] == 1 else mix_down(as_float(levels))[0], first, file.frames)
+        return Sound(
+            levels[:, 0] if levels.shape[1] == 1 else mix_down(as_float(levels), SAMPLE_RATE)[0], first, file.frames
+        )
 
 
 def _read_whole(path: str | Path, length: int | None, positions: tuple[float, float]) -> Sound:
     waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    mono, _ = mix_down(waveform)
+    mono, _ = mix_down(waveform, rate)
     if rate != SAMPLE_RATE and mono.size and np.isfinite(mono).all():
         mono = resample(mono, rate)
     first, end = (0, len(mono)) if length is None else _reach(len(mono), length, positions)
@@ -115,22 +116,6 @@ def as_float(waveform: np.ndarray) -> np.ndarray:
 def resample(mono: np.ndarray, rate: int) -> np.ndarray:
     """(samples,) at `rate` Hz -> (samples,) at 16 kHz, by soxr's high quality."""
     return soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
-
-
-def mix_down(samples: np.ndarray) -> tuple[np.ndarray, bool]:
-    """(samples, channels) -> the mean of the channels (samples,), and False.
-
-    Where the mean lies CANCELLED below what channels that have nothing in common would give, as where one is the
-    other's negative: the loudest channel, and True.
-    """
-    if samples.shape[1] == 1:
-        return samples[:, 0], False
-    mono = samples.mean(axis=1)
-    power = np.square(samples, dtype=np.float64).mean(axis=0)
-    expected = power.sum() / samples.shape[1] ** 2
-    if expected > QUIET**2 and np.square(mono, dtype=np.float64).mean() < CANCELLED**2 * expected:
-        return samples[:, power.argmax()], True
-    return mono, False
 
 
 def _check_whole(path: str | Path) -> None:

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import to_tensor
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPECTROGRAM_MASK_BINS = 9
+NO_IMAGES = ("EPS", "MPEG")  # of what Pillow opens: programs, which it would run, and films
 CUT_OFF = -0.499  # OpenCV rounds to whole levels, Pillow cuts the fraction off
 
 cv2.setNumThreads(0)  # a forked worker would wait forever for the threads of its parent's OpenCV
@@ -130,19 +131,21 @@ def mask_spectrogram(spectrogram: torch.Tensor) -> torch.Tensor:
 
 
 def load_image(path: str | Path, short_side: int | None = None) -> Image.Image:
-    """RGB image as a viewer shows it: rotated by its EXIF data, 16 bits scaled to 8, transparency dropped.
+    """RGB image as a viewer shows it: rotated by its EXIF data, 16 bits scaled to 8, white where transparent.
 
     short_side: a JPEG whose sides are all at least 2, 4 or 8 times as long is decoded at that fraction of its size.
     Raises ValueError, naming the file, when it cannot be decoded.
     """
     try:
         with Image.open(path) as image:
+            if image.format in NO_IMAGES:
+                raise ValueError(f"{image.format} is no image")
             if short_side:
                 image.draft(None, (short_side, short_side))
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
                 image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            return image if image.mode == "RGB" else image.convert("RGB")
+            return on_white(image)
     except (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot decode the image {path}: {error}") from error
 
