@@ -1,9 +1,11 @@
 """File -> waveform -> log power spectrogram.
 
-F = 257 frequency bins, L frames of 10 ms. This is the only file that knows 16 kHz, 512 and 160.
+F = 257 frequency bins, L frames of 10 ms. This is the only file that knows 512 and 160; 16 kHz stands in media.py.
 """
 
+import io
 import os
+import struct
 from pathlib import Path
 from tokenize import TokenError
 from typing import NamedTuple
@@ -13,7 +15,8 @@ import soundfile
 import soxr
 import torch
 
-from media import SAMPLE_RATE, mix_down
+import media
+from media import SAMPLE_RATE, MediaError, mix_down
 
 N_FFT = 512
 HOP = 160
@@ -41,7 +44,7 @@ class Sound(NamedTuple):
 
 
 def load_audio(path: str | Path, length: int | None = None, position: float = 0.5) -> np.ndarray:
-    """Decode an audio file (WAV, FLAC, Ogg, MP3; any rate and number of channels) to mono 16 kHz.
+    """Decode the sound of a file, whatever its format, rate and number of channels, to mono 16 kHz.
 
     length, position: cut or repeat it to `length` samples, see `crop_or_tile`; of a 16-bit WAV no more is read.
     Returns (samples,) float32 in -1..1: the channels as `mix_down` mixes them, resampled with soxr's high quality.
@@ -66,12 +69,17 @@ def load_sound(path: str | Path, seconds: float, positions: tuple[float, float] 
 
 def _load_waveform(path: str | Path, length: int | None, positions: tuple[float, float]) -> Sound:
     try:
-        sound = None if length is None else _read_part(path, length, positions)
-        if sound is None:
-            sound = _read_whole(path, length, positions)
+        file = _opened(path)
+        if file is None:
+            with media.open(path) as opened:
+                sound = _reached(opened.sound(), length, positions)
+        else:
+            with file:
+                sound = _read(file, length, positions)
+    except MediaError as error:
+        raise ValueError(f"cannot decode the audio {path}: {error.reason}") from error
     except (soundfile.LibsndfileError, OSError, MemoryError, OverflowError) as error:
         raise ValueError(f"cannot decode the audio {path}: {error}") from error
-    _check_whole(path)
     if sound.values.size == 0:
         raise ValueError(f"the audio {path} is empty")
     if not np.isfinite(sound.values).all():
@@ -79,27 +87,48 @@ def _load_waveform(path: str | Path, length: int | None, positions: tuple[float,
     return sound
 
 
-def _read_part(path: str | Path, length: int, positions: tuple[float, float]) -> Sound | None:
-    """What the cuts reach of a 16-kHz 16-bit WAV, where every sample's place is known; None for other files."""
-    with soundfile.SoundFile(path) as file:
-        known = file.format in ("WAV", "WAVEX") and file.subtype == "PCM_16" and file.samplerate == SAMPLE_RATE
-        if not known:
-            return None
+def _read(file: soundfile.SoundFile, length: int | None, positions: tuple[float, float]) -> Sound:
+    """What the cuts reach; of a 16-kHz 16-bit WAV, where every sample's place is known, no more is read."""
+    known = file.format in ("WAV", "WAVEX", "RAW") and file.subtype == "PCM_16" and file.samplerate == SAMPLE_RATE
+    if known and length is not None:
         first, end = _reach(file.frames, length, positions)
         file.seek(first)
         levels = file.read(end - first, dtype="int16", always_2d=True)
-        return Sound(
-            levels[:, 0] if levels.shape[1] == 1 else mix_down(as_float(levels), SAMPLE_RATE)[0], first, file.frames
-        )
+        mono = levels[:, 0] if levels.shape[1] == 1 else mix_down(as_float(levels), SAMPLE_RATE)[0]
+        return Sound(mono, first, file.frames)
+    mono, _ = mix_down(file.read(dtype="float32", always_2d=True), file.samplerate)
+    if file.samplerate != SAMPLE_RATE and mono.size and np.isfinite(mono).all():
+        mono = resample(mono, file.samplerate)
+    return _reached(mono, length, positions)
 
 
-def _read_whole(path: str | Path, length: int | None, positions: tuple[float, float]) -> Sound:
-    waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    mono, _ = mix_down(waveform, rate)
-    if rate != SAMPLE_RATE and mono.size and np.isfinite(mono).all():
-        mono = resample(mono, rate)
+def _reached(mono: np.ndarray, length: int | None, positions: tuple[float, float]) -> Sound:
     first, end = (0, len(mono)) if length is None else _reach(len(mono), length, positions)
     return Sound(mono[first:end], first, len(mono))
+
+
+def _opened(path: str | Path) -> soundfile.SoundFile | None:
+    """An uncompressed or FLAC file, ready to be read; None for what media.py reads, which believes no header's length.
+
+    Raises ValueError when a WAV is cut short. A WAV whose header announces less than there is is read to its end.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"cannot decode the audio {path}: no such file")
+    beyond = _check_whole(path)
+    try:
+        file = soundfile.SoundFile(path)
+    except soundfile.LibsndfileError:
+        return None
+    if file.format in ("MP3", "MPEG", "OGG") or (file.format == "FLAC" and file.frames >= 2**62):
+        file.close()
+        return None
+    if beyond and file.subtype in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"):
+        settings = file.samplerate, file.channels, file.subtype, "LITTLE", "RAW"
+        file.close()
+        with open(path, "rb") as whole:
+            whole.seek(beyond)
+            return soundfile.SoundFile(io.BytesIO(whole.read()), "r", *settings)
+    return file
 
 
 def _reach(total: int, length: int, positions: tuple[float, float]) -> tuple[int, int]:
@@ -118,13 +147,30 @@ def resample(mono: np.ndarray, rate: int) -> np.ndarray:
     return soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
 
 
-def _check_whole(path: str | Path) -> None:
-    """A WAV shorter than its header says decodes without an error; streams write 0 or all ones as their length."""
+def _check_whole(path: str | Path) -> int:
+    """Where the samples of a WAV begin that holds more of them than its header announces; 0 for all other files.
+
+    A WAV shorter than its header says decodes without an error: ValueError. Streams write 0 or all ones as its length.
+    """
     with open(path, "rb") as file:
-        head, size = file.read(8), os.fstat(file.fileno()).st_size
-    length = int.from_bytes(head[4:8], "little")
-    if head[:4] == b"RIFF" and length not in (0, 2**32 - 1) and size < length + 8 - length % 2:
-        raise ValueError(f"the audio {path} is cut short: {size} of {length + 8} bytes")
+        head, size = file.read(12), os.fstat(file.fileno()).st_size
+        length = int.from_bytes(head[4:8], "little")
+        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+            return 0
+        if length not in (0, 2**32 - 1) and size < length + 8 - length % 2:
+            raise ValueError(f"the audio {path} is cut short: {size} of {length + 8} bytes")
+        place = 12
+        while place + 8 <= size:
+            file.seek(place)
+            name, length = struct.unpack("<4sI", file.read(8))
+            if name == b"data":
+                after = place + 8 + length + length % 2
+                file.seek(min(after, size))
+                follows = file.read(8)
+                other_chunks = len(follows) == 8 and follows[:4].isascii() and follows[:4].decode().isprintable()
+                return place + 8 if after < size and not other_chunks else 0
+            place += 8 + length + length % 2
+    return 0
 
 
 def crop_or_tile(waveform: np.ndarray, length: int, position: float = 0.5) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Sound preprocessing: reference spectrograms, cutting, bad files."""
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -106,6 +107,78 @@ def test_a_wav_that_is_cut_short_is_refused(tmp_path):
         audio_io.load_audio(path)
     path.write_bytes(whole[:4] + b"\xff" * 4 + whole[8:])  # as a stream writes it
     assert len(audio_io.load_audio(path)) == 16000
+
+
+def write_mp3(path, wave, rate, **options):
+    """MP3 with or without a header that tells its length (`write_xing`)."""
+    with av.open(str(path), "w", options={key: str(value) for key, value in options.items()}) as file:
+        stream = file.add_stream("libmp3lame", rate=rate, layout="mono", options={"global_quality": "600"})
+        stream.codec_context.qscale = True
+        frame = av.AudioFrame.from_ndarray(wave[None].astype(np.float32), "fltp", "mono")
+        frame.rate, frame.pts = rate, 0
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+
+
+def pitches(mono):
+    """Hz of the strongest tone of each second."""
+    return [int(np.abs(np.fft.rfft(mono[i : i + 16000])).argmax()) for i in range(0, len(mono) - 15999, 16000)]
+
+
+def test_an_mp3_that_does_not_tell_its_length_is_read_to_the_end(tmp_path):
+    time = np.arange(10 * 44100) / 44100
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, len(time)) * (time < 2)  # many bits first, few later
+    write_mp3(tmp_path / "a.mp3", 0.3 * np.sin(2 * np.pi * 440 * time) + noise, 44100, write_xing=0)
+    mono = audio_io.load_audio(tmp_path / "a.mp3")
+    assert abs(len(mono) / 16000 - 10) < 0.1 and pitches(mono)[3:9] == [440] * 6
+
+
+@pytest.mark.parametrize("announced", ["part", "nothing"])
+@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
+def test_a_wav_that_holds_more_than_its_header_announces_is_read_to_the_end(announced, subtype, tmp_path):
+    path, time = tmp_path / "a.wav", np.arange(5 * 16000) / 16000
+    soundfile.write(path, 0.5 * np.sin(2 * np.pi * 440 * time), 16000, subtype=subtype)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"data") + 4
+    content[place : place + 4] = (8000 if announced == "part" else 0).to_bytes(4, "little")
+    content[4:8] = (8000 + place if announced == "part" else 0).to_bytes(4, "little")
+    path.write_bytes(content)
+    assert pitches(audio_io.load_audio(path)) == [440] * 5
+    assert len(audio_io.load_audio(path, 64000)) == 64000 and pitches(audio_io.load_audio(path, 64000)) == [440] * 4
+    path.write_bytes(content[: place + 8004] + b"LIST" + (4).to_bytes(4, "little") + b"INFO")  # a true length
+    assert len(audio_io.load_audio(path)) == (4000 if subtype == "PCM_16" else 2000) or announced == "nothing"
+
+
+def test_a_sound_whose_rate_changes_on_the_way_keeps_pitch_and_length(tmp_path):
+    for name, rate in (("a", 44100), ("b", 22050)):
+        write_mp3(tmp_path / f"{name}.mp3", 0.3 * np.sin(2 * np.pi * 440 * np.arange(4 * rate) / rate), rate)
+    both = tmp_path / "both.mp3"
+    both.write_bytes((tmp_path / "a.mp3").read_bytes() + (tmp_path / "b.mp3").read_bytes())
+    mono = audio_io.load_audio(both)
+    found = pitches(mono)
+    assert abs(len(mono) / 16000 - 8) < 0.3 and found[:3] == [440] * 3 and found[5:7] == [440] * 2
+
+
+@pytest.mark.parametrize("kind", ["m4a", "aac", "opus", "aiff", "wma", "mka", "ac3"])
+def test_sounds_in_other_formats_are_read_by_their_content(kind, tmp_path):
+    wave = 0.3 * np.sin(2 * np.pi * 440 * np.arange(4 * 48000) / 48000)
+    codecs = {"m4a": ("ipod", "aac"), "aac": ("adts", "aac"), "opus": ("opus", "libopus"), "wma": ("asf", "wmav2")}
+    codecs |= {"mka": ("matroska", "flac"), "ac3": ("ac3", "ac3")}
+    path = tmp_path / f"a.{kind}"
+    if kind == "aiff":
+        soundfile.write(path, wave, 48000, format="AIFF")
+    else:
+        container, codec = codecs[kind]
+        with av.open(str(path), "w", format=container) as file:
+            stream = file.add_stream(codec, rate=48000, layout="mono")
+            frame = av.AudioFrame.from_ndarray(wave[None].astype(np.float32), "fltp", "mono")
+            frame.rate, frame.pts = 48000, 0
+            for part in av.AudioResampler(stream.format, "mono", 48000).resample(frame):
+                file.mux(stream.encode(part))
+            file.mux(stream.encode())
+    path = path.rename(tmp_path / "a.sound")  # by content
+    mono = audio_io.load_audio(path)
+    assert abs(len(mono) / 16000 - 4) < 0.1 and pitches(mono)[1:3] == [440] * 2
 
 
 def test_an_empty_sound_and_one_with_nan_are_refused(tmp_path):
