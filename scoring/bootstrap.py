@@ -75,19 +75,33 @@ def _resample(ratios: Mapping[Any, Ratio], units: Sequence[str], resamples: int,
     top, bottom = np.zeros((len(labels), sum(widths))), np.zeros((len(labels), len(tops)))
     np.add.at(top, unit_of, np.concatenate(tops, 1))
     np.add.at(bottom, unit_of, np.stack([ratio.denominator for ratio in ratios.values()], 1))
+    wide = [(i, slice(start, start + width)) for i, (start, width) in enumerate(zip(first, widths)) if width > 1]
     drawn = []
     with np.errstate(invalid="ignore", divide="ignore"):
         for counts in resampled_counts(len(labels), resamples, seed):
             counts = counts.astype(float)
-            values = (counts @ top) / np.repeat(counts @ bottom, widths, axis=1)
-            drawn.append(np.maximum.reduceat(values, first, axis=1))
+            sums = counts @ top
+            largest = sums[:, first]
+            for i, columns in wide:  # one denominator for all: the largest ratio is that of the largest sum
+                largest[:, i] = sums[:, columns].max(1)
+            drawn.append(largest / (counts @ bottom))
     return dict(zip(ratios, np.concatenate(drawn).T, strict=True))
 
 
 def interval(values: np.ndarray) -> list[float]:
     """Bootstrap values -> [low, high] of the 95 % interval; NaN where none is defined."""
-    values = values[np.isfinite(values)]
-    return [float(v) for v in np.percentile(values, INTERVAL)] if len(values) else [math.nan, math.nan]
+    return intervals(values[:, None])[0]
+
+
+def intervals(values: np.ndarray) -> list[list[float]]:
+    """(resamples, M) -> the `interval` of each of M."""
+    found = np.full((values.shape[1], 2), math.nan)
+    defined = np.isfinite(values)
+    whole = defined.all(0)
+    found[whole] = np.percentile(values[:, whole], INTERVAL, axis=0).T
+    for i in np.flatnonzero(defined.any(0) & ~whole):
+        found[i] = np.percentile(values[defined[:, i], i], INTERVAL)
+    return found.tolist()
 
 
 def values_of(ratios: Ratios) -> dict[str, dict[str, float]]:
@@ -102,5 +116,5 @@ def intervals_of(
     if not resamples:
         return {}
     flat = {(name, metric): ratio for name, row in ratios.items() for metric, ratio in row.items()}
-    drawn = bootstrap(flat, units, resamples, seed)
-    return {name: {metric: interval(drawn[name, metric]) for metric in row} for name, row in ratios.items()}
+    spans = iter(intervals(np.stack([*bootstrap(flat, units, resamples, seed).values()], 1)))
+    return {name: {metric: next(spans) for metric in row} for name, row in ratios.items()}

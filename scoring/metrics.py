@@ -110,9 +110,14 @@ def region_average_precision(region: Tensor, truth: Tensor) -> Tensor:
     """`pixel_average_precision` of the map that is 1 in the region and 0 elsewhere: (B, H, W) twice -> (B,) float64."""
     _same_shape(region, truth)
     own, inside = ((truth >= 0.5).flatten(1), region.flatten(1))
-    size, hits, pixels = own.sum(1).double(), (own & inside).sum(1).double(), own.shape[1]
-    within = hits * hits / inside.sum(1).clamp(min=1)
-    return (within + (size - hits) * size / pixels) / size  # 0 / 0 is NaN: no pixel of G reaches 0.5
+    return precision_of_region(inside.sum(1), (own & inside).sum(1), own.sum(1), own.shape[1])
+
+
+def precision_of_region(taken: Tensor, hits: Tensor, own: Tensor, pixels: int) -> Tensor:
+    """`region_average_precision` by counts (B,): pixels of the region, of these in G >= 0.5, in G >= 0.5; of all."""
+    own, hits = own.double(), hits.double()
+    within = hits * hits / taken.clamp(min=1)
+    return (within + (own - hits) * own / pixels) / own  # 0 / 0 is NaN: no pixel of G reaches 0.5
 
 
 def pointing(maps: Tensor, truth: Tensor) -> Tensor:
@@ -239,45 +244,3 @@ def centred_disc(height: int = MAP_SIZE, width: int = MAP_SIZE) -> Tensor:
     y = torch.arange(height, dtype=torch.float64) - (height - 1) / 2
     x = torch.arange(width, dtype=torch.float64) - (width - 1) / 2
     return y[:, None] ** 2 + x[None, :] ** 2 <= height * width / (2 * math.pi)
-
-
-# ---------------------------------------------------------------- all scores of a batch, by name
-
-
-def map_columns(maps: Tensor, truth: Tensor, masks: bool = False) -> dict[str, Tensor]:
-    """Score one kind of map of a batch: maps (B, H, W), upsampled and normalised; truth (B, H, W) in 0..1.
-
-    -> iou, iou_half, iou_adaptive, tied_half, tied_adaptive (share of pixels at the cut), average_precision, pointing;
-    with `masks` AVSBench's jaccard (B, 19) and f (B, 255), too.
-    """
-    ascending = sort_pixels(maps)
-    columns = {"iou": consensus_iou(region_fixed(maps), truth)}
-    for rule, cut in {"half": cut_half(ascending), "adaptive": cut_adaptive(ascending, truth)}.items():
-        columns["iou" + RULES[rule]] = consensus_iou(region_above(maps, cut), truth)
-        columns["tied" + RULES[rule]] = tied_share(maps, cut)
-    columns["average_precision"] = pixel_average_precision(maps, truth, ascending)
-    columns["pointing"] = pointing(maps, truth)
-    if masks:
-        columns |= {"jaccard": jaccard(maps, truth, ascending), "f": f_scores(maps, truth, ascending).float()}
-    return columns
-
-
-def reference_columns(truth: Tensor, masks: bool = False) -> dict[str, dict[str, Tensor]]:
-    """Scores of truth (B, H, W) without any model -> {"ceiling" | "whole_frame" | "centred_disc": columns}.
-
-    Frame and disc are regions, the same P under every rule; the ceiling takes G itself where no rule limits it.
-    """
-    disc = centred_disc(*truth.shape[1:]).to(truth.device).expand_as(truth)
-    regions = {"ceiling": truth >= 0.5, "whole_frame": torch.ones_like(disc), "centred_disc": disc}
-    references = {}
-    for name, region in regions.items():
-        given = consensus_iou(region, truth)
-        references[name] = {
-            "iou" + suffix: ceiling_iou(truth, rule) if name == "ceiling" else given for rule, suffix in RULES.items()
-        }
-        references[name]["average_precision"] = region_average_precision(region, truth)
-        if masks:
-            as_map = region.float()
-            as_map[:, 0, 0] += 1e-6  # so that the whole frame is not a constant map, which would predict nothing
-            references[name] |= {"jaccard": jaccard(as_map, truth), "f": f_scores(as_map, truth).float()}
-    return references

@@ -16,16 +16,10 @@ from torch import Tensor
 from annotations import GroundTruth
 from maps import ABSOLUTE, enlarge, normalize_maps
 from scoring.bootstrap import Combined, Ratio, intervals_of, values_of
+from scoring.columns import half_steps, map_columns, reference_columns
 from scoring.detection import detect
 from scoring.maps_file import SCALARS
-from scoring.metrics import (
-    JACCARD_THRESHOLDS,
-    RULES,
-    area_under_success,
-    map_columns,
-    reference_columns,
-    success,
-)
+from scoring.metrics import JACCARD_THRESHOLDS, RULES, area_under_success, success
 from scoring.negatives import negative_ratios
 
 PART = 8  # samples whose enlarged maps are scored at once: more would leave the processor's cache
@@ -122,9 +116,10 @@ class SetScores:
         def score(rows: slice) -> tuple[ScoredBatch, dict, dict]:
             part = [{name: values[rows] for name, values in side.items()} for side in (raw, scalars)]
             batch = ScoredBatch(ids[rows], truth[rows], part[0], enlarge(part[0], interpolation, alpha), part[1])
+            steps = half_steps(batch.truth)
             relative = batch.maps | {name: normalize_maps(batch.maps[name]) for name in batch.maps if name == ABSOLUTE}
-            columns = {name: map_columns(maps, batch.truth, masks) for name, maps in relative.items()}
-            return batch, columns, reference_columns(batch.truth, masks)
+            columns = {name: map_columns(maps, batch.truth, masks, steps) for name, maps in relative.items()}
+            return batch, columns, reference_columns(batch.truth, masks, steps)
 
         for batch, *tables in in_parts(score, len(ids)):
             self.ids += batch.ids

@@ -42,3 +42,17 @@ def test_ratios_of_nothing_are_undefined():
     nothing = Ratio(np.zeros(3), np.zeros(3, dtype=bool))
     assert np.isnan(nothing.value())
     assert np.isnan(bootstrap.interval(bootstrap.bootstrap({"x": nothing}, [*"abc"], 10)["x"])).all()
+
+
+def test_intervals_of_a_table_are_those_of_its_columns():
+    values = np.random.default_rng(0).random((50, 4))
+    values[3, 1], values[:, 2] = np.nan, np.nan
+    found = bootstrap.intervals(values)
+    assert found[:2] == [bootstrap.interval(values[:, 0]), bootstrap.interval(np.delete(values[:, 1], 3))]
+    assert np.isnan(found[2]).all() and found[3] == np.percentile(values[:, 3], (2.5, 97.5)).tolist()
+
+
+def test_a_resample_without_a_denominator_is_undefined_and_the_others_count():
+    ratios = {"F": Ratio(np.array([[1.0, 0.5], [0.0, 0.0]]), np.array([1, 0]))}
+    values = bootstrap.bootstrap(ratios, ["a", "b"], 100)["F"]
+    assert np.isnan(values).any() and set(values[np.isfinite(values)]) == {1.0}

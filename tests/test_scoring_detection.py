@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from sklearn.metrics import average_precision_score
 
-from scoring.detection import detection_scores
+from scoring.detection import Confidence, detection_scores
 
 
 def test_detection_matches_the_reference():
@@ -26,3 +27,20 @@ def test_detection_by_hand():
     assert scores["AP"] == pytest.approx(0.5 * (1 / 2 - 1 / 2) + 0.5 * (1 - 1 / 2))
     with pytest.raises(ValueError, match="confidence"):
         detection_scores(ious, np.full(4, np.nan), has_source)
+
+
+@pytest.mark.parametrize("decimals", [1, 9])
+def test_a_resample_scores_as_the_pairs_written_out(decimals):
+    """To the last bit, with and without ties; the presence is scikit-learn's average precision."""
+    rng = np.random.default_rng(decimals)
+    for count in (1, 2, 37, 450):
+        confidence, there = rng.normal(size=count).round(decimals), rng.random(count) < 0.6
+        right, drawn = there & (rng.random(count) < 0.5), rng.integers(0, 3, count)
+        drawn[0] = 1
+        rows = np.repeat(np.arange(count), drawn)
+        short, long = Confidence(confidence, there).drawn(drawn), Confidence(confidence[rows], there[rows]).drawn()
+        assert short.scores(right) == long.scores(right[rows])
+        if there[rows].any():
+            assert short.presence() == long.presence() == average_precision_score(there[rows], confidence[rows])
+        else:
+            assert np.isnan(short.presence())

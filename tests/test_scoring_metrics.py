@@ -12,7 +12,8 @@ from sklearn.metrics import average_precision_score
 
 import scoring.metrics as metrics
 from maps import normalize_maps, upsample_maps
-from scoring.metrics import consensus_iou, map_columns, success
+from scoring.columns import map_columns
+from scoring.metrics import consensus_iou, success
 
 SEEDS = st.integers(0, 2**32 - 1)
 few = settings(max_examples=20, deadline=None)

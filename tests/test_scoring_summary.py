@@ -14,7 +14,7 @@ import scoring.metrics as metrics
 import scoring.summary as summary
 from annotations import GroundTruth
 from maps import normalize_maps, upsample_maps
-from scoring.metrics import map_columns
+from scoring.columns import map_columns
 from scoring.summary import SetScores, Table, ratios_of
 
 SEEDS = st.integers(0, 2**32 - 1)
