@@ -3,6 +3,8 @@
 An id names one pair. H x W image, F bins, L frames; ground truth is a (224, 224) map in 0..1.
 """
 
+import atexit
+import multiprocessing.queues
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +31,7 @@ from annotations import (
 from audio_io import AUDIO_SUFFIXES, Sound, load_sound, silence_spectrogram, spectrogram_of
 from maps import MAP_SIZE
 from transforms import load_image, mask_spectrogram, normalise, resize_whole, train_transform
-from utils import Absent, Undecodable, UserError, as_user_error
+from utils import Absent, Undecodable, UserError, as_user_error, end_workers
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -508,3 +510,13 @@ def make_loader(
 def _leave_stopping_to_the_run(_: int) -> None:
     """Schedulers send SIGTERM to every process; the run finishes its step with the workers and then ends them."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
+
+
+def _end_worker(error: Exception, batch: object) -> None:
+    """In a worker: a batch that cannot be handed over would be dropped, and the run would wait for it for ever."""
+    os.write(2, f"data-loading worker: {error}\n".encode())
+    os._exit(1)
+
+
+atexit.register(end_workers)

@@ -4,14 +4,18 @@ import argparse
 import codecs
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
 import re
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -37,6 +41,41 @@ class Undecodable(UserError):
 
 # ---------------------------------------------------------------- command line
 
+SHARED_MEMORY = "/dev/shm"
+_SMALLER = "a smaller --batch_size"
+RAN_OUT = (  # how the error reads, what ran out, what helps
+    (
+        r"unable to allocate shared memory[^<\n]*|Bus error",
+        "{shm} is too small for the batches of the data-loading workers",
+        f"enlarge it (docker run --shm-size 8g), or --num_workers 0, or {_SMALLER}",
+    ),
+    (
+        r"Too many open files|received 0 items of ancdata",
+        "this process may not open more files",
+        "ulimit -n 65536, or fewer --num_workers",
+    ),
+    (
+        r"CUDA out of memory[^.]*|OutOfMemoryError[^.\n]*|CUBLAS_STATUS_ALLOC_FAILED",
+        "the GPU has too little memory",
+        f"{_SMALLER}, in training --micro_batch 32, which keeps the batch of the losses",
+    ),
+    (
+        r"DataLoader worker \(pid[^:.]*is killed by signal: \w+",
+        "a data-loading worker was ended from outside, as a machine does that has no memory left",
+        f"fewer --num_workers, or --num_workers 0, or {_SMALLER}",
+    ),
+    (
+        r"DataLoader worker \(pid[^:.]*exited unexpectedly[^.\n]*",
+        "a data-loading worker ended, as when memory runs out or {shm} is too small",
+        f"enlarge it (docker run --shm-size 8g), or --num_workers 0, or {_SMALLER}",
+    ),
+    (
+        r"(MemoryError|DefaultCPUAllocator|Cannot allocate memory)[^.\n]*",
+        "this machine has too little memory",
+        f"{_SMALLER}, fewer --num_workers, in training --micro_batch 32",
+    ),
+)
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to a flag's help, unless it is None or False or the help mentions it already."""
@@ -57,9 +96,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's main; a UserError, or a file or folder that cannot be used, becomes one line and exit status 2.
+    """Run a script's main; a UserError, a file or folder that cannot be used, or a machine that runs out of something
+    becomes one line and exit status 2.
 
-    A warning is one line, too.
+    A warning is one line, too. Other errors are the code's, and show their traceback.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
@@ -67,15 +107,43 @@ def run_cli(main: Callable[[], None]) -> None:
     except UserError as error:
         last_line = str(error).strip().splitlines()[-1]  # a data-loading worker puts its traceback in front
         sys.exit(_fail(re.sub(r"^utils\.\w+: ", "", last_line), 2))
-    except OSError as error:
-        sys.exit(_fail(f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[-1], 2))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; what was finished is kept", 130))
+    except (OSError, RuntimeError, MemoryError) as error:
+        if remedy := what_ran_out(error):
+            sys.exit(_fail(remedy, 2))
+        if not isinstance(error, OSError):
+            raise
+        sys.exit(_fail(f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[-1], 2))
 
 
 def _fail(message: str, status: int) -> int:
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     return status
+
+
+def what_ran_out(error: BaseException) -> str | None:
+    """What the machine lacked and what helps, in one line; None for an error that says nothing of the kind."""
+    text = f"{type(error).__name__}: {error}"
+    for pattern, what, helps in RAN_OUT:
+        if found := re.search(pattern, text):
+            return f"{what.format(shm=_size_of(SHARED_MEMORY))} ({found[0].strip()}): {helps}"
+    return None
+
+
+def _size_of(folder: str) -> str:
+    try:
+        return f"{folder}, {shutil.disk_usage(folder).total / 2**20:.0f} MiB,"
+    except OSError:
+        return folder
+
+
+def end_workers() -> None:
+    """Kill this process's data-loading workers: at exit they would be waited for, for ever as they ignore SIGTERM."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler reports a worker that is killed as an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 @contextmanager

@@ -1,0 +1,70 @@
+"""A run that fails ends within seconds, with a status that is not 0 and one line that says what helps."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import endings
+import pytest
+from conftest import ROOT
+
+import utils
+from distributed import OTHER_FAILED
+
+
+def run(*words, **settings):
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=endings.SECONDS, **settings)
+
+
+def test_an_error_while_workers_load_ends_the_run(tmp_path):
+    done = run(ROOT / "tests" / "endings.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for case, pieces in endings.MESSAGES.items():
+        told = (tmp_path / case).read_text()
+        last = told.strip().splitlines()[-1]
+        assert (tmp_path / f"{case}.status").read_text() == "2" and last.startswith("endings.py: error: "), told
+        assert all(piece in last for piece in pieces) and "Traceback" not in told, told
+
+
+@pytest.mark.slow
+def test_a_process_of_several_that_fails_or_is_killed_ends_all_and_torchrun_restarts_them():
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--max-restarts", 1]
+    done = run(*torchrun, ROOT / "tests" / "endings.py")
+    assert done.returncode == 1
+    assert "error: this is the first cause" in done.stderr and "started again" in done.stdout, done.stderr
+    assert done.stderr.count(f"error: {OTHER_FAILED}") == 2 and "AssertionError" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("unshare") or os.getuid(), reason="needs root and unshare for a small /dev/shm")
+def test_a_container_with_little_shared_memory_is_told_so(checkpoint, synthetic_root, tmp_path):
+    flags = ["--testset", "synthetic", "--test_data_path", synthetic_root, "--gpu", "cpu", "--imagenet_weights", "none"]
+    flags += ["--checkpoint", checkpoint, "--out_dir", tmp_path, "--num_workers", "2"]
+    mount = 'mount -t tmpfs -o size=64k none /dev/shm || exit 77; exec "$@"'
+    command = ["unshare", "-m", "bash", "-c", mount, "-", sys.executable, "test_model.py", *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=endings.SECONDS)
+    if done.returncode == 77 or "unshare: " in done.stderr:
+        pytest.skip(f"no file system may be mounted here: {done.stderr.strip()}")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2, done.stderr
+    assert all(piece in last for piece in ("/dev/shm", "--shm-size", "--num_workers 0")), last
+
+
+@pytest.mark.parametrize(
+    "error, pieces",
+    [
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), ["memory"]),
+        (MemoryError("Unable to allocate 9 GiB"), ["Unable to allocate 9 GiB", "--batch_size"]),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible"), ["/dev/shm"]),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), ["exited unexpectedly"]),
+        (OSError(24, "Too many open files"), ["ulimit"]),
+        (OSError(12, "Cannot allocate memory"), ["--batch_size"]),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+    ],
+)
+def test_what_a_machine_lacks_is_told_from_an_error_of_the_code(error, pieces):
+    told = utils.what_ran_out(error)
+    assert told is None if pieces is None else all(piece in told for piece in pieces), told
+    assert told is None or "\n" not in told
