@@ -14,7 +14,7 @@ from torch import nn
 
 from audio_io import num_frames
 from model_slot import Compared, Maps, TokenMasks, at_least_fp32, contrast_both_ways
-from resnet import AudioEncoder, ImageEncoder, get_architecture, tokens_along
+from resnet import build_encoders, default_dim, own_audio_encoder
 
 OBJECTIVE = "maxpool"
 
@@ -47,31 +47,40 @@ class MaxPoolModel(nn.Module):
     pools before its projection, here it is after it: the encoder is the joint-slot model's.) There is no image query
     and so no IMG_QUERY and no IQR: the map is AUD, v_i . a. Nothing is masked, and false negatives stay in, as in
     EZ-VSL.
-    arch, dim, image_size, audio_seconds, tau: as in `JointSlotModel`; ValueError where they leave no token.
+    The settings are those of `JointSlotModel`; ValueError where they leave no token.
     """
 
     primary_map = "AUD"  # the map that the model is judged by
 
     def __init__(
         self,
-        arch: str = "resnet18",
+        image_encoder: str = "resnet18",
         dim: int | None = None,
         image_size: int = 224,
         audio_seconds: float = 5.0,
         tau: float = 0.03,
+        audio_encoder: str | None = None,
+        standardise: bool = False,
+        token_shift: float = 0.0,
     ) -> None:
         super().__init__()
-        dim, self.tau = dim or get_architecture(arch).dim, tau
-        if min(tokens_along(image_size, arch), tokens_along(num_frames(audio_seconds), arch)) < 1:
-            raise ValueError(f"{image_size} px and {audio_seconds} s leave arch {arch} no token: enlarge them")
-        self.shape = {"arch": arch, "dim": dim, "image_size": image_size, "audio_seconds": audio_seconds}
-        self.imgnet = ImageEncoder(arch, dim)
-        self.audnet = AudioEncoder(arch, dim)
+        dim, self.tau = dim or default_dim(image_encoder), tau
+        audio_encoder = audio_encoder or own_audio_encoder(image_encoder)
+        self.shape = {
+            "image_encoder": image_encoder,
+            "audio_encoder": audio_encoder,
+            "dim": dim,
+            "image_size": image_size,
+            "audio_seconds": audio_seconds,
+        }
+        frames = num_frames(audio_seconds)
+        encoders = build_encoders(image_encoder, audio_encoder, dim, image_size, frames, standardise, token_shift)
+        self.imgnet, self.audnet = encoders.image, encoders.audio
 
     @property
     def config(self) -> dict[str, Any]:
         """Every constructor argument and the objective, as a checkpoint stores them."""
-        return {"objective": OBJECTIVE} | self.shape | {"tau": self.tau}
+        return {"objective": OBJECTIVE} | self.shape | self.imgnet.config | {"tau": self.tau}
 
     # ------------------------------------------------------------ training
 

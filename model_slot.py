@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from audio_io import num_frames
-from resnet import AudioEncoder, ImageEncoder, get_architecture, tokens_along
+from resnet import build_encoders, default_dim, own_audio_encoder
 
 TARGET, OFF_TARGET = 0, 1
 ATTENTION_FLOOR = 1e-8
@@ -330,16 +330,17 @@ def presence_confidence(image: SlotState, audio: SlotState) -> torch.Tensor:
 class JointSlotModel(nn.Module):
     """Encoders, joint slot attention, decoders. Full size: 31.82 M parameters, 22.87 M without slots and decoders.
 
-    arch: architecture of the encoders, "resnet18" or "small"; dim: D, even (None: the architecture's); image_size (px)
-    and audio_seconds set the decoders' grids; mask_ratio and reciprocal_k act on training only. reciprocal_k: None
-    scales 20 per 256 with the batch, 0 turns the false-negative rule off.
+    image_encoder, audio_encoder: names of resnet.py (audio None: the same); dim: D, even (None: the encoder's own);
+    image_size (px) and audio_seconds set the decoders' grids; mask_ratio and reciprocal_k act on training only.
+    reciprocal_k: None scales 20 per 256 with the batch, 0 turns the false-negative rule off. standardise, token_shift:
+    of the image encoder.
     """
 
     primary_map = "IQR"  # the map that the model is judged by
 
     def __init__(
         self,
-        arch: str = "resnet18",
+        image_encoder: str = "resnet18",
         dim: int | None = None,
         num_slots: int = 2,
         iterations: int = 5,
@@ -348,26 +349,28 @@ class JointSlotModel(nn.Module):
         tau: float = 0.03,
         mask_ratio: float = 0.1,
         reciprocal_k: int | None = None,
+        audio_encoder: str | None = None,
+        standardise: bool = False,
+        token_shift: float = 0.0,
     ) -> None:
         super().__init__()
-        dim = dim or get_architecture(arch).dim
+        dim, audio_encoder = dim or default_dim(image_encoder), audio_encoder or own_audio_encoder(image_encoder)
         if dim % 2:
             raise ValueError(f"dim {dim} must be even: half of it encodes columns, half rows")
         self.tau, self.mask_ratio, self.reciprocal_k = tau, mask_ratio, reciprocal_k
         self.shape = {  # what builds the same network again
-            "arch": arch,
+            "image_encoder": image_encoder,
+            "audio_encoder": audio_encoder,
             "dim": dim,
             "num_slots": num_slots,
             "iterations": iterations,
             "image_size": image_size,
             "audio_seconds": audio_seconds,
         }
-        self.imgnet = ImageEncoder(arch, dim)
-        self.audnet = AudioEncoder(arch, dim)
+        frames = num_frames(audio_seconds)
+        encoders = build_encoders(image_encoder, audio_encoder, dim, image_size, frames, standardise, token_shift)
+        self.imgnet, self.audnet, side, steps = encoders
         self.slot_attn = JointSlotAttention(dim, num_slots, iterations)
-        side, steps = tokens_along(image_size, arch), tokens_along(num_frames(audio_seconds), arch)
-        if min(side, steps) < 1:
-            raise ValueError(f"{image_size} px and {audio_seconds} s leave arch {arch} no token: enlarge them")
         self.tokens = side * side, steps  # N, T
         self.img_decoder = MlpDecoder(side, side, dim)
         self.aud_decoder = MlpDecoder(1, steps, dim)
@@ -375,7 +378,8 @@ class JointSlotModel(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """Every constructor argument, as a checkpoint stores it."""
-        return self.shape | {"tau": self.tau, "mask_ratio": self.mask_ratio, "reciprocal_k": self.reciprocal_k}
+        training = {"tau": self.tau, "mask_ratio": self.mask_ratio, "reciprocal_k": self.reciprocal_k}
+        return self.shape | self.imgnet.config | training
 
     def encode(self, image: torch.Tensor, spectrogram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, 3, H, W), spectrograms (B, 1, F, L) -> image tokens (B, N, D), audio tokens (B, T, D)."""

@@ -62,6 +62,7 @@ def _restore(path: Path, state: Mapping[str, Any]) -> Model:
     config = state.get("model_config") or _released_config(path)
     if not isinstance(config, dict):
         raise UserError(f"the checkpoint {path} is damaged: its `model_config` is not a dict of settings")
+    config = with_encoders(config)
     objective = config.get("objective", "paper")
     objective = OLD_OBJECTIVES.get(objective, objective)
     if objective not in MODELS:
@@ -76,6 +77,12 @@ def _restore(path: Path, state: Mapping[str, Any]) -> Model:
     return model
 
 
+def with_encoders(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a model or training in which older code had one name, `arch`, for both encoders."""
+    both = {"image_encoder": config["arch"], "audio_encoder": config["arch"]} if "arch" in config else {}
+    return both | {name: value for name, value in config.items() if name != "arch"}
+
+
 def _released_config(path: Path) -> dict[str, Any]:
     """Settings of a checkpoint that carries none: those in `configs.json` beside it that the constructor knows."""
     beside = path.with_name("configs.json")
@@ -83,7 +90,7 @@ def _released_config(path: Path) -> dict[str, Any]:
         print(f"{path} carries no settings and has no configs.json beside it: the paper's defaults are taken")
         return {}
     try:
-        settings = json.loads(beside.read_text(encoding="utf-8"))
+        settings = with_encoders(json.loads(beside.read_text(encoding="utf-8")))
         known = {name: settings[name] for name in inspect.signature(JointSlotModel).parameters if name in settings}
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"cannot read {beside}: {error}") from error

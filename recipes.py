@@ -10,15 +10,16 @@ from functools import cache
 from typing import Any
 
 from dataset import TRAIN_SETS
-from models import OLD_OBJECTIVES
-from resnet import ARCHITECTURES
+from models import OLD_OBJECTIVES, with_encoders
+from resnet import ARCHITECTURES, TIMM, configured_size, own_audio_encoder
 from sets import add_run_data_flags, add_test_set_flags
-from utils import ArgumentParser, UserError, add_boolean, number
+from utils import ArgumentParser, UserError, add_boolean, as_user_error, number
 
 PAPER = {  # Kim et al., CVPR 2025, sections 3 and 4, for the sets of 10k pairs
-    "arch": "resnet18",
-    "dim": None,  # of the architecture
-    "imagenet_weights": "auto",
+    "image_encoder": "resnet18",
+    "audio_encoder": None,  # that of the images
+    "dim": None,  # of the encoder
+    "image_weights": "auto",
     "image_size": 224,
     "audio_seconds": 5.0,
     "num_slots": 2,
@@ -45,8 +46,8 @@ RECIPES = {
     "paper_144k": PAPER | {"epochs": 50, "infer_sharpening": 1.0},
     "small": PAPER  # minutes on a CPU
     | {
-        "arch": "small",
-        "imagenet_weights": "none",
+        "image_encoder": "small",
+        "image_weights": "none",
         "image_size": 112,
         "audio_seconds": 1.6,
         "iterations": 3,
@@ -156,15 +157,25 @@ def _model_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
         "slots (EZ-VSL's objective)",
     )  # fmt: skip
     group.add_argument(
-        "--arch", choices=sorted(ARCHITECTURES), help="both encoders: the paper's, or a small one for CPUs"
-    )
+        "--image_encoder", "--arch", type=_encoder, metavar="NAME",
+        help="image encoder: resnet18 (the paper's), small (for CPUs), or timm:NAME, any network of timm; "
+        "timm:NAME@STAGE takes another of its feature stages than the last, counted from 0",
+    )  # fmt: skip
+    group.add_argument(
+        "--audio_encoder", type=_encoder, metavar="NAME",
+        help="audio encoder, by the same names (default: as --image_encoder; resnet18 beside one of timm)",
+    )  # fmt: skip
     group.add_argument("--num_slots", type=number(int, low=1), help="number of slots; slot 0 is the target slot")
     group.add_argument("--iterations", type=number(int, low=1), help="iterations of slot attention")
-    group.add_argument("--image_size", type=number(int, low=16), help="side of the square input image, in pixels")
+    group.add_argument(
+        "--image_size", type=number(int, low=16),
+        help="side of the square input image, in pixels (of networks of timm, the default is what they were made for)",
+    )  # fmt: skip
     group.add_argument("--audio_seconds", type=number(float, low=0.1), help="length of the input audio, in seconds")
     group.add_argument(
-        "--imagenet_weights", help="initial weights of the image encoder: auto (download), none (random), or a file"
-    )
+        "--image_weights", "--imagenet_weights", metavar="auto|none|FILE",
+        help="initial weights of the image encoder: auto (download), none (random), or a file (pth, safetensors)",
+    )  # fmt: skip
     return group
 
 
@@ -266,6 +277,12 @@ def _run_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
+def _encoder(text: str) -> str:
+    if text not in ARCHITECTURES and (not text.startswith(TIMM) or text == TIMM):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose {', '.join(ARCHITECTURES)} or {TIMM}NAME")
+    return text
+
+
 def add_flags(parser: ArgumentParser) -> dict[str, str]:
     """Every flag of a training -> {flag: its group}. The group says what the flag may change.
 
@@ -304,13 +321,20 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> argparse
     first.add_argument("--trainset", default="synthetic")
     first.add_argument("--recipe", nargs="+", action="extend", default=[])
     first.add_argument("--objective", default="paper")
+    first.add_argument("--image_encoder", "--arch")
     early, _ = first.parse_known_args(argv)
     name, own = read_recipe(early.recipe, RECIPE_OF.get(early.trainset, "paper"))
     weights, settings = OBJECTIVES.get(early.objective, ({}, {}))
     settings = RECIPES[name] | settings | own
+    if (early.image_encoder or settings["image_encoder"]).startswith(TIMM):
+        settings["image_size"] = None  # of the network's configuration
     parser.set_defaults(**{key: value for key, value in settings.items() if key not in WITHOUT_FLAG})
     args = parser.parse_args(argv)
     vars(args).update({key: settings[key] for key in WITHOUT_FLAG}, recipe=name)
+    args.audio_encoder = args.audio_encoder or own_audio_encoder(args.image_encoder)
+    if args.image_size is None:
+        with as_user_error(ValueError):
+            args.image_size = configured_size(args.image_encoder)
     given = {PAPER_NAMES.get(loss, loss): weight for loss, weight in args.weights or ()}
     own = MAXPOOL_WEIGHTS if args.objective == "maxpool" else PAPER_WEIGHTS
     weights = own | weights | given
@@ -341,6 +365,14 @@ def read_recipe(words: Iterable[str], name: str) -> tuple[str, dict[str, Any]]:
     return name, own
 
 
+def renamed(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run, of which older code had one for both encoders and another name for the weights."""
+    found = with_encoders(flags)
+    if "imagenet_weights" in found:
+        found["image_weights"] = found.pop("imagenet_weights")
+    return found
+
+
 def modern(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run under today's names: older code had a flag for each weight, and other names of objectives.
 
@@ -348,7 +380,8 @@ def modern(flags: Mapping[str, Any]) -> dict[str, Any]:
     `listen` changes, the weights say.
     """
     objective = flags.get("objective", "paper")
-    found = dict(flags) | {"objective": {"listen": "paper"}.get(objective, OLD_OBJECTIVES.get(objective, objective))}
+    found = renamed(flags)
+    found["objective"] = {"listen": "paper"}.get(objective, OLD_OBJECTIVES.get(objective, objective))
     if "weights" in flags or not PAPER_NAMES.keys() & flags.keys():
         return found
     weights = {"info_nce": 1.0} | {loss: flags[name] for name, loss in PAPER_NAMES.items() if name in flags}

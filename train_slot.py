@@ -23,9 +23,10 @@ from dataset import TrainingPairs, hold_out, select_training_pairs
 from distributed import barrier, own_device, process_group, world_size
 from models import MODELS, Model
 from recipes import OUR_LOSSES, add_flags, parse
-from resnet import load_imagenet_weights
+from resnet import load_image_weights
 from scoring.threshold import universal_threshold
 from sets import ALL_SETS, build_test_sets, overlap_with_tests, parse_testsets, undecodable
+from training.alignment import align
 from training.decoded import keep_decoded
 from training.resume import RunFolder, RunState, StopFlag, fingerprints, should_resume
 from training.run import score_sets, train_one_epoch, validate
@@ -83,12 +84,12 @@ class TrainingData(NamedTuple):
 
 def build_model(args, device: torch.device) -> Model:
     kind = MODELS.get(args.objective, MODELS["paper"])
+    names = inspect.signature(kind).parameters
     with as_user_error(ValueError):
-        model = kind(**{name: getattr(args, name) for name in inspect.signature(kind).parameters})
-        if args.imagenet_weights != "none":
-            if args.arch != "resnet18":
-                raise UserError(f"there are no ImageNet weights for --arch {args.arch}: pass --imagenet_weights none")
-            load_imagenet_weights(model.imgnet, args.imagenet_weights)
+        model = kind(**{name: value for name, value in vars(args).items() if name in names})
+        if args.image_weights != "none":
+            load_image_weights(model.imgnet, args.image_encoder, args.image_weights)
+        align(model.imgnet, args.image_size)
     if args.sync_bn:
         model = with_sync_bn(model, device)
     return model.to(device, memory_format=torch.channels_last)
@@ -168,7 +169,7 @@ def print_start(args, data: TrainingData, test_sets, optimisation: Optimisation)
     print("training pairs: " + ", ".join(f"{count} {name}" for name, count in data.counts.items()))
     for name, dataset in test_sets.items():
         print(f"test set {name}: {len(dataset)} of {dataset.ground_truth.expected} pairs")
-    if device.type == "cpu" and args.arch == "resnet18":
+    if device.type == "cpu" and args.image_encoder == "resnet18":
         print("the full-size network is made for GPUs: on a CPU, --recipe small trains a small one")
 
 
@@ -186,7 +187,8 @@ def test_command(args) -> str:
     python = Path(sys.executable)
     here = str(python.relative_to(Path.cwd())) if python.is_relative_to(Path.cwd()) else "python"
     command += [here, "test_model.py", "--save_visualizations", "true"]
-    command += ["--imagenet_weights", "none"] * (args.imagenet_weights == "none")
+    has_prior = args.image_encoder == "resnet18" and args.image_weights != "none"
+    command += ["--imagenet_weights", "none"] * (not has_prior)
     data = "testset", "test_data_path", "test_gt_path", "test_list", "metadata"
     for name in ("model_dir", "experiment_name", *data, "gpu"):
         if getattr(args, name) is not None:

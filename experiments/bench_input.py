@@ -97,7 +97,7 @@ def bench_input(rounds: int, train_pairs: int) -> Iterator[Timing]:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(0)
-        model = JointSlotModel(arch="small", image_size=IMAGE_SIZE, audio_seconds=AUDIO_SECONDS).to(device)
+        model = JointSlotModel("small", image_size=IMAGE_SIZE, audio_seconds=AUDIO_SECONDS).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
         ours, baseline = data_sets(train_pairs)
         spent = alternate(

@@ -73,11 +73,12 @@ class Training(NamedTuple):
         """Whether this run is finished. UserError for a finished one with other flags."""
         if not self.is_finished():
             return False
-        asked, wanted = json.loads(self.asked.read_text()) if self.asked.is_file() else {}, self.wanted()
+        asked = recipes.renamed(json.loads(self.asked.read_text())) if self.asked.is_file() else {}
+        wanted = self.wanted()
         different = [
             f"--{name} {asked.get(name)} and not {wanted.get(name)}"
             for name in sorted(asked.keys() | wanted.keys())
-            if asked.get(name) != wanted.get(name)
+            if (asked.get(name) or None) != (wanted.get(name) or None)  # older code knew fewer settings: they are off
         ]
         if different:
             mend = "remove that folder to train it anew, or name another --model_dir"
@@ -97,7 +98,7 @@ class Training(NamedTuple):
         write_json(self.asked, self.wanted())
 
     def configuration(self) -> dict[str, Any]:
-        return json.loads((self.folder / "configs.json").read_text())
+        return recipes.renamed(json.loads((self.folder / "configs.json").read_text()))
 
     def seconds(self) -> float:
         """Of all training steps, as the log has it."""

@@ -109,7 +109,7 @@ def provenance_line(rows: Rows) -> str:
     """The line below a table: seeds, encoders, epochs, time and revision."""
     runs = [run for of_row in rows.values() for run in of_row]
     configurations = [run.configuration() for run in runs]
-    arch, epochs = ({str(c[name]) for c in configurations} for name in ("arch", "epochs"))
+    arch, epochs = ({str(c[name]) for c in configurations} for name in ("image_encoder", "epochs"))
     revisions = {read_results(run, TEST).get("provenance", {}).get("revision", "unknown") for run in runs}
     seeds = ", ".join(str(run.seed) for run in next(iter(rows.values())))
     meaning = ": mean (worst)" if "," in seeds else ""

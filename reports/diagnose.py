@@ -27,7 +27,7 @@ from maps import MAP_SIZE, upsample_maps
 from model_slot import TARGET, JointSlotModel, default_reciprocal_k, false_negative_keep_mask
 from reports.curves import LINE_COLOURS
 from reports.pictures import denormalize, overlay
-from resnet import get_architecture
+from resnet import TIMM, get_architecture
 from transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils import UserError, atomic_path, random_states, restore_random_states
 
@@ -178,9 +178,14 @@ def trace_attention(model: JointSlotModel, image: Tensor, spectrogram: Tensor) -
     return torch.stack(over_image, 1).unflatten(3, features.shape[2:]).cpu(), torch.stack(over_audio, 1).cpu()
 
 
-def token_edges(arch: str, tokens: int) -> np.ndarray:
-    """(T + 1,) seconds: the receptive field of token t is centred between edges t and t + 1, and wider than that."""
-    recipe = get_architecture(arch)
+def token_edges(audio_encoder: str, tokens: int, seconds: float) -> np.ndarray:
+    """(T + 1,) seconds: the receptive field of token t is centred between edges t and t + 1, and wider than that.
+
+    Of networks of timm it is not known better than as equal parts of the audio.
+    """
+    if audio_encoder.startswith(TIMM):
+        return np.linspace(0, seconds, tokens + 1)
+    recipe = get_architecture(audio_encoder)
     before = 0.5 if recipe.aligned else recipe.stride / 2  # frames
     return (np.arange(tokens + 1) * recipe.stride - before) * HOP / SAMPLE_RATE
 
@@ -189,7 +194,7 @@ def _diagnose_slots(model: JointSlotModel, dataset: Dataset, device: torch.devic
     samples = [dataset[round(i)] for i in np.linspace(0, len(dataset) - 1, min(SLOT_SAMPLES, len(dataset)))]
     inputs = (torch.stack(x).to(device) for x in ([s.image for s in samples], [s.spectrogram for s in samples]))
     image, audio = trace_attention(model, *inputs)
-    edges = token_edges(model.shape["arch"], audio.shape[-1])
+    edges = token_edges(model.shape["audio_encoder"], audio.shape[-1], model.shape["audio_seconds"])
     data = {"ids": [s.id for s in samples], "image_attention": image.numpy(), "audio_attention": audio.numpy()}
     with atomic_path(folder / "slots.npz") as temporary:
         np.savez_compressed(temporary, **data, seconds_per_token=edges[1] - edges[0], token_edges=edges)

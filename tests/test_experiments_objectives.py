@@ -39,7 +39,7 @@ if flags["experiment_name"] in os.environ.get("FAILING", ""):
 if os.environ.get("SLEEPING"):
     pathlib.Path(os.environ["SLEEPING"]).write_text(str(os.getpid()))
     import time; time.sleep(600)
-about = {{"batch_size": 64, "arch": flags.get("arch", "small"), "epochs": int(flags.get("epochs", 10))}}
+about = {{"batch_size": 64, "image_encoder": flags.get("arch", "small"), "epochs": int(flags.get("epochs", 10))}}
 (folder / "configs.json").write_text(json.dumps(about))
 line = {{"steps": 62, "pairs_per_second": 248.0}}
 (folder / "log.jsonl").write_text((json.dumps(line) + "\\n") * 10)
@@ -168,7 +168,7 @@ def test_the_flags_of_every_row_are_flags_of_the_training(key, arch, tmp_path):
     words = ["--trainset", "synthetic", *run.words(), "--experiment_name", run.folder.name]
     recipes.add_flags(parser := ArgumentParser())
     args = recipes.parse(parser, words)
-    assert (args.recipe, args.arch, args.epochs, args.seed) == ("small", arch, 7, 3)
+    assert (args.recipe, args.image_encoder, args.epochs, args.seed) == ("small", arch, 7, 3)
     assert args.train_data_path == ("data/synthetic" if "_one" in key else "data/synthetic_3")
     inference = args.infer_sharpening, args.infer_smoothing
     assert inference == ((0.02, 0) if key.startswith("published") else (0.1, 0.1))
@@ -305,7 +305,7 @@ def test_tables_of_finished_trainings_go_into_the_pages(demo, compare, stub, tmp
 
 def test_the_committed_model_is_small_loads_and_is_the_one_that_the_readme_names():
     assert CHECKPOINT.stat().st_size <= 4e6
-    assert load_model(CHECKPOINT).shape["arch"] == "small"
+    assert load_model(CHECKPOINT).shape["image_encoder"] == "small"
     assert hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest() in (ROOT / "README.md").read_text()
 
 

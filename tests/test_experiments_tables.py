@@ -32,7 +32,7 @@ def write_run(root, row, seed, maps, settings=OURS, recalls=(0.9, 0.8)):
         }
         run.results(split).parent.mkdir(parents=True)
         run.results(split).write_text(json.dumps(results))
-    (run.folder / "configs.json").write_text(json.dumps({"batch_size": 64, "arch": "small", "epochs": 10}))
+    (run.folder / "configs.json").write_text(json.dumps({"batch_size": 64, "image_encoder": "small", "epochs": 10}))
     (run.folder / "log.jsonl").write_text(json.dumps({"steps": 62, "pairs_per_second": 62 * 6.4 + seed}) + "\n")
     return run
 

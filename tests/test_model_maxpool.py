@@ -18,7 +18,7 @@ from scoring.evaluate import embed_set
 from utils import UserError, load_checkpoint
 
 SIZES = {"image_size": 64, "audio_seconds": 0.8}
-SMALL = {"arch": "small", "dim": 16, **SIZES}
+SMALL = {"image_encoder": "small", "dim": 16, **SIZES}
 CPU = torch.device("cpu")
 OBJECTIVE = "maxpool"
 

@@ -13,7 +13,7 @@ import model_slot
 from model_slot import TARGET, JointSlotModel, MlpDecoder
 from models import load_model
 
-SMALL = {"arch": "small", "dim": 16, "image_size": 64, "audio_seconds": 0.8}
+SMALL = {"image_encoder": "small", "dim": 16, "image_size": 64, "audio_seconds": 0.8}
 
 
 def golden_weights(shapes: dict) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from model_maxpool import MaxPoolModel
 from model_slot import JointSlotModel
 from utils import UserError, save_checkpoint
 
-SMALL = {"arch": "small", "dim": 16, "image_size": 64, "audio_seconds": 0.8}
+SMALL = {"image_encoder": "small", "dim": 16, "image_size": 64, "audio_seconds": 0.8}
 KINDS = {"slots": JointSlotModel, "max pooling": MaxPoolModel}
 
 

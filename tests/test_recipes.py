@@ -24,14 +24,14 @@ def settings(*flags):
 )  # fmt: skip
 def test_the_training_set_chooses_the_recipe(trainset, epochs, sharpening, arch):
     found = settings("--trainset", trainset)
-    assert (found["epochs"], found["infer_sharpening"], found["arch"]) == (epochs, sharpening, arch)
+    assert (found["epochs"], found["infer_sharpening"], found["image_encoder"]) == (epochs, sharpening, arch)
 
 
 def test_one_word_gives_any_set_the_small_recipe_with_either_objective():
     built_in, own = settings("--trainset", "synthetic"), settings("--trainset", "custom", "--recipe", "small")
     assert {key for key in own if own[key] != built_in[key]} == {"trainset"}
     listen = settings("--trainset", "custom", "--recipe", "small", "--objective", "listen")
-    assert listen["arch"] == "small" and listen["weights"]["share_contrast"] == 1
+    assert listen["image_encoder"] == "small" and listen["weights"]["share_contrast"] == 1
     assert (listen["infer_sharpening"], listen["infer_smoothing"]) == (0.1, 0.1)
 
 

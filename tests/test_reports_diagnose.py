@@ -15,7 +15,7 @@ from resnet import AudioEncoder
 from utils import UserError
 
 CPU = torch.device("cpu")
-SMALL = {"arch": "small", "dim": 16, "image_size": 64, "audio_seconds": 0.8}
+SMALL = {"image_encoder": "small", "dim": 16, "image_size": 64, "audio_seconds": 0.8}
 FILES = ["tsne.png", "tsne.csv", "slots.png", "slots.npz", "false_negatives.png", "false_negatives.csv"]
 
 
@@ -125,7 +125,7 @@ def test_a_token_stands_at_the_time_that_it_hears(arch, frames):
         (gradient,) = torch.autograd.grad(tokens[0, :, middle].sum(), spectrogram)
         weight = gradient.abs().sum((0, 1, 2))
         centres.append((weight @ torch.arange(frames, dtype=torch.float32) / weight.sum() / 100).item())
-    edges = diagnose.token_edges(arch, tokens.shape[2])
+    edges = diagnose.token_edges(arch, tokens.shape[2], 0)
     assert np.mean(centres) == pytest.approx(edges[middle : middle + 2].mean(), abs=0.03)  # seconds
     assert len(edges) == tokens.shape[2] + 1
 

@@ -6,8 +6,22 @@ import pytest
 import torch
 from torchvision.models import ResNet18_Weights, resnet18
 
+import transforms
+import utils
 from model_slot import JointSlotModel
-from resnet import AudioEncoder, ImageEncoder, ObjectSaliency, load_imagenet_weights, tokens_along
+from models import load_model
+from resnet import (
+    AudioEncoder,
+    ImageEncoder,
+    ObjectSaliency,
+    TimmImageEncoder,
+    TimmTrunk,
+    load_image_weights,
+    load_imagenet_weights,
+    read_weights,
+    tokens_along,
+    weights_digest,
+)
 
 
 def count(*modules) -> float:
@@ -74,7 +88,7 @@ def test_a_failed_download_says_what_to_do_and_leaves_no_random_prior(monkeypatc
         raise URLError("no route")
 
     monkeypatch.setattr(type(ResNet18_Weights.IMAGENET1K_V1), "get_state_dict", fail)
-    with pytest.raises(ValueError, match=r"could not be downloaded.*--imagenet_weights"):
+    with pytest.raises(ValueError, match=r"could not be downloaded.*--image_weights"):
         ObjectSaliency("auto")
 
 
@@ -86,3 +100,165 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, official):
     for name in ("short.pth", "broken.pth", "absent.pth"):
         with pytest.raises(ValueError, match=name):
             ObjectSaliency(str(tmp_path / name))
+
+
+# ---------------------------------------------------------------- networks of timm
+
+SMALL_NETWORK = "timm:mobilenetv3_small_050"
+
+
+def needs_timm():
+    return pytest.importorskip("timm", reason="timm is not installed: pip install -r requirements-timm.txt")
+
+
+@pytest.fixture(scope="module")
+def timm_file(tmp_path_factory):
+    """A whole network of timm with random weights, and its state dict as a file of safetensors."""
+    timm = needs_timm()
+    from safetensors.torch import save_file
+
+    torch.manual_seed(5)
+    network = timm.create_model(SMALL_NETWORK.removeprefix("timm:")).eval()
+    path = tmp_path_factory.mktemp("timm") / "weights.safetensors"
+    save_file(network.state_dict(), path)
+    return network, path
+
+
+@pytest.mark.parametrize(
+    "name, size, channels, side",
+    [(SMALL_NETWORK, 96, 288, 3), (f"{SMALL_NETWORK}@3", 96, 24, 6), ("timm:vit_tiny_patch16_224", 64, 192, 4)],
+)
+def test_a_network_of_timm_gives_the_tokens_of_the_stage_that_is_asked_for(name, size, channels, side):
+    needs_timm()
+    encoder = TimmImageEncoder(name, 8).eval()
+    assert encoder.trunk(torch.zeros(2, 3, size, size)).shape == (2, channels, side, side)
+    assert encoder(torch.zeros(2, 3, size, size)).shape == (2, 8, side, side)
+    assert encoder.tokens_along(size) == side
+
+
+def test_images_reach_a_network_of_timm_with_the_mean_and_deviation_of_its_configuration(monkeypatch):
+    timm = needs_timm()
+    network, seen = timm.create_model(SMALL_NETWORK.removeprefix("timm:")), []
+    network.pretrained_cfg = network.pretrained_cfg | {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: network)
+    trunk, pixels = TimmTrunk(SMALL_NETWORK), torch.rand(1, 3, 32, 32)
+    monkeypatch.setattr(network, "forward_intermediates", lambda x, **_: seen.append(x) or [x])
+    mean, std = (torch.tensor(x)[:, None, None] for x in (transforms.IMAGENET_MEAN, transforms.IMAGENET_STD))
+    trunk((pixels - mean) / std)
+    mean, std = (torch.tensor(network.pretrained_cfg[x])[:, None, None] for x in ("mean", "std"))
+    assert torch.allclose(seen[0], (pixels - mean) / std, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("timm:no_such_network", "cannot build"),
+        (f"{SMALL_NETWORK}@9", "stages 0 to"),
+        (f"{SMALL_NETWORK}@last", "number"),
+    ],
+)
+def test_a_network_or_stage_that_timm_does_not_have_is_one_line(name, message):
+    needs_timm()
+    with pytest.raises(ValueError, match=message):
+        TimmImageEncoder(name, 8)
+
+
+def test_sizes_that_would_draw_maps_amiss_are_refused_with_those_that_do_not():
+    needs_timm()
+    with pytest.raises(ValueError, match="multiple of 32, not 100 px: 96 or 128"):
+        TimmImageEncoder(SMALL_NETWORK, 8).eval()(torch.zeros(1, 3, 100, 100))
+
+
+def test_weights_of_a_file_fill_the_trunk_key_by_key(timm_file, tmp_path):
+    network, path = timm_file
+    encoder, image = TimmImageEncoder(SMALL_NETWORK, 8).eval(), torch.rand(1, 3, 64, 64)
+    load_image_weights(encoder, SMALL_NETWORK, str(path))
+    with torch.no_grad():
+        x = image * encoder.timm.pixel_scale + encoder.timm.pixel_shift
+        assert torch.allclose(encoder.trunk(image), network.forward_intermediates(x, intermediates_only=True)[-1])
+    weights = {f"module.{key}": value for key, value in network.state_dict().items() if "classifier" not in key}
+    torch.save({"state_dict": weights}, tmp_path / "headless.pth")
+    load_image_weights(encoder, SMALL_NETWORK, str(tmp_path / "headless.pth"))
+    key = "module.blocks.1.0.conv_pw.weight"
+    torch.save({k: v for k, v in weights.items() if k != key}, tmp_path / "lacking.pth")
+    torch.save(weights | {key: weights[key][:1]}, tmp_path / "other_shape.pth")
+    torch.save(weights | {"stranger.weight": weights[key]}, tmp_path / "stranger.pth")
+    (tmp_path / "broken.safetensors").write_bytes(b"not weights")
+    for name, message in [
+        ("lacking.pth", "1 missing: blocks.1.0.conv_pw.weight"),
+        ("other_shape.pth", "of another shape: blocks.1.0.conv_pw.weight"),
+        ("stranger.pth", "1 unexpected: stranger.weight"),
+        ("broken.safetensors", "broken.safetensors"),
+        ("absent.safetensors", "absent.safetensors"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_image_weights(encoder, SMALL_NETWORK, str(tmp_path / name))
+
+
+def test_a_download_by_timm_that_fails_is_one_line_that_says_what_to_do(monkeypatch):
+    timm = needs_timm()
+    encoder = TimmImageEncoder(SMALL_NETWORK, 8)
+
+    def fail(*_, pretrained=False, **__):
+        raise RuntimeError("no route\nto the hub")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(ValueError, match=r"could not be downloaded \(no route\): .*--image_weights"):
+        load_image_weights(encoder, SMALL_NETWORK, "auto")
+
+
+def test_a_checkpoint_rebuilds_a_network_of_timm_and_its_maps_without_any_other_file(tmp_path, monkeypatch):
+    timm = needs_timm()
+    model = JointSlotModel(SMALL_NETWORK, 16, image_size=64, audio_seconds=0.8, audio_encoder=SMALL_NETWORK)
+    model.imgnet.token_shift = 0.5
+    image, spectrogram = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 257, 81)
+    maps = model.eval().localize(image, spectrogram)
+    path = tmp_path / "model.pth"
+    utils.save_checkpoint(path, {"model": model.state_dict(), "model_config": model.config})
+    create = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *a, pretrained=False, **k: create(*a, **k) if not pretrained else 1 / 0
+    )
+    again = load_model(path)
+    assert again.config == model.config and again.config["token_shift"] == 0.5
+    assert torch.equal(again.localize(image, spectrogram).audio_map, maps.audio_map)
+
+
+def test_frozen_stages_get_no_gradient_and_keep_their_statistics():
+    needs_timm()
+    for encoder, count in [(TimmImageEncoder(SMALL_NETWORK, 8), 7), (ImageEncoder("resnet18", 8), 4)]:
+        free = encoder.train().freeze(unfreeze_last=1)
+        before = {key: value.clone() for key, value in encoder.state_dict().items()}
+        encoder(torch.rand(2, 3, 64, 64)).sum().backward()
+        moved = {key for key, value in encoder.state_dict().items() if not torch.equal(value, before[key])}
+        trained = {name for name, p in encoder.named_parameters() if p.grad is not None}
+        last = {name for name, p in encoder.named_parameters() if any(p is q for q in free)}
+        assert last and trained == last | {"proj.weight", "proj.bias"}
+        of_last = tuple(name.rpartition(".")[0] for name in last)
+        assert moved and all(name.startswith(of_last) for name in moved)  # running statistics of the last stage alone
+        with pytest.raises(ValueError, match=r"has .* stages"):
+            encoder.freeze(unfreeze_last=count + 9)
+
+
+def test_features_in_place_of_images_give_the_same_tokens():
+    needs_timm()
+    encoder = TimmImageEncoder(SMALL_NETWORK, 8, standardise=True).eval()
+    image = torch.rand(3, 3, 64, 64)
+    with torch.no_grad():
+        features = encoder.trunk(image)
+        encoder.standardise.fit([features[:1], features[1:]])
+        standard = encoder.standardise(features)
+        assert torch.equal(encoder(features), encoder(image))
+    spread = standard.transpose(0, 1).flatten(1)
+    assert spread.mean(1).abs().max() < 1e-4
+    assert torch.allclose(spread.std(1, correction=0)[encoder.standardise.std != 1], torch.ones(()), atol=1e-3)
+
+
+def test_the_digest_of_weights_knows_names_and_values_and_not_the_file_format(timm_file):
+    network, path = timm_file
+    weights = network.state_dict()
+    assert weights_digest(weights) == weights_digest(read_weights(path))
+    key = next(iter(weights))
+    assert weights_digest(weights | {key: weights[key] + 1e-3}) != weights_digest(weights)
+    renamed = {f"x.{k}": v for k, v in weights.items()}
+    assert weights_digest(renamed) != weights_digest(weights)

@@ -83,7 +83,7 @@ def test_the_checkpoint_says_how_it_was_chosen_and_loads_by_itself(finished):
     settings, place = {"model_config", "args", "marks", "selected_by"}, {"epoch", "step", "sums", "lines", "random"}
     assert settings | place | {"model", "optimizer", "scaler"} <= state.keys()
     model = load_model(finished[0] / "best.pth")
-    assert model.config["arch"] == "small" and model.config["image_size"] == 64
+    assert model.config["image_encoder"] == "small" and model.config["image_size"] == 64
 
 
 def test_both_checkpoints_carry_the_universal_threshold_of_their_weights_and_results_name_it(finished, synthetic_root):
@@ -282,7 +282,7 @@ def test_every_flag_is_read(script, readers):
         (["--reciprocal_k", "16"], "leaves no negative"),
         (["--train_list", "absent.txt"], "absent.txt"),
         (["--train_data_path", "absent"], "absent"),
-        (["--imagenet_weights", "absent.pth"], "no ImageNet weights for --arch small"),
+        (["--imagenet_weights", "absent.pth"], "no ImageNet weights for the encoder small"),
         (["--recipe", "dim=7"], "must be even"),
         (["--mask_ratio", "nan"], "nan"),
         (["--lr", "-1"], "-1"),
