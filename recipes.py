@@ -223,7 +223,8 @@ def _optimisation_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
     )  # fmt: skip
     group.add_argument(
         "--amp", choices=("auto", "bf16", "fp16", "none"), default="auto",
-        help="precision of the encoders; auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPUs",
+        help="precision of the encoders; auto: bf16 where the hardware makes it faster (the small one on a CPU needs "
+        "AMX), else fp16 on CUDA, fp32 on CPUs",
     )  # fmt: skip
     group.add_argument(
         "--select", choices=("retrieval", "test"), default="retrieval",

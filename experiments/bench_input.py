@@ -74,7 +74,7 @@ def read_all(pairs: Dataset) -> None:
 def train_epoch(pairs: Dataset, model: JointSlotModel, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Forward, backward and step over all batches, in bfloat16 where that is fast."""
     for batch in make_loader(pairs, TRAIN_BATCH, TRAIN_WORKERS):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device, small=True)):
             loss = sum(model(batch.image.to(device), batch.spectrogram.to(device)).values())
         optimizer.zero_grad()
         loss.backward()

@@ -23,7 +23,7 @@ from scoring.metrics import RULES, THRESHOLD
 from scoring.retrieval import derangement, retrieval_recall
 from scoring.summary import WRONG, Result, ScoredBatch, SetScores, in_parts
 from sets import count_undecodable
-from utils import UserError, as_user_error
+from utils import UserError, as_user_error, full_precision
 
 NOT_SCORED = "image, audio or mask not found or not decodable"
 BAR = {"leave": False, "unit": "batch"}
@@ -120,6 +120,7 @@ def _joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tens
 
 
 @torch.no_grad()
+@full_precision()
 def evaluate(
     model: Model,
     dataset: EvaluationPairs,
@@ -214,6 +215,7 @@ def _retrieval(dataset: EvaluationPairs, ids: Sequence[str], image: torch.Tensor
 
 
 @torch.no_grad()
+@full_precision()
 def embed_set(
     model: Model, dataset: Dataset, device: torch.device, batch_size: int = 64, workers: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -31,6 +31,7 @@ from utils import (
     ArgumentParser,
     UserError,
     add_boolean,
+    full_precision,
     load_checkpoint,
     number,
     pick_device,
@@ -83,6 +84,7 @@ def universal_threshold(
 
 
 @torch.no_grad()
+@full_precision()
 def largest_shares(
     model: Model,
     dataset: WithNegativeAudio,

@@ -1,5 +1,7 @@
 """The one path by which maps are scored, in training and in testing."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -95,3 +97,36 @@ def test_the_absolute_map_is_shown_as_it_is_and_scored_like_every_other(checkpoi
     region = (big - big.min()) / (big.max() - big.min()) >= 0.6
     union = sample.truth.sum() + (region & (sample.truth == 0)).sum()
     assert scored.rows[0]["AUD_share_iou"] == pytest.approx(((region * sample.truth).sum() / union).item(), abs=1e-3)
+
+
+TF32 = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+
+
+@pytest.fixture
+def tf32():
+    before = [backend.fp32_precision for backend in TF32]
+    for backend in TF32:
+        backend.fp32_precision = "tf32"
+    yield
+    for backend, precision in zip(TF32, before, strict=True):
+        backend.fp32_precision = precision
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_tf32_while_a_model_is_scored(checkpoint, synthetic_root, tf32, fails):
+    model, dataset, seen = load_model(checkpoint), build(synthetic_root), []
+    attend_image = model.attend_image
+
+    def watched(image):
+        seen.append([backend.fp32_precision for backend in TF32])
+        if fails:
+            raise RuntimeError("out of memory")
+        return attend_image(image)
+
+    model.attend_image = watched
+    for score in (evaluation.evaluate, evaluation.embed_set):
+        seen.clear()
+        with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+            score(model, dataset, torch.device("cpu"))
+        assert seen and all(found == ["ieee"] * 3 for found in seen)
+        assert [backend.fp32_precision for backend in TF32] == ["tf32"] * 3

@@ -6,7 +6,7 @@ from processes import CPU, PAIRS, WITH_MAPS, WITHOUT_RECONSTRUCTION, gradients, 
 
 from model_slot import JointSlotModel
 from recipes import PAPER_WEIGHTS
-from training.step import Inputs, NotFinite, Optimisation, lr_factor
+from training.step import Inputs, NotFinite, Optimisation, choose_amp, lr_factor
 from utils import UserError
 
 
@@ -122,3 +122,21 @@ def test_a_scaler_that_finds_no_scale_ends_the_run(monkeypatch):
     with pytest.raises(NotFinite, match="grad_norm inf"):
         for _ in range(20):
             optimisation.step(inputs, PAPER_WEIGHTS, 1.0)
+
+
+@pytest.mark.parametrize(
+    "has, arch, expected",
+    [
+        ((), "resnet18", None),
+        ((), "small", None),
+        (("_is_avx512_bf16_supported",), "resnet18", torch.bfloat16),
+        (("_is_avx512_bf16_supported",), "small", None),
+        (("_is_avx512_bf16_supported", "_is_amx_tile_supported"), "resnet18", torch.bfloat16),
+        (("_is_avx512_bf16_supported", "_is_amx_tile_supported"), "small", torch.bfloat16),
+    ],
+)
+def test_auto_takes_bf16_on_cpus_that_make_it_faster_for_that_model(has, arch, expected, monkeypatch):
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda probe=probe: probe in has)
+    assert choose_amp("auto", CPU, arch) is expected
+    assert choose_amp("bf16", CPU, arch) is torch.bfloat16 and choose_amp("none", CPU, arch) is None

@@ -59,10 +59,11 @@ def lr_factor(steps_per_epoch: int, epochs: int, schedule: str, warmup: float, s
     return 1.0
 
 
-def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:
-    """Precision of the encoders: auto is bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPUs."""
+def choose_amp(amp: str, device: torch.device, arch: str = "resnet18") -> torch.dtype | None:
+    """Precision of the encoders: auto is bf16 where the hardware makes it the faster one, else fp16 on CUDA, fp32 on
+    CPUs."""
     if amp == "auto":
-        amp = "bf16" if bf16_is_fast(device) else "fp16" if device.type == "cuda" else "none"
+        amp = "bf16" if bf16_is_fast(device, arch == "small") else "fp16" if device.type == "cuda" else "none"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
 
 
