@@ -423,9 +423,10 @@ ROOMS = {  # room: what else than the core it may import
     "scoring": set(),
     "prepare": set(),
     "synthetic": {"scoring"},
+    "film": {"scoring"},
     "experiments": {"training", "scoring", "reports", "prepare", "synthetic"},
 }
-ENTRY_POINTS = {"train_slot", "test_model", "prepare_data"}
+ENTRY_POINTS = {"train_slot", "test_model", "prepare_data", "localize"}
 
 
 def imported(path: Path) -> set[str]:
