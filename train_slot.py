@@ -102,7 +102,7 @@ def build_optimisation(args, model: Model, device: torch.device) -> Optimisation
         args.lr,
         args.weight_decay,
         args.clip,
-        choose_amp(args.amp, device, args.arch),
+        choose_amp(args.amp, device, args.image_encoder),
         args.micro_batch,
         all_weights=bool(args.mask_ratio and args.weights.get("reconstruction") and not args.warmup),
     )
