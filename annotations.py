@@ -2,7 +2,9 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from xml.etree.ElementTree import ParseError
@@ -52,9 +54,16 @@ def read_text(path: str | Path, what: str) -> str:
 
 
 def read_ids(path: str | Path) -> list[str]:
-    """Ids of a list, one per line; of a line with commas the first field. Raises UserError when there are none."""
-    lines = read_text(path, "list").splitlines()
-    ids = [check_id(line.split(",")[0].strip(), path) for line in lines if line.strip()]
+    """Ids of a list, one per line as it stands; of a .csv the first column. Raises UserError when there are none."""
+    text = read_text(path, "list")
+    if str(path).lower().endswith(".csv"):
+        try:
+            names = [row[0] for row in csv.reader(text.splitlines()) if row]
+        except csv.Error as error:
+            raise UserError(f"cannot read the list {path}: {error}") from error
+    else:
+        names = text.splitlines()
+    ids = [check_id(name, path) for name in names if name.strip()]
     if not ids:
         raise UserError(f"the list {path} is empty")
     if len(set(ids)) < len(ids):
@@ -64,10 +73,29 @@ def read_ids(path: str | Path) -> list[str]:
 
 
 def check_id(name: str, path: str | Path) -> str:
-    """The id, unless it could lead out of a folder: ids name files. Raises UserError."""
+    """The id as it is compared, unless it could lead out of a folder: ids name files. Raises UserError."""
+    name = as_id(name)
     if not name or name in (".", "..") or any(sign in name for sign in "/\\\0"):
         raise UserError(f"{path}: {name!r:.60} is not an id: give a plain file name without its suffix")
     return name
+
+
+def as_id(name: str) -> str:
+    """A name as ids are compared: Unicode composed (NFC; some file systems decompose), without outer white space."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def hint(unknown: Sequence[str], known: Collection[str]) -> str:
+    """What may be wrong with ids that are not among the known ones; empty where nothing comes to mind."""
+    for name in unknown[:1000]:
+        plain = name.strip("\"' ")
+        for guess in (plain, PurePosixPath(plain).stem, plain.partition(",")[0].strip("\"' ")):
+            if guess != name and guess in known:
+                return (
+                    f"; {name!r} is not there but {guess!r} is: ids are file names without their suffix, without "
+                    "quotes, one per line"
+                )
+    return ""
 
 
 def repeated(ids: Sequence[str]) -> list[str]:
@@ -98,6 +126,51 @@ def read_silent_pairs(path: str | Path) -> dict[str, tuple[str, str]]:
         twice = repeated([f"{video}+{audio}" for video, audio in named])
         raise UserError(f"{path} names {len(twice)} pairs twice: {first_ids(twice)}")
     return pairs
+
+
+# ---------------------------------------------------------------- names of downloaders
+
+CLIP_NAME = re.compile(  # an id of YouTube is 11 of A-Z a-z 0-9 _ -; what stands around it comes from downloaders
+    r"[vY]?(?P<video>[\w-]{11})_(?P<start>\d+(?:\.\d+)?)(?:_(?P<end>\d+(?:\.\d+)?))?(?:_out)?", re.ASCII
+)
+LATEST_START = 43_200  # seconds: YouTube's videos last 12 h at most
+CLIP_SECONDS = 10  # of VGG-Sound's and AudioSet's clips
+
+
+def readings(stem: str) -> dict[str, bool]:
+    """Ids `<youtube id>_<start second, 6 digits>` that a name can mean, and whether its form leaves no doubt.
+
+    A number may be in seconds or in milliseconds. No doubt: the name is such an id, or start and end are 10 s apart.
+    """
+    found = CLIP_NAME.fullmatch(stem)
+    if not found:
+        return {}
+    start = float(found["start"])
+    length = float(found["end"]) - start if found["end"] else None
+    ids = {}
+    for unit in (1, 1000):
+        second = start / unit
+        if not second.is_integer() or second > LATEST_START or (length is not None and not 0 < length / unit <= 60):
+            continue
+        name = f"{found['video']}_{int(second):06d}"
+        sure = name == stem or (length is not None and abs(length / unit - CLIP_SECONDS) < 0.001)
+        ids[name] = ids.get(name, False) or sure
+    return ids
+
+
+def clip_id(stem: str, listed: Collection[str] = ()) -> tuple[str, str]:
+    """The id of a clip's name, and "" (it is its own id, or a sure reading), "other" or "ambiguous" (its own name).
+
+    listed: known ids; one of them decides what a name means. Without them, only a form that leaves no doubt does.
+    """
+    stem = as_id(stem)
+    ids = readings(stem)
+    if stem in listed or stem in ids:
+        return stem, ""
+    for chosen in ([name for name in ids if name in listed], [name for name, sure in ids.items() if sure]):
+        if len(chosen) == 1:
+            return chosen[0], ""
+    return stem, "ambiguous" if ids else "other"
 
 
 def first_ids(ids: Sequence[str], count: int = 5) -> str:

@@ -9,6 +9,7 @@ import heapq
 import os
 import stat
 import struct
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
@@ -31,6 +32,7 @@ from utils import UserError
 SAMPLE_RATE = 16000  # Hz: what the models hear
 CANCELLED = 0.25  # of the level of unrelated channels, 12 dB below it: their mean is no more what was heard
 CLOCK_ERROR = 0.02  # seconds: containers round their time stamps
+TRUNCATED_BY = 0.5  # seconds that may be missing from the length which the header announces
 PRIMING = 0.1  # seconds of sound before the first image that only warm a decoder up
 SOUND_GAP = 0.04  # seconds by which a time stamp must differ from the sound before it to be believed
 SILENCE = 2**-16  # half a step of 16 bits
@@ -41,6 +43,7 @@ REFUSED_FORMATS = {  # formats that name other files or addresses, and text draw
 ANIMATIONS = ("gif", "apng", "webp", "ico")
 IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # of images in MP4's boxes
 FORMATS = ",".join(sorted(av.formats_available - REFUSED_FORMATS))
+TIMED_AT_THE_END = {"mpegts", "mpeg", "ogg"}  # by their last time stamp: what is cut off is not missed
 UNTIMED = {"mp3", "aac", "ac3", "eac3", "dts", "amr", "mpegvideo", "h264", "hevc", "m4v", "obu", "vc1", "h261", "h263"}
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError)
 
@@ -138,12 +141,22 @@ class Media:
     def decide(self, text: str) -> None:
         self._decided[text] = None
 
-    def frames(self, start: float = 0.0, stop: float | None = None) -> Iterator[Frame]:
+    def frames(self, start: float = 0.0, stop: float | None = None, step: float = 0.0) -> Iterator[Frame]:
         """The frames shown from `start` to `stop` (None: the end), each decoded once; the first one may begin earlier.
 
-        Raises MediaError where there is no image, and where more is damaged than `limits.lost`.
+        step: of frames that follow closer than so many s only the first is given. Raises MediaError where there is no
+        image.
         """
         raise MediaError(self.path, "no video stream")
+
+    def check_whole(self) -> None:
+        """Raises MediaError where the file ends before what its header announces."""
+
+    def check_damage(self) -> None:
+        """Raises MediaError where of what was read so far more is damaged than `limits.lost`."""
+        for kind, count in self.lost.items():
+            if count > self.limits.lost * self.read[kind]:
+                raise MediaError(self.path, f"damaged: {count} of {self.read[kind]} {kind} packets")
 
     def frame_at(self, time: float) -> Frame:
         """The frame shown at `time`; before the first one the first, after the end the last."""
@@ -156,7 +169,7 @@ class Media:
         """(samples,) float32 mono from `start` to `stop` (None: the end) at `rate` Hz.
 
         The first sample is that of `start`; where the file has no sound at a time, zeros stand. It ends with the
-        file's sound. Raises MediaError where there is no sound, and where more is damaged than `limits.lost`.
+        file's sound. Raises MediaError where there is no sound.
         """
         pieces = list(self._resampled(start, stop, rate))
         return np.concatenate(pieces) if pieces else np.empty(0, np.float32)
@@ -256,18 +269,20 @@ class Pictures(Media):
             self.duration, self.rate = sum(lengths), len(lengths) / sum(lengths)
             self.image_span = (0.0, self.duration)
 
-    def frames(self, start: float = 0.0, stop: float | None = None) -> Iterator[Frame]:
+    def frames(self, start: float = 0.0, stop: float | None = None, step: float = 0.0) -> Iterator[Frame]:
         if self.is_still:
             yield Frame(0.0, self.duration, np.asarray(load_image(self.path)))
             return
-        time, shown = 0.0, None
+        time, shown, due = 0.0, None, 0.0
         with Image.open(self.path) as image:
             for part in ImageSequence.Iterator(image):
                 length = _shown_for(part)
                 shown = Frame(time, length, np.asarray(on_white(part)))
                 time += length
                 if time > start:
-                    yield shown
+                    if step == 0 or shown.time >= due:
+                        yield shown
+                        due = shown.time + step
                     shown = None
                 if stop is not None and time >= stop:
                     return
@@ -386,10 +401,14 @@ class Streams(Media):
             ends |= self._ends_by_packets({indices[kind]: kind for kind in begins})
         return {kind: max(at, ends.get(kind, at)) for kind, at in begins.items()}
 
-    def _ends_by_packets(self, kinds: Mapping[int, str]) -> dict[str, float]:
-        """When they end, by reading every packet of the file without decoding it."""
+    def _ends_by_packets(self, kinds: Mapping[int, str], place: float | None = None) -> dict[str, float]:
+        """When they end, by reading every packet, from `place` s on, without decoding it."""
         container, ends, counts = self._take(), {}, Counter()
-        _rewind(container, container.streams[min(kinds)])
+        if place is None or place <= 0 or self.format == "avi":
+            _rewind(container, container.streams[min(kinds)])
+        else:
+            with suppress(av.FFmpegError):
+                container.seek(int(place * av.time_base))
         with suppress(av.FFmpegError):
             for packet in container.demux([container.streams[index] for index in kinds]):
                 if packet.size == 0:
@@ -405,6 +424,8 @@ class Streams(Media):
         return ends
 
     def _rate_of(self, container) -> float:
+        if self._video is None:
+            return 25.0
         video = container.streams[self._video]
         return float(video.guessed_rate or video.average_rate or 25)
 
@@ -417,20 +438,50 @@ class Streams(Media):
         self.rate = 0.0 if self.is_still else float(video.average_rate or video.guessed_rate or 0)
         self.size = self._displayed(frame).shape[1::-1]
 
+    def check_whole(self) -> None:
+        container, size = self._idle[-1], os.path.getsize(self.path)
+        for stream in (container.streams[i] for i in (self._video, self._audio) if i is not None):
+            entries = stream.index_entries
+            if len(entries) and self.format == "mov" and entries[-1].pos + entries[-1].size > size:
+                first = bisect_right(range(len(entries)), size, key=lambda i: entries[i].pos + entries[i].size)
+                at = float((entries[first].timestamp - (stream.start_time or 0)) * stream.time_base)
+                raise MediaError(self.path, f"truncated: it ends after {max(at, 0):.1f} s")
+        announced = self._announced(container)
+        if announced is None:
+            return
+        ends = self._ends_by_packets({stream.index: str(stream.index) for stream in container.streams}, announced - 3)
+        if not ends:
+            ends = self._ends_by_packets({stream.index: str(stream.index) for stream in container.streams})
+        end = max(ends.values(), default=0.0)
+        if announced - end > TRUNCATED_BY:
+            raise MediaError(
+                self.path, f"truncated: it ends after {end:.1f} of the {announced:.1f} s that its header announces"
+            )
+
+    def _announced(self, container) -> float | None:
+        """The stamp at which the file ends by its header, in s; None where the demuxer takes it from the end itself."""
+        if self.format == "avi" and self._video is not None:  # of a cut AVI the duration is guessed from its size
+            return container.streams[self._video].frames / self._rate_of(container)
+        if self.format in UNTIMED or self.format in TIMED_AT_THE_END or not container.duration:
+            return None
+        return container.duration / av.time_base + min((container.start_time or 0) / av.time_base, 0)
+
     # ---- images
 
-    def frames(self, start: float = 0.0, stop: float | None = None) -> Iterator[Frame]:
+    def frames(self, start: float = 0.0, stop: float | None = None, step: float = 0.0) -> Iterator[Frame]:
         if not self.has_image:
             yield from super().frames(start, stop)
-        shown = None
+        shown, due = None, -np.inf
         with closing(self._from(start)) as decoded:
             for time, frame in decoded:
                 if shown is not None and time > start + self._tolerance:
-                    yield Frame(shown[0], time - shown[0], self._displayed(shown[1]))
+                    if shown[0] >= due:
+                        yield Frame(shown[0], time - shown[0], self._displayed(shown[1]))
+                        due = shown[0] + step - self._tolerance
                     if stop is not None and time >= stop:
                         return
                 shown = time, frame
-        if shown is not None:
+        if shown is not None and shown[0] >= due:
             yield Frame(shown[0], max(self.duration - shown[0], self._frame_seconds), self._displayed(shown[1]))
 
     @property

@@ -1,197 +1,42 @@
-"""Downloaded clips (mp4, webm, mkv, avi) -> frames/<id>.jpg and audio/<id>.wav, the pairs that training reads.
+"""Films -> frames/<id>.jpg and audio/<id>.wav, the pairs that training reads.
 
 VGG-Sound: the frame at 5.0 s of the clip (the one that VGG-SS annotates) and its first 10 s of audio. Flickr: the frame
 nearest the middle and the middle 10 s of audio. Audio becomes 16-kHz mono 16-bit WAV, frames keep their size. A clip
-of VGG-Sound that ends before 5.0 s gives the frame nearest its middle, and is named. Seconds count from the first frame
-and the first sample. Every clip ends as a pair or as a line of failures.csv.
+of VGG-Sound that ends before 5.0 s gives the frame nearest its middle, and is named. Every file of the folder ends as
+pairs, as a line of failures.csv, or is counted among the other files; pairs.csv says where each pair comes from.
 """
 
-import csv
-import errno
-import io
 import os
 import re
-import signal
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, TimeoutError, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import av
-import soundfile
-from filelock import FileLock, Timeout
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
-from PIL import Image
 from tqdm import tqdm
 
-from annotations import first_ids
-from audio_io import SAMPLE_RATE
-from prepare.clip_reader import CLIP_SECONDS, BadClip, audio_from, clip_id, frame_at, measure, read_vggsound_csv
-from utils import UserError, atomic_path, number, write_text
-
-CLIP_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi")
-MOMENT = 5.0  # seconds: VGG-SS boxes belong to this frame
-CLIP_TIMEOUT = 600  # seconds of work on one clip before its process is given up
-JPEG_QUALITY = 95
-STOPS = (signal.SIGINT, signal.SIGTERM)
-HALF_WRITTEN = re.compile(r"\..+\.[a-z0-9_]{8}\.(jpg|wav|csv)")  # what `atomic_path` writes into before it renames
-
-
-class Task(NamedTuple):
-    path: Path
-    name: str  # path below the folder of clips
-    id: str
-
-
-class Outcome(NamedTuple):
-    reason: str = ""  # why there is no pair; empty: there is one
-    early: bool = False  # the frame at 5.0 s is not there: the middle one was taken
-    fatal: bool = False  # the output cannot be written: the run is over
-
-
-# ---------------------------------------------------------------- one clip to one pair
-
-
-def convert(task: Task, out: Path, source: str) -> Outcome:
-    """Write frames/<id>.jpg and audio/<id>.wav of one clip, or neither of them and say why."""
-    try:
-        clip = measure(task.path)
-        early = source == "vggsound" and clip.video_seconds <= MOMENT
-        moment, begin = MOMENT, 0.0
-        if early or source == "flickr":
-            moment = clip.video_seconds / 2
-        if source == "flickr":
-            begin = max(0.0, (clip.audio_seconds - CLIP_SECONDS) / 2)
-        frame, since = frame_at(task.path, clip, moment)
-        waveform = audio_from(task.path, begin)
-    except BadClip as error:
-        return Outcome(str(error))
-    except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:
-        return Outcome(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}")
-    try:
-        jpeg, wav = out / "frames" / f"{task.id}.jpg", out / "audio" / f"{task.id}.wav"
-        with atomic_path(wav) as new_wav, atomic_path(jpeg) as new_jpeg:
-            soundfile.write(new_wav, waveform, SAMPLE_RATE, subtype="PCM_16")
-            comment = f"{task.name}, frame at {since:.3f} s"
-            Image.fromarray(frame).save(new_jpeg, quality=JPEG_QUALITY, comment=comment.encode("utf-8", "replace"))
-    except (OSError, soundfile.LibsndfileError) as error:
-        its_own_fault = getattr(error, "errno", None) == errno.ENAMETOOLONG
-        return Outcome(f"cannot write: the pair {task.id} in {out}: {error}", fatal=not its_own_fault)
-    return Outcome(early=early)
-
-
-# ---------------------------------------------------------------- processes
-
-
-def convert_all(tasks: Sequence[Task], workers: int, work: Callable[[Task], Outcome]) -> Iterator[tuple[Task, Outcome]]:
-    """Each task with its outcome, as they come. A clip on which a process dies or hangs costs that clip only."""
-    waiting = iter(tasks)
-    pool = ProcessPool(workers, initializer=signal.pthread_sigmask, initargs=(signal.SIG_UNBLOCK, STOPS))
-    try:
-        with stops_blocked():  # a worker starts with them blocked, until it knows what to do on them
-            running = {pool.schedule(work, [task], timeout=CLIP_TIMEOUT): task for task in islice(waiting, workers)}
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), outcome_of(future)
-                for task in islice(waiting, 1):
-                    running[pool.schedule(work, [task], timeout=CLIP_TIMEOUT)] = task
-    finally:
-        pool.stop()
-        pool.join()
-
-
-@contextmanager
-def stops_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def outcome_of(future: ProcessFuture) -> Outcome:
-    try:
-        return future.result()
-    except TimeoutError:
-        return Outcome(f"hang: not done after {CLIP_TIMEOUT} s")
-    except ProcessExpired as error:
-        return Outcome(f"crash: the process ended with status {error.exitcode}")
-    except BrokenProcessPool as error:
-        return Outcome(f"the processes cannot be kept running ({error}): the same command goes on", fatal=True)
-    except Exception as error:  # whatever else a decoder raises
-        return Outcome(f"crash: {' '.join(repr(error).split())}")
-
-
-# ---------------------------------------------------------------- the folder
-
-
-def find_clips(folder: Path) -> list[Path]:
-    """Every clip in or below a folder, sorted; hidden files are none. Raises UserError when there is no clip."""
-    if not folder.is_dir():
-        raise UserError(f"the folder of clips {folder} does not exist")
-    found = [
-        Path(parent, name)
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(CLIP_SUFFIXES) and not name.startswith(".")
-    ]
-    if not found:
-        raise UserError(f"{folder} holds no clip ({', '.join(CLIP_SUFFIXES)})")
-    return sorted(found)
-
-
-@contextmanager
-def lock_folder(out: Path) -> Iterator[None]:
-    """Keep a second run off the folder, and it free of half-written files. SIGTERM interrupts as Ctrl-C does."""
-    for folder in (out / "frames", out / "audio"):
-        folder.mkdir(parents=True, exist_ok=True)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            remove_half_written(out)
-            try:
-                yield
-            finally:
-                remove_half_written(out)  # of a process that was ended
-    except Timeout:
-        raise UserError(f"another run is writing into {out}") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def remove_half_written(out: Path) -> None:
-    for folder in (out, out / "frames", out / "audio"):
-        for name in filter(HALF_WRITTEN.fullmatch, os.listdir(folder)):
-            (folder / name).unlink(missing_ok=True)
-
-
-def finished_ids(out: Path) -> set[str]:
-    frames, audio = (
-        {name.removesuffix(suffix) for name in os.listdir(out / folder) if name.endswith(suffix)}
-        for folder, suffix in (("frames", ".jpg"), ("audio", ".wav"))
-    )
-    return frames & audio
-
-
-def write_csv(path: Path, rows: Iterable[Sequence[str]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(path, text.getvalue().encode("utf-8", "backslashreplace").decode())
-
-
-# ---------------------------------------------------------------- the sub-command
+from annotations import as_id, clip_id, first_ids
+from prepare.convert import MOMENT, Outcome, Row, Wish, convert
+from prepare.folder import finished_ids, join_tables, known_rows, lock_folder, remember, write_csv
+from prepare.names import (
+    Failure,
+    Found,
+    Task,
+    find_files,
+    kind_of,
+    looks_like_film,
+    read_vggsound_csv,
+    refuse_shared_ids,
+)
+from prepare.pool import Broken, Lost, run_all
+from utils import UserError, number
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "folder", type=Path, metavar="DIR", help=f"clips ({', '.join(CLIP_SUFFIXES)}), in it or its folders"
-    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="films, in it or its folders")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="where frames/, audio/ and failures.csv are written"
     )
@@ -206,7 +51,42 @@ def add_flags(parser: ArgumentParser) -> None:
         "--vggsound_csv",
         type=Path,
         metavar="FILE",
-        help="VGG-Sound's list (youtube id, start, label, split), from which classes.csv is written: each pair's class",
+        help="VGG-Sound's list (youtube id, start, label, split), which settles what names mean and from which "
+        "classes.csv is written: each pair's class",
+    )
+    parser.add_argument(
+        "--every",
+        type=number(float, low=1),
+        metavar="SECONDS",
+        help="cut a film into parts of so many seconds, each a pair <id>_<second> (default: one pair per film)",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=number(float, low=0),
+        default=0.0,
+        metavar="SECONDS",
+        help="with --every: how far the audio of a pair goes on into the next one",
+    )
+    parser.add_argument(
+        "--frame",
+        choices=("middle", "first", "sharpest", "loudest"),
+        default="middle",
+        help="which frame of a pair's seconds is taken (vggsound: its middle is at 5.0 s); loudest: the one shown when "
+        "the audio is loudest",
+    )
+    parser.add_argument(
+        "--frames",
+        type=number(int, low=1),
+        default=1,
+        metavar="N",
+        help="frames per pair, each chosen in its share of the seconds, in frames/<id>/; training draws one per epoch",
+    )
+    parser.add_argument(
+        "--shard",
+        type=shard,
+        default=(1, 1),
+        metavar="I/N",
+        help="make only the I-th of N parts, as one job of an array; all may write into one folder (default: 1/1)",
     )
     parser.add_argument(
         "--workers",
@@ -217,97 +97,172 @@ def add_flags(parser: ArgumentParser) -> None:
     )
 
 
-class Names(NamedTuple):
-    """Which clip is which pair."""
-
-    tasks: list[Task]  # clips with an id of their own
-    refused: list[tuple[str, str, str]]  # rows of failures.csv: clips that can have no id, or share theirs
-    kept: dict[str, list[str]]  # "other" or "ambiguous" -> ids that are the stem of the clip's name
-
-
-def is_utf8(name: str) -> bool:
-    try:
-        return bool(name.encode())
-    except UnicodeEncodeError:  # the file system's other bytes, which Python keeps as lone surrogates
-        return False
+def shard(text: str) -> tuple[int, int]:
+    """An argparse type: I/N with 1 <= I <= N."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N")
+    return int(found[1]), int(found[2])
 
 
-def name_clips(folder: Path, source: str, listed: Collection[str]) -> Names:
-    """The id of every clip in a folder; listed: see `clip_id`."""
-    by_id: dict[str, list[Task]] = {}
-    refused: list[tuple[str, str, str]] = []
-    kept: dict[str, list[str]] = {}
-    for path in find_clips(folder):
-        if not is_utf8(path.name):
-            refused.append((str(path.relative_to(folder)), path.stem, "name: not in UTF-8"))
-            continue
-        name, remark = clip_id(path.stem, listed) if source == "vggsound" else (path.stem, "")
-        by_id.setdefault(name, []).append(Task(path.absolute(), str(path.relative_to(folder)), name))
-        if remark:
-            kept.setdefault(remark, []).append(name)
-    for tasks in by_id.values():
-        for task in tasks if len(tasks) > 1 else ():
-            others = ", ".join(other.name for other in tasks if other != task)
-            refused.append((task.name, task.id, f"same id: {others}"))
-    return Names([tasks[0] for tasks in by_id.values() if len(tasks) == 1], refused, kept)
+class Report(NamedTuple):
+    """What became of the files of a folder, so far."""
+
+    made: list[Row]
+    there: list[str]
+    failures: list[Failure]
+    early: list[str]
+    unused: dict[str, float]  # name of a film -> s of it that are in no pair
+    others: Counter[str]  # suffixes of files that are no films
+    reached: set[str]  # names of films whose outcome is known
 
 
 def run(args: Namespace) -> None:
-    """`prepare_data.py clips`: convert what is not there yet, and account for every clip, interrupted or not."""
+    """`prepare_data.py clips`: convert what is not there yet, and account for every file, interrupted or not."""
+    if args.overlap and not args.every:
+        raise UserError("--overlap needs --every: how far the audio of a part goes on into the next one")
+    wish = Wish(args.source, args.every, args.overlap, args.frame, args.frames)
     classes = read_vggsound_csv(args.vggsound_csv) if args.vggsound_csv else {}
-    names = name_clips(args.folder, args.source, classes)
-    with lock_folder(args.out):
-        there = finished_ids(args.out)
-        todo = [task for task in names.tasks if task.id not in there]
-        failures, early = list(names.refused), []
-        results = convert_all(todo, args.workers, partial(convert, out=args.out, source=args.source))
+    found = find_files(args.folder, args.source, classes, args.shard)
+    if not found.tasks and not found.refused and args.shard[1] == 1:
+        raise UserError(f"{args.folder} holds no file")
+    report = Report([], [], list(found.refused), [], {}, Counter(), {failure.file for failure in found.refused})
+    with lock_folder(args.out, args.shard, [task.id for task in found.tasks]):
+        remember(args.out, wish)
+        films = choose_films(found, args.workers, report)
+        todo = tasks_left(films, args.out, wish, report)
         try:
-            with closing(results), tqdm(total=len(todo), unit="clip", disable=None) as bar:
-                for task, outcome in results:
-                    if outcome.fatal:
-                        raise UserError(outcome.reason)
-                    if outcome.reason:
-                        failures.append((task.name, task.id, outcome.reason))
-                    early += [task.id] * outcome.early
-                    bar.update()
+            convert_all(todo, args, wish, report)
         finally:
-            write_csv(args.out / "failures.csv", [("file", "id", "reason"), *sorted(failures)])
-            made = finished_ids(args.out) - there
-            print_summary(args, names, len(todo), made, failures, early)
+            handled = None if args.shard[1] == 1 else {task.name for task in found.tasks} | report.reached
+            join_tables(args.out, report.made, report.failures, handled)
+            print_summary(args, films, classes, report)
             if args.vggsound_csv:
-                write_classes(args, [task.id for task in names.tasks if task.id in made | there], classes)
+                write_classes(args, sorted(finished_ids(args.out)), classes)
 
 
-def print_summary(
-    args: Namespace,
-    names: Names,
-    todo: int,
-    made: Collection[str],
-    failures: Sequence[tuple[str, str, str]],
-    early: Sequence[str],
-) -> None:
-    total, there = len(names.tasks) + len(names.refused), len(names.tasks) - todo
-    print(f"{total} clips in {args.folder}: {len(made)} pairs made, {there} there already, {len(failures)} failed")
-    for reason, count in Counter(reason.partition(":")[0] for _, _, reason in failures).most_common():
+def choose_films(found: Found, workers: int, report: Report) -> list[Task]:
+    """Files that are films by their name or, looked into in processes of their own, by their content.
+
+    Sound without images is a failure, unless a film has the same name; all else is counted by its suffix.
+    """
+    films = [task for task in found.tasks if looks_like_film(task.path)]
+    others = [task for task in found.tasks if not looks_like_film(task.path)]
+    named = {task.id for task in films}
+    for task, kind in run_all(others, min(workers, max(1, len(others))), _kind_of):
+        if kind == "film":
+            films.append(task)
+        elif kind == "sound" and task.id not in named:
+            report.failures.append(Failure(task.name, task.id, "no video stream"))
+        elif isinstance(kind, Lost | Broken):
+            report.failures.append(Failure(task.name, task.id, str(kind)))
+        else:
+            report.others[task.path.suffix or "no suffix"] += 1
+        if kind != "film":
+            report.reached.add(task.name)
+    return sorted(films, key=lambda task: task.name)
+
+
+def _kind_of(task: Task) -> str:
+    return kind_of(task.path)
+
+
+def tasks_left(films: Sequence[Task], out: Path, wish: Wish, report: Report) -> list[Task]:
+    """Films whose pairs are to be made; those that share an id, and those whose pair another file made, are refused."""
+    own, shared = refuse_shared_ids(list(films))
+    report.failures.extend(shared)
+    report.reached.update(failure.file for failure in shared)
+    if wish.every:
+        return own
+    finished, rows, left = finished_ids(out), known_rows(out), []
+    for task in own:
+        if task.id not in finished:
+            left.append(task)
+            continue
+        row = rows.get(task.id)
+        report.reached.add(task.name)
+        if row and row.file and int(row.bytes) != task.path.stat().st_size:
+            reason = f"same id: another file, {row.file} of {row.bytes} bytes, made the pair that is there"
+            report.failures.append(Failure(task.name, task.id, reason))
+        else:
+            report.there.append(task.id)
+    return left
+
+
+def convert_all(todo: Sequence[Task], args: Namespace, wish: Wish, report: Report) -> None:
+    """Convert films in processes and keep account of them. Raises UserError when nothing can be written any more."""
+    results = run_all(todo, args.workers, partial(convert, out=args.out, wish=wish))
+    with closing(results), tqdm(total=len(todo), unit="film", disable=None) as bar:
+        for task, outcome in results:
+            if isinstance(outcome, Broken):
+                raise UserError(str(outcome))
+            if isinstance(outcome, Lost):
+                outcome = Outcome(failures=(Failure(task.name, task.id, str(outcome)),))
+            if outcome.fatal:
+                raise UserError(outcome.fatal)
+            report.made.extend(outcome.rows)
+            report.there.extend(outcome.there)
+            report.failures.extend(outcome.failures)
+            report.early.extend([task.id] * outcome.early)
+            if outcome.unused > 1:
+                report.unused[task.name] = outcome.unused
+            if not outcome.unfinished:
+                report.reached.add(task.name)
+                bar.update()
+
+
+def print_summary(args: Namespace, films: Sequence[Task], listed: Collection[str], report: Report) -> None:
+    failures, others, known = report.failures, report.others, {task.name for task in films}
+    total = len(films) + sum(1 for failure in failures if failure.file not in known)
+    part = "" if args.shard[1] == 1 else f", part {args.shard[0]} of {args.shard[1]}"
+    counts = f"{len(report.made)} pairs made, {len(report.there)} there already, {len(failures)} failed"
+    print(f"{total} clips in {args.folder}{part}: {counts}")
+    for reason, count in Counter(re.split("[:;]", failure.reason)[0] for failure in failures).most_common():
         print(f"  {reason}: {count}")
     if failures:
         print(f"which, and why: {args.out / 'failures.csv'}")
-    left = todo + len(names.refused) - len(made) - len(failures)
+    if others:
+        print(f"other files: {sum(others.values())} ({', '.join(f'{s} {n}' for s, n in others.most_common())})")
+    left = sum(1 for task in films if task.name not in report.reached)
     if left:
         print(f"not reached: {left}; the same command goes on with them")
-    notes = {
-        f"end before {MOMENT} s, the frame nearest their middle was taken": early,
-        "named in no known form, the whole name is the id": names.kept.get("other"),
-        "named so that the start may be in s or in ms, the whole name is the id (--vggsound_csv can settle it)": (
-            names.kept.get("ambiguous")
+    for note, names in notes_of(args, films, listed, report).items():
+        if names:
+            print(f"{note}: {len(names)} ({first_ids(names)})")
+    if report.unused and not args.every:
+        spare = sum(report.unused.values())
+        print(
+            f"films longer than a pair: {len(report.unused)}, of which {spare:,.0f} s are in no pair (--every SECONDS "
+            f"cuts many pairs from each)"
+        )
+
+
+def notes_of(
+    args: Namespace, films: Sequence[Task], listed: Collection[str], report: Report
+) -> dict[str, Sequence[str]]:
+    """What the user should know, with the ids that it is about."""
+    remarks: dict[str, list[str]] = {}
+    for task in films if args.source == "vggsound" else ():
+        remark = clip_id(task.path.stem, listed)[1]
+        remarks.setdefault(remark, []).append(task.id)
+    read = [f"{task.path.stem} -> {task.id}" for task in films if task.id != as_id(task.path.stem)]
+    notes: dict[str, list[str]] = {
+        f"end before {MOMENT} s, the frame nearest their middle was taken": report.early,
+        "named in no known form, the whole name is the id": remarks.get("other", []),
+        "named so that it may be a youtube id and a start, the whole name is the id (--vggsound_csv can settle it)": (
+            remarks.get("ambiguous", [])
         ),
+        "names read as a youtube id and a start": read,
     }
-    for note, ids in notes.items():
-        if ids:
-            print(f"{note}: {len(ids)} ({first_ids(ids)})")
+    for row in report.made:
+        for decision in filter(None, row.decisions.split("; ")):
+            notes.setdefault(re.sub(r"\d+(\.\d+)?", "#", decision), []).append(row.id)
+    return notes
 
 
-def write_classes(args: Namespace, ids: Sequence[str], classes: Mapping[str, tuple[str, str]]) -> None:
-    known = [i for i in ids if i in classes]
-    write_csv(args.out / "classes.csv", [("id", "class", "split"), *((i, *classes[i]) for i in known)])
+def write_classes(args: Namespace, ids: Iterable[str], classes: Mapping[str, tuple[str, str]]) -> None:
+    ids = list(ids)
+    known = [i for i in ids if i in classes or i.rpartition("_")[0] in classes]
+    rows = [(i, *(classes.get(i) or classes[i.rpartition("_")[0]])) for i in known]
+    write_csv(args.out / "classes.csv", [("id", "class", "split"), *rows])
     print(f"{args.out / 'classes.csv'}: {len(known)} of {len(ids)} pairs are in {args.vggsound_csv}")

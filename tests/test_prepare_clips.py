@@ -21,11 +21,13 @@ import soundfile
 from conftest import shared_folder
 from PIL import Image
 
-import prepare.clips as prepare_clips
+import prepare.convert
+import prepare.pool
 import prepare_data
+from annotations import clip_id
 from audio_io import SAMPLE_RATE, load_audio, load_spectrogram
 from dataset import find_pairs
-from prepare.clips import clip_id
+from prepare.folder import finished_ids
 from utils import run_cli
 
 COLOURS = ((220, 40, 40), (40, 220, 40), (40, 40, 220), (220, 220, 40), (220, 40, 220), (40, 220, 220), (90, 90, 90))
@@ -38,7 +40,7 @@ LIVE = {"options": {"live": "1"}}  # Matroska without a length in its header
 
 PAIRS = {  # file: how it is made, the id, the number of the frame
     "--8puiAGLhs_000030.mp4": ({}, "--8puiAGLhs_000030", 125),
-    "_30fps-mp4__60.mp4": ({"fps": 30}, "_30fps-mp4__000060", 150),
+    "_30fps-mp4__60_70.mp4": ({"fps": 30}, "_30fps-mp4__000060", 150),
     "mkvNTSC-a_b_30000_40000.mkv": ({"fps": Fraction(30000, 1001)}, "mkvNTSC-a_b_000030", 150),
     "webmopus-11_7_17.webm": (OPUS, "webmopus-11_000007", 125),
     "b_frames.AVI": ({"video": "mpeg4", "audio": "libmp3lame", "b_frames": 2}, "b_frames", 125),
@@ -55,8 +57,8 @@ BROKEN = {  # file: how it is made or of which it is a copy, how much of it is k
     "silent.mp4": ({"seconds": 2, "loudness": 0}, 1, "all-zero sound"),
     "no_picture.mp4": ({"seconds": 2, "video": None}, 1, "no video stream"),
     "short.mp4": ({"seconds": 0.6}, 1, "too short: 0.60 s of pictures"),
-    "same-id_abc_30.mp4": ({"seconds": 1}, 1, "same id: same-id_abc_000030.webm"),
-    "same-id_abc_000030.webm": ({"seconds": 1} | OPUS, 1, "same id: same-id_abc_30.mp4"),
+    "same-id_abc_30_40.mp4": ({"seconds": 1}, 1, "same id: same-id_abc_000030.webm"),
+    "same-id_abc_000030.webm": ({"seconds": 1} | OPUS, 1, "same id: same-id_abc_30_40.mp4"),
     "cut.mp4": ("--8puiAGLhs_000030.mp4", 0.9, "truncated: the index"),
     "cut_index_first.mp4": ({"options": {"movflags": "faststart"}}, 0.6, "truncated:"),
     "cut_mkv.mkv": ("mkvNTSC-a_b_30000_40000.mkv", 0.6, "truncated: it ends after 6"),
@@ -133,7 +135,7 @@ def rows(path: Path) -> list[list[str]]:
 
 
 def leftovers(out: Path) -> list[Path]:
-    return [path for path in out.rglob(".*") if path.name != ".lock"]
+    return [path for path in out.rglob(".*") if "lock" not in path.name]
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +194,7 @@ def test_every_clip_is_a_pair_or_a_row_of_the_failures(made):
     done, out = made
     assert done.returncode == 0 and not done.stderr
     ids = {name for _, name, _ in PAIRS.values()}
-    assert prepare_clips.finished_ids(out) == ids == {path.stem for path in (out / "frames").iterdir()}
+    assert finished_ids(out) == ids == {path.stem for path in (out / "frames").iterdir()}
     head, *failures = rows(out / "failures.csv")
     reasons = {file: reason for file, _, reason in failures}
     assert head == ["file", "id", "reason"] and reasons.keys() == {
@@ -204,6 +206,7 @@ def test_every_clip_is_a_pair_or_a_row_of_the_failures(made):
     for file, (_, _, says) in BROKEN.items():
         assert reasons[file].startswith(says), (file, reasons[file])
     assert reasons["page.mp4"].startswith("no video") and reasons["playlist.mp4"].startswith("no video")
+    assert "other files: 2 (" in made[0].stdout
     assert f"{len(PAIRS) + len(failures)} clips" in done.stdout and f"{len(PAIRS)} pairs made" in done.stdout
     assert f"{len(failures)} failed" in done.stdout and "truncated: 4" in done.stdout
     assert not leftovers(out)
@@ -277,20 +280,24 @@ def test_a_film_with_camera_sound_becomes_a_pair(cli, tmp_path):
     ("stem", "wanted", "remark"),
     [
         ("--8puiAGLhs_000030", "--8puiAGLhs_000030", ""),
-        ("_a_b_c_d_12_30", "_a_b_c_d_12_000030", ""),
+        ("--8puiAGLhs_035752", "--8puiAGLhs_035752", ""),
         ("_a_b_c_1_12_30_40", "_a_b_c_1_12_000030", ""),
         ("--8puiAGLhs_30000_40000", "--8puiAGLhs_000030", ""),
         ("--8puiAGLhs_0_10000", "--8puiAGLhs_000000", ""),
-        ("--8puiAGLhs_0_7", "--8puiAGLhs_000000", ""),
-        ("--8puiAGLhs_035752", "--8puiAGLhs_035752", ""),
-        ("--8puiAGLhs_35752", "--8puiAGLhs_035752", ""),
-        ("--8puiAGLhs_150000", "--8puiAGLhs_000150", ""),  # no video lasts 41 hours
+        ("--8puiAGLhs_0.000_10.000", "--8puiAGLhs_000000", ""),
+        ("v--8puiAGLhs_30_40_out", "--8puiAGLhs_000030", ""),
+        ("_a_b_c_d_12_30", "_a_b_c_d_12_30", "ambiguous"),
+        ("interview_A_2", "interview_A_2", "ambiguous"),
+        ("Y--8puiAGLhs_30000", "Y--8puiAGLhs_30000", "ambiguous"),
+        ("--8puiAGLhs_0_7", "--8puiAGLhs_0_7", "ambiguous"),
+        ("--8puiAGLhs_150000", "--8puiAGLhs_150000", "ambiguous"),
         ("--8puiAGLhs_5000", "--8puiAGLhs_5000", "ambiguous"),
         ("--8puiAGLhs_40_30", "--8puiAGLhs_40_30", "other"),
         ("--8puiAGLhs_30500_40500", "--8puiAGLhs_30500_40500", "other"),
         ("--8puiAGLhs", "--8puiAGLhs", "other"),
         ("--8puiAGLhs.f137", "--8puiAGLhs.f137", "other"),
         ("take_1", "take_1", "other"),
+        ("rain, part 2", "rain, part 2", "other"),
         ("ünïcödeÄÖÜß_30", "ünïcödeÄÖÜß_30", "other"),
     ],
 )
@@ -298,8 +305,20 @@ def test_names_in_the_communitys_forms(stem, wanted, remark):
     assert clip_id(stem) == (wanted, remark)
 
 
-def test_vggsounds_list_settles_an_ambiguous_name():
-    assert clip_id("--8puiAGLhs_5000", {"--8puiAGLhs_000005"}) == ("--8puiAGLhs_000005", "")
+@pytest.mark.parametrize(
+    ("stem", "listed"),
+    [
+        ("--8puiAGLhs_5000", "--8puiAGLhs_000005"),
+        ("--8puiAGLhs_5000", "--8puiAGLhs_005000"),
+        ("Y--8puiAGLhs_30000", "--8puiAGLhs_000030"),
+        ("--8puiAGLhs_30", "--8puiAGLhs_000030"),
+        ("--8puiAGLhs_0_7", "--8puiAGLhs_000000"),
+        ("v--8puiAGLhs_30_37_out", "--8puiAGLhs_000030"),
+    ],
+)
+def test_a_list_settles_what_a_name_means(stem, listed):
+    assert clip_id(stem, {listed}) == (listed, "")
+    assert clip_id(stem, {stem, listed}) == (stem, "")  # an own name that is listed stays
 
 
 @pytest.mark.slow
@@ -324,16 +343,16 @@ def many(clips, tmp_path) -> Path:
 
 def start(folder: Path, out: Path) -> multiprocessing.Process:
     """A slow run in a process of its own; returns when it has made some pairs."""
-    real = prepare_clips.measure
+    real = prepare.convert.pieces_of
 
-    def slow(path: Path):
+    def slow(*what):
         time.sleep(0.05)
-        return real(path)
+        return real(*what)
 
     def run() -> None:
         os.setpgrp()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-        prepare_clips.measure = slow
+        prepare.convert.pieces_of = slow
         run_cli(lambda: prepare_data.main(["clips", str(folder), "--out", str(out), "--workers", "2"]))
 
     process = multiprocessing.get_context("fork").Process(target=run)
@@ -355,7 +374,7 @@ def assert_whole(out: Path) -> int:
         Image.open(path).load()
     for path in out.glob("audio/[!.]*.wav"):
         load_audio(path)
-    return len(prepare_clips.finished_ids(out))
+    return len(finished_ids(out))
 
 
 @pytest.mark.parametrize("whom", ["parent", "all"])
@@ -426,27 +445,29 @@ def test_a_decoder_that_crashes_while_writing_costs_one_clip(many, cli, tmp_path
 
 
 def test_an_error_that_nobody_foresaw_costs_one_clip(many, cli, tmp_path, monkeypatch):
-    real = prepare_clips.measure
+    real = prepare.convert.pieces_of
 
-    def fail(path: Path):
-        return {}["stream"] if "_000003" in path.name else real(path)
+    def fail(film, *what):
+        return {}["stream"] if "_000003" in film.path.name else real(film, *what)
 
-    monkeypatch.setattr(prepare_clips, "measure", fail)
+    monkeypatch.setattr(prepare.convert, "pieces_of", fail)
     out = tmp_path / "out"
     assert "28 pairs made" in cli("prepare_data", "clips", many, "--out", out, "--workers", 2).stdout
     assert rows(out / "failures.csv")[2][1:] == ["--8puiAGLhs_000003", "crash: KeyError('stream')"]
 
 
 def test_a_decoder_that_hangs_costs_one_clip(many, cli, tmp_path, monkeypatch):
-    real = prepare_clips.measure
-    monkeypatch.setattr(prepare_clips, "CLIP_TIMEOUT", 5)
-    monkeypatch.setattr(
-        prepare_clips, "measure", lambda path: time.sleep(600) if "_000003" in path.name else real(path)
-    )
+    real = prepare.convert.pieces_of
+
+    def hang(film, *what):
+        return time.sleep(600) if "_000003" in film.path.name else real(film, *what)
+
+    monkeypatch.setattr(prepare.pool, "CLIP_TIMEOUT", 5)
+    monkeypatch.setattr(prepare.convert, "pieces_of", hang)
     out = tmp_path / "out"
     assert "hang: 1" in cli("prepare_data", "clips", many, "--out", out, "--workers", 2).stdout
     assert rows(out / "failures.csv")[2][1:] == ["--8puiAGLhs_000003", "hang: not done after 5 s"]
-    assert len(prepare_clips.finished_ids(out)) == 28
+    assert len(finished_ids(out)) == 28
 
 
 def test_a_full_disk_ends_the_run_in_one_line(many, cli, tmp_path, monkeypatch):
@@ -470,7 +491,10 @@ def test_two_runs_do_not_share_a_folder(many, cli, tmp_path):
     ("flags", "says"),
     [
         (("no/such/folder", "--out", "{tmp}"), "does not exist"),
-        (("{tmp}", "--out", "{tmp}"), "no clip"),
+        (("{tmp}/empty", "--out", "{tmp}"), "no file"),
+        (("{clips}", "--out", "{tmp}", "--overlap", "2"), "--every"),
+        (("{clips}", "--out", "{tmp}", "--shard", "0/4"), "I/N"),
+        (("{clips}", "--out", "{tmp}", "--shard", "5/4"), "I/N"),
         (("{tmp}",), "--out"),
         (("{clips}", "--out", "{tmp}", "--workers", "0"), "at least 1"),
         (("{clips}", "--out", "{tmp}", "--vggsound_csv", "no.csv"), "no.csv"),
@@ -479,5 +503,6 @@ def test_two_runs_do_not_share_a_folder(many, cli, tmp_path):
     ],
 )
 def test_a_wrong_call_is_one_line_and_status_2(clips, cli, tmp_path, flags, says):
+    (tmp_path / "empty").mkdir()
     done = cli("prepare_data", "clips", *(flag.format(tmp=tmp_path, clips=clips) for flag in flags))
     assert done.returncode == 2 and says in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
