@@ -104,10 +104,28 @@ def describe_checkpoint(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "path": str(path),
         "epoch": state.get("epoch", "unknown"),
-        "selected_by": "last epoch trained" if path.name == "latest.pth" else state.get("selected_by", "unknown"),
+        "selected_by": how_it_came_about(state),
         "trained_on": flags.get("trainset", "unknown"),
         "training": flags,
     } | ({"threshold": threshold} if threshold else {})
+
+
+def how_it_came_about(state: Mapping[str, Any]) -> str:
+    """What a checkpoint was chosen by, or that nothing chose it: the file says it, whatever its name is now.
+
+    Older code wrote what chose best.pth into every file of a run. There the deciding figure tells: it is in the log's
+    last line, where the best one so far is its value.
+    """
+    by, epoch, step = state.get("selected_by", "unknown"), state.get("epoch"), state.get("step", 0)
+    if state.get("failed"):
+        return f"nothing: the state before step {step + 1} of epoch {epoch + 1}, which failed"
+    if step:
+        return f"nothing: the state after {step} steps of epoch {epoch + 1}"
+    if "chosen" in state:
+        is_chosen = state["chosen"] == epoch
+    else:
+        is_chosen = not state.get("lines") or state.get("best") in state["lines"][-1].values()
+    return by if is_chosen else "nothing: the last epoch trained when it was written"
 
 
 def training_flags(state: Mapping[str, Any]) -> dict[str, Any]:

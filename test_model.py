@@ -134,7 +134,8 @@ def score_model(args) -> None:
         settings = trained.inference | given | {"alpha": 0.6 if args.alpha is None else args.alpha}
         settings |= {"saliency": load_saliency(args.imagenet_weights, device), "resamples": RESAMPLES}
         run = {"batch_size": args.batch_size, "workers": args.num_workers, "seed": args.seed}
-        out_dir = make_out_dir(args, path.parent / ("results" if args.experiment_name else f"{path.stem}_results"))
+        own = "results_last" if args.checkpoint == "latest" else "results"
+        out_dir = make_out_dir(args, path.parent / (own if args.experiment_name else f"{path.stem}_results"))
         for name, dataset in test_sets.items():
             keepsakes = Keepsakes(args, out_dir / name, dataset, len(dataset)) if is_main() else None
             on_batch = keepsakes.on_batch if keepsakes else ()
@@ -252,7 +253,8 @@ def parse_args():
     seed = "random seed of the wrong audio that each image is tested with, and of the bootstrap"
     group.add_argument("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help=seed)
     group = parser.add_argument_group("what is written, beside results.json and per_sample.csv")
-    out_dir = "folder of results (default: results/ in the run's folder, or beside --checkpoint PATH or --maps FILE)"
+    out_dir = "folder of results (default: results/ in the run's folder, results_last/ for --checkpoint latest, else "
+    out_dir += "beside --checkpoint PATH or --maps FILE)"
     group.add_argument("--out_dir", help=out_dir)
     add_boolean(group, "--save_visualizations", help="a contact sheet, and an overlay of every sample's maps")
     add_boolean(group, "--save_maps", help="maps.npz: the maps of all samples, which --maps can score again")

@@ -34,7 +34,10 @@ from training.step import Optimisation, choose_amp, lr_factor, with_sync_bn
 from utils import ArgumentParser, UserError, as_user_error, provenance, run_cli, seed_everything
 
 SELECTED_BY = {  # --select: (what best.pth is chosen by, the figure that says so)
-    "retrieval": ("retrieval on held-out training pairs (no boxes)", "val/retrieval_score"),
+    "retrieval": (
+        "retrieval on held-out training pairs (no boxes): the latest epoch within one standard error of the best",
+        "val/retrieval_score",
+    ),
     "test": ("cIoU of {map} on test set {first}", "{first}/{map}/cIoU"),
     "last": ("last epoch (no pairs were held out)", "epoch"),
 }
@@ -227,7 +230,7 @@ def choose_threshold(model: Model, data: TrainingData, device: torch.device, **s
 
 def dry_run(train: Callable, validate: Callable, test: Callable) -> None:
     print(f"one step: loss {train(max_steps=1)['loss']:.4f}")
-    for name, value in validate().items():
+    for name, value in validate().figures.items():
         print(f"one batch of held-out pairs: {name} {value:.3f}")
     for name, value in test(max_batches=1).items():
         if name.endswith(("AUD/cIoU", "AUD/pointing")):
@@ -271,12 +274,14 @@ def main() -> None:
             for epoch in range(state.epoch, args.epochs):
                 line, title = {"epoch": epoch + 1}, f"epoch {epoch + 1}/{args.epochs}"
                 line |= train(weights_in(epoch, args), title=title, after_step=save_between)
-                line |= held_out()
+                validation = held_out()
+                line |= validation.figures
                 if args.eval_every and (epoch + 1) % args.eval_every == 0:
                     line |= test(on_batch=[stop.leave_alone])
-                is_best = state.end_epoch(line.get(measure, -math.inf))
+                scores = validation.scores if measure in validation.figures else None
+                is_chosen = state.end_epoch(line.get(measure, -math.inf), scores)
                 folder.write(line, step=state.epoch * steps)
-                if is_best:
+                if is_chosen:
                     folder.save("best")
                 if args.keep_every and state.epoch % args.keep_every == 0:
                     folder.save(f"epoch_{state.epoch:04d}")
@@ -284,10 +289,11 @@ def main() -> None:
                 print_epoch(args, line)
                 stop.leave_together()
             barrier()
+            last = {} if folder.last_is_chosen() else test(on_batch=[stop.leave_alone])
             settings = {"seed": args.seed, "between": stop.leave_alone, **loading}
             best = folder.end(partial(choose_threshold, model, data, device, **settings))
-            print(f"best.pth: epoch {best['epoch']}, chosen by {best['selected_by']}")
-            folder.finish(test(on_batch=[stop.leave_alone], chosen=best))
+            print(f"best.pth: epoch {best['epoch']} of {state.epoch}, chosen by {best['selected_by']}")
+            folder.finish(test(on_batch=[stop.leave_alone], chosen=best, last=last), last)
             print_end(args, path)
 
 

@@ -52,8 +52,12 @@ class Training(NamedTuple):
         """The flags that say what is learnt."""
         return [*self.row.flags.split(), *self.flags, "--seed", str(self.seed)]
 
-    def command(self) -> list[str]:
-        into = ["--model_dir", str(self.folder.parent), "--experiment_name", self.folder.name, "--overwrite"]
+    def command(self, resume: bool = False) -> list[str]:
+        """resume: continue what was begun in the folder but not finished, if that had the wanted settings."""
+        begun = resume and not self.is_finished() and (self.folder / "latest.pth").exists()
+        begun = begun and self.settings_asked() == self.wanted()
+        into = ["--model_dir", str(self.folder.parent), "--experiment_name", self.folder.name]
+        into.append("--resume" if begun else "--overwrite")
         return ["bash", "train_script.sh", "synthetic", ",".join(self.splits), "cpu", *self.words(), *into]
 
     def wanted(self) -> dict[str, Any]:
@@ -65,6 +69,10 @@ class Training(NamedTuple):
         matter |= recipes.INFERENCE | {"train_data_path"}
         weights = {f"weights {loss}": weight for loss, weight in settings["weights"].items()}
         return {name: settings[name] for name in matter - {"weights"}} | weights
+
+    def settings_asked(self) -> dict[str, Any]:
+        """What `note` wrote into the folder."""
+        return json.loads(self.asked.read_text()) if self.asked.is_file() else {}
 
     def is_finished(self) -> bool:
         return all(self.results(split).is_file() for split in self.splits)
@@ -86,10 +94,10 @@ class Training(NamedTuple):
         return True
 
     def start(self) -> subprocess.Popen:
-        """Train in the background, on one thread."""
+        """Train in the background, on one thread, from where an earlier attempt ended."""
+        command, own = [*self.command(resume=True), "--num_workers", "0"], {"OMP_NUM_THREADS": "1"}
         self.note()
         with open(self.output, "w") as output:
-            command, own = [*self.command(), "--num_workers", "0"], {"OMP_NUM_THREADS": "1"}
             return subprocess.Popen(command, stdout=output, stderr=output, env=environment() | own)
 
     def note(self) -> None:

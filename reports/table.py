@@ -146,6 +146,8 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
     if checkpoint:
         epoch, selected_by = checkpoint.get("epoch", "?"), checkpoint.get("selected_by", "?")
         lines.append(f"checkpoint: {checkpoint.get('path', '?')}, epoch {epoch}, selected by {selected_by}")
+    if last := results.get("last_epoch"):
+        lines.append(_last_epoch(last, (checkpoint or {}).get("epoch"), [*maps]))
     if checkpoint and "threshold" in checkpoint:
         lines.append(describe_threshold(checkpoint["threshold"]))
     if test_list := results.get("test_list"):
@@ -158,10 +160,22 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _last_epoch(last: Mapping[str, Any], chosen: Any, names: Sequence[str]) -> str:
+    """The figures of the last epoch, which no choice could favour."""
+    if last["epoch"] == chosen:
+        return f"last epoch: {chosen}, the selected one"
+    cells = [
+        f"{name} cIoU {_cell(last['maps'][name].get('cIoU'))}, pointing {_cell(last['maps'][name].get('pointing'))}"
+        for name in names
+        if name in last["maps"] and name in ("AUD", "IQR")
+    ]
+    return f"last epoch: {last['epoch']}, {'; '.join(cells)}"
+
+
 def publish(evaluation: Evaluation, folder: Path, **about: Any) -> None:
     """Add to a set's figures where they come from, write results.json and per_sample.csv, print the table.
 
-    about: `testset`, and what is known of `checkpoint` and `training_test_overlap`.
+    about: `testset`, and what is known of `checkpoint`, `training_test_overlap` and `last_epoch`.
     """
     results = evaluation.results
     results.update(about, provenance=provenance())

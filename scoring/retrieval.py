@@ -50,31 +50,53 @@ def partner_ranks(queries: Tensor, keys: Tensor, targets: Sequence | None = None
     return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
 
 
+class Ranks(NamedTuple):
+    """`partner_ranks` both ways, (N,) int64 each."""
+
+    image_to_audio: Tensor
+    audio_to_image: Tensor
+
+    def recall(self, ks: Sequence[int] = (1, 5, 10)) -> dict[str, dict[str, float]]:
+        """Recall at k in both directions: {"image_to_audio" | "audio_to_image": {"R@1": fraction, ...}}."""
+        return {
+            direction: {f"R@{k}": (ranks <= k).double().mean().item() for k in ks}
+            for direction, ranks in self._asdict().items()
+        }
+
+    def scores(self) -> Tensor:
+        """(N,) float64, each pair's percentile rank, mean of both directions: 1 best, about 0.5 chance, 0 collapsed."""
+        ranks = torch.stack(self).double()
+        return (1 - (ranks - 1) / max(ranks.shape[1] - 1, 1)).mean(0)
+
+
+def ranks_both_ways(image_embeddings: Tensor, audio_embeddings: Tensor, targets: Sequence | None = None) -> Ranks:
+    """image_embeddings, audio_embeddings (N, D), or (N, n, D) of which the best counts; by pair, or by class with
+    `targets`, N labels. Ties rank last: `partner_ranks`.
+    """
+    pairs = (image_embeddings, audio_embeddings), (audio_embeddings, image_embeddings)
+    return Ranks(*(partner_ranks(queries, keys, targets) for queries, keys in pairs))
+
+
 def retrieval_recall(
     image_embeddings: Tensor, audio_embeddings: Tensor, targets: Sequence | None = None, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, dict[str, float]]:
-    """Recall at k in both directions: {"image_to_audio" | "audio_to_image": {"R@1": fraction, ...}}.
-
-    image_embeddings, audio_embeddings (N, D), or (N, n, D) of which the best counts; by pair, or by class with
-    `targets`, N labels. Ties rank last: `partner_ranks`.
-    """
-    ranks = {
-        "image_to_audio": partner_ranks(image_embeddings, audio_embeddings, targets),
-        "audio_to_image": partner_ranks(audio_embeddings, image_embeddings, targets),
-    }
-    return {direction: {f"R@{k}": (rank <= k).double().mean().item() for k in ks} for direction, rank in ranks.items()}
+    """`Ranks.recall` of `ranks_both_ways`."""
+    return ranks_both_ways(image_embeddings, audio_embeddings, targets).recall(ks)
 
 
 def retrieval_score(image_embeddings: Tensor, audio_embeddings: Tensor) -> float:
-    """Mean percentile rank of the right partner over both directions: 1 best, about 0.5 chance, 0 collapsed.
+    """Mean of `Ranks.scores` by pair. It needs no boxes, so a checkpoint can be chosen by it without a test set."""
+    return ranks_both_ways(image_embeddings, audio_embeddings).scores().mean().item()
 
-    (N, D) twice, or (N, n, D) of which the best counts. It needs no boxes, so a checkpoint can be chosen by it without
-    a test set.
+
+def within_one_error(scores: Tensor, of_best: Tensor) -> bool:
+    """Whether scores (N,) of the same pairs as `of_best` (N,) are on average less than one standard error below it.
+
+    The error is that of the mean of their N differences, so what both find hard or easy alike does not count.
     """
-    ranks = torch.cat(
-        [partner_ranks(image_embeddings, audio_embeddings), partner_ranks(audio_embeddings, image_embeddings)]
-    )
-    return (1 - (ranks.double() - 1) / max(len(image_embeddings) - 1, 1)).mean().item()
+    difference = scores.double() - of_best.double()
+    error = difference.std().item() / len(difference) ** 0.5 if len(difference) > 1 else 0.0
+    return difference.mean().item() >= -error
 
 
 # ---------------------------------------------------------------- wrong audio

@@ -37,13 +37,21 @@ RUN_ELSEWHERE = {
     "make test-slow": "Makefile::$(RUN) -m pytest -m slow",
     "make demo": "tests/test_experiments_objectives.py::--demo",
     "make demo-table": "tests/test_experiments_objectives.py::--demo",
+    "python -m experiments.choice --seeds 0 1 2": "tests/test_experiments_choice.py::experiments.choice",
     "make objectives": "tests/test_experiments_objectives.py::--rows",
     "python prepare_data.py clips videos --out pairs": "tests/test_prepare_clips.py::clips",
 }
-SCRIPTS = ("train_slot", "test_model", "scoring.threshold", "experiments.objectives", "experiments.benchmark")
+SCRIPTS = (
+    "train_slot",
+    "test_model",
+    "scoring.threshold",
+    "experiments.objectives",
+    "experiments.choice",
+    "experiments.benchmark",
+)
 PREPARATIONS = ("metadata", "clips", "check", "synthetic")
 BENCHES = ("step", "scaling", "input", "eval", "all")
-FOREIGN_FLAGS = {"--max-restarts", "--init_lr"}  # named in prose: torchrun's, EZ-VSL's
+FOREIGN_FLAGS = {"--max-restarts", "--shm-size", "--init_lr"}  # named in prose: torchrun's, Docker's, EZ-VSL's
 FOREIGN_FILES = {"train.py", "test.py"}  # EZ-VSL's
 AUTHORS = [("Inho", "Kim"), ("Youngkil", "Song"), ("Jicheol", "Park"), ("Won Hwa", "Kim"), ("Suha", "Kwak")]
 TINY = {"train": 70, "val": 10, "test": 20, "distractor": 20, "interactive": 10, "offscreen": 20}

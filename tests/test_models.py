@@ -45,8 +45,24 @@ def test_what_a_file_says_of_itself_comes_with_the_model(tmp_path):
         "training": flags,
     }
     assert trained.inference == {"infer_sharpening": 0.02, "infer_smoothing": 0.0}
-    latest = models.load(save(tmp_path / "latest.pth", JointSlotModel(**SMALL), **known))
-    assert latest.about["selected_by"] == "last epoch trained"
+
+
+@pytest.mark.parametrize(
+    "state, said",
+    [
+        ({"chosen": 7}, "retrieval"),
+        ({"chosen": 5}, "nothing: the last epoch trained when it was written"),
+        ({"chosen": 7, "step": 3}, "nothing: the state after 3 steps of epoch 8"),
+        ({"chosen": 7, "step": 3, "failed": True}, "nothing: the state before step 4 of epoch 8, which failed"),
+        ({"best": 0.9, "lines": [{"score": 0.9}, {"score": 0.8}]}, "nothing: the last epoch trained when it was"),
+        ({"best": 0.9, "lines": [{"score": 0.8}, {"score": 0.9}]}, "retrieval"),  # of older code
+        ({}, "retrieval"),  # older code, without what only resuming needs
+    ],
+)
+@pytest.mark.parametrize("name", ["best", "latest", "epoch_0007", "copied"])
+def test_a_file_says_how_it_came_about_whatever_its_name(state, said, name, tmp_path):
+    held = {"epoch": 7, "selected_by": "retrieval"} | state
+    assert models.describe_checkpoint(tmp_path / f"{name}.pth", held)["selected_by"].startswith(said)
 
 
 def test_the_objective_is_that_of_the_file_and_an_unknown_one_is_named(tmp_path):

@@ -52,6 +52,13 @@ def test_the_table_shows_intervals_where_they_are_known():
     assert "81.0 to 89.0" in text and "listening of AUD: -0.4 (-2.0 to 1.0)" in text
 
 
+def test_the_table_shows_the_last_epoch_beside_the_selected_one():
+    last = {"epoch": 12, "maps": results()["maps"]}
+    assert "last epoch: 12, the selected one" in report.results_table(results() | {"last_epoch": last})
+    other = report.results_table(results() | {"last_epoch": last | {"epoch": 20}})
+    assert "last epoch: 20, IQR cIoU 85.2, pointing -; AUD cIoU 85.2" in other
+
+
 def test_the_table_tolerates_missing_parts():
     for missing in ("references", "retrieval", "pairs", "checkpoint", "settings"):
         partial = {key: value for key, value in results().items() if key != missing}

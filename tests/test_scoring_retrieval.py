@@ -83,6 +83,30 @@ def test_the_retrieval_score_runs_from_chance_to_one():
     assert retrieval.retrieval_score(image, -image) < 0.01
 
 
+def test_an_epoch_is_within_the_noise_of_another_by_the_pairs_that_changed():
+    rng = np.random.default_rng(0)
+    hard = torch.from_numpy(rng.uniform(0.2, 1, 200))  # what is hard for both says nothing
+    change = torch.from_numpy(rng.normal(0, 0.05, 200))
+    error = change.std() / 200**0.5
+    for shift, within in ((-0.9, True), (-1.1, False), (3, True)):
+        other = hard + change - change.mean() + shift * error
+        assert retrieval.within_one_error(other, hard) is within
+    assert retrieval.within_one_error(hard, hard)
+    assert not retrieval.within_one_error(hard - 1e-4, hard)
+    assert retrieval.within_one_error(hard[:1], hard[:1]) and not retrieval.within_one_error(hard[:1] - 0.1, hard[:1])
+
+
+def test_the_scores_of_pairs_are_their_percentiles_both_ways():
+    generator = torch.Generator().manual_seed(1)
+    image, audio = torch.randn(2, 30, 6, generator=generator)
+    ranks = retrieval.ranks_both_ways(image, audio)
+    scores = ranks.scores()
+    assert scores.mean().item() == pytest.approx(retrieval.retrieval_score(image, audio))
+    first = (ranks.image_to_audio[0] + ranks.audio_to_image[0]).item()
+    assert scores[0].item() == pytest.approx(1 - (first / 2 - 1) / 29)
+    assert ranks.recall() == retrieval.retrieval_recall(image, audio)
+
+
 def test_retrieval_refuses_what_would_score_by_accident():
     good, bad = torch.rand(4, 3), torch.rand(4, 3)
     bad[2, 1] = float("nan")

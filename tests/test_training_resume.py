@@ -1,6 +1,7 @@
 """A run that stops continues exactly where it was: killed, told to stop, out of disk, on one process or several."""
 
 import json
+import math
 import os
 import random
 import resource
@@ -40,6 +41,9 @@ def shell(*arguments, torchrun=()):
     return subprocess.run(command(*arguments, torchrun=torchrun), capture_output=True, text=True, timeout=300)
 
 
+STATE = ("model", "optimizer", "scaler", "random", "epoch", "step", "best", "best_pairs", "chosen")
+
+
 def ending(folder):
     """All that must be the same however often a run was stopped."""
     state = load_checkpoint(folder / "run" / "latest.pth")
@@ -47,7 +51,7 @@ def ending(folder):
     log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
     results = json.loads((folder / "run" / "results" / "synthetic" / "results.json").read_text())
     return {
-        **{key: state[key] for key in ("model", "optimizer", "scaler", "random", "epoch", "step", "best")},
+        **{key: state[key] for key in STATE},
         "best epoch": best["epoch"],
         "best model": best["model"],
         "log": [{key: value for key, value in line.items() if key not in MEASURED} for line in log],
@@ -74,6 +78,47 @@ def test_a_difference_is_seen_wherever_it_is():
     assert not difference(state, {"a": [torch.zeros(2), {"b": 1.0}], "c": float("nan")})
     for other in ({"a": [torch.zeros(2), {"b": 1.1}], "c": float("nan")}, {"a": [torch.ones(2), {"b": 1.0}], "c": 0}):
         assert difference(state, other)
+
+
+# ---------------------------------------------------------------- which epoch best.pth is of
+
+
+def chosen_epochs(scores, state=None):
+    """The epoch of best.pth after each one, from the scores of the held-out pairs, (epochs, N)."""
+    state, found = state or resume.RunState(), []
+    for of_pairs in scores:
+        state.end_epoch(of_pairs.mean().item(), of_pairs)
+        found.append(state.chosen)
+    return found
+
+
+def test_a_level_score_chooses_the_latest_epoch_and_a_fall_keeps_the_one_before():
+    generator = torch.Generator().manual_seed(0)
+    hard = torch.rand(200, generator=generator)
+    jump, noise = torch.zeros(200), 0.02 * torch.randn(6, 200, generator=generator)
+    level = (hard + noise - noise.mean(1, keepdim=True)).add(1e-4 * torch.tensor([0.0, 5, 0, 0, 0, 0])[:, None])
+    assert chosen_epochs(level) == [1, 2, 3, 4, 5, 6], "the second is the best by a tenth of an error"
+    fallen = torch.cat([level[:3], level[3:] - 0.01])
+    assert chosen_epochs(fallen) == [1, 2, 3, 3, 3, 3]
+    assert chosen_epochs(torch.cat([fallen, fallen[:1] + 0.05 + jump])) == [1, 2, 3, 3, 3, 3, 7]
+
+
+def test_the_choice_is_the_same_however_often_a_run_was_stopped():
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.rand(1, 50, generator=generator) + 0.02 * torch.randn(30, 50, generator=generator)
+    state, found = resume.RunState(), []
+    for of_pairs in scores:
+        again = resume.RunState()
+        again.load_state_dict(state.state_dict() | {"other": 1})
+        found += chosen_epochs([of_pairs], state := again)
+    assert found == chosen_epochs(scores) and len({*found}) > 3 and found != list(range(1, 31))
+
+
+def test_without_scores_of_pairs_the_best_is_chosen_and_of_equals_the_latest():
+    state = resume.RunState()
+    assert [state.end_epoch(score) for score in (0.5, 0.4, 0.5, 0.6, 0.59)] == [True, False, True, True, False]
+    assert state.chosen == 4
+    assert not resume.RunState().end_epoch(-math.inf), "no figure at all"
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +327,25 @@ def test_every_kth_epoch_is_kept(synthetic_root, tmp_path, train):
     kept = sorted(path.name for path in (tmp_path / "run").glob("*.pth"))
     assert kept == ["best.pth", "epoch_0002.pth", "epoch_0004.pth", "latest.pth"]
     assert load_checkpoint(tmp_path / "run" / "epoch_0002.pth")["epoch"] == 2
+
+
+def test_the_last_epoch_stands_beside_the_chosen_one(synthetic_root, tmp_path, train, cli, monkeypatch):
+    end_epoch = resume.RunState.end_epoch
+    monkeypatch.setattr(resume.RunState, "end_epoch", lambda self, score, _: end_epoch(self, -self.epoch))
+    done = train(synthetic_root, tmp_path, "--testset", "synthetic", "--eval_every", "0")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results" / "synthetic" / "results.json").read_text())
+    best, latest = (load_checkpoint(tmp_path / "run" / f"{name}.pth") for name in ("best", "latest"))
+    assert (best["epoch"], latest["epoch"]) == (1, 2) and best["chosen_among"] == 2
+    assert "retrieval" in results["checkpoint"]["selected_by"] and results["last_epoch"]["epoch"] == 2
+    assert "last epoch: 2, AUD cIoU" in done.stdout
+    where = "--model_dir", tmp_path, "--experiment_name", "run", "--testset", "synthetic", "--gpu", "cpu"
+    flags = "--test_data_path", synthetic_root, "--imagenet_weights", "none", "--checkpoint", "latest"
+    assert cli("test_model", *where, *flags, "--num_workers", "0").returncode == 0
+    again = json.loads((tmp_path / "run" / "results_last" / "synthetic" / "results.json").read_text())
+    assert again["checkpoint"]["selected_by"].startswith("nothing: the last epoch")
+    assert results["last_epoch"]["maps"]["AUD"] == pytest.approx(again["maps"]["AUD"], abs=1e-6, nan_ok=True)
+    assert results["maps"]["AUD"]["mAP"] != pytest.approx(again["maps"]["AUD"]["mAP"], abs=1e-6)
 
 
 def test_a_resume_with_other_data_or_settings_needs_force(synthetic_root, tmp_path, train):

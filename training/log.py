@@ -60,11 +60,14 @@ class RunLog:
         """Add heat maps of a test set's fixed samples, which go to wandb with the next line or at the end."""
         self.sheets[name] = path
 
-    def finish(self, scores: Mapping[str, float]) -> None:
-        """The chosen checkpoint's scores, which become wandb's summary, and the pictures drawn with it."""
+    def finish(self, scores: Mapping[str, float], last: Mapping[str, float] = {}) -> None:
+        """The chosen checkpoint's scores, which become wandb's summary, and the pictures drawn with it.
+
+        last: the scores of the last epoch, where another one was chosen; they stand there as `last/set/map/metric`.
+        """
         if self.wandb:
             self._log(self._pictures("chosen_maps"), self.lines[-1]["step"] if self.lines else 0)
-            self.wandb.summary.update(dict(scores))
+            self.wandb.summary.update({**scores, **{f"last/{name}": value for name, value in last.items()}})
             self.wandb.finish()
 
     def _write_files(self) -> None:

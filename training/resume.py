@@ -8,7 +8,7 @@ import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from dataset import Pair
 from distributed import all_gather_object, any_rank, is_main, under_torchrun, world_size
 from recipes import DATA, INFERENCE, RUN, TESTS, modern, roles
+from scoring.retrieval import within_one_error
 from training.log import RunLog
 from training.step import Optimisation
 from utils import (
@@ -41,25 +42,47 @@ STATE = {
 
 @dataclass
 class RunState:
-    """Where a run is: epochs finished, steps done in the epoch under way and their sums, the best score so far."""
+    """Where a run is: epochs finished, steps done in the epoch under way and their sums, and what chooses best.pth.
+
+    best: the highest score of an epoch so far, and `best_pairs` its scores of the held-out pairs, (N,), where pairs
+    were scored; chosen: the epoch of best.pth, 0 before the first.
+    """
 
     epoch: int = 0
     step: int = 0
-    best: float = -math.inf
     sums: dict[str, float] = field(default_factory=dict)
+    best: float = -math.inf
+    best_pairs: torch.Tensor | None = None
+    chosen: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {item.name: getattr(self, item.name) for item in fields(self)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.epoch, self.step, self.best, self.sums = (state[name] for name in ("epoch", "step", "best", "sums"))
+        self.epoch, self.step, self.sums, self.best = (state[name] for name in ("epoch", "step", "sums", "best"))
+        self.best_pairs, self.chosen = state.get("best_pairs"), state.get("chosen", 0)  # older code kept neither
 
-    def end_epoch(self, score: float) -> bool:
-        """Count the epoch under way as finished; whether no epoch before had a better score."""
+    def forget_best(self) -> None:
+        self.best, self.best_pairs = -math.inf, None
+
+    def end_epoch(self, score: float, pairs: torch.Tensor | None = None) -> bool:
+        """Count the epoch under way as finished; whether it is the one to choose so far.
+
+        score: of the epoch; pairs: its scores of the held-out pairs, of which it is the mean. Chosen is the latest
+        epoch whose pairs are less than one standard error below those of the best epoch: held-out retrieval is often
+        level, within its noise, long before the maps are, and its maximum is a draw. Without pairs the best is chosen,
+        of equals the latest.
+        """
         is_best = score >= self.best and score > -math.inf
-        self.best = max(self.best, score)
+        is_chosen = is_best or (
+            pairs is not None and self.best_pairs is not None and within_one_error(pairs, self.best_pairs)
+        )
+        if is_best:
+            self.best, self.best_pairs = score, pairs
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
-        return is_best
+        if is_chosen:
+            self.chosen = self.epoch
+        return is_chosen
 
 
 # ---------------------------------------------------------------- the same run
@@ -226,7 +249,8 @@ class RunFolder:
         if args.overwrite and not resumed:
             for old in [*self.path.glob("*.pth"), self.path / "left_out.txt", self.path / "failed_ids.txt"]:
                 old.unlink(missing_ok=True)
-            shutil.rmtree(self.path / "results", ignore_errors=True)
+            for results in ("results", "results_last"):
+                shutil.rmtree(self.path / results, ignore_errors=True)
         write_json(self.path / "configs.json", vars(args) | self.about["model_config"])
         if left_out:
             write_text(self.path / "left_out.txt", "".join(f"{name}\t{why}\n" for name, why in left_out.items()))
@@ -249,13 +273,13 @@ class RunFolder:
         choose_threshold: of the model as it is; every process calls it, the first one gets the record.
         """
         best, model = load_checkpoint(self.path / "best.pth"), self.optimisation.model
-        chosen = choose_threshold()
+        about = {"threshold": choose_threshold(), "chosen_among": self.state.epoch}
         if self.log:
-            self.save("latest", threshold=chosen)
+            self.save("latest", **about)
         model.load_state_dict(best["model"])
         if best["epoch"] != self.state.epoch:
-            chosen = choose_threshold()
-        best["threshold"] = chosen
+            about["threshold"] = choose_threshold()
+        best |= about
         if self.log:
             save_checkpoint(self.path / "best.pth", best)
         return best
@@ -274,10 +298,14 @@ class RunFolder:
         if self.log:
             self.log.write(line, step)
 
-    def finish(self, scores: Mapping[str, float]) -> None:
-        """The figures of the chosen checkpoint."""
+    def last_is_chosen(self) -> bool:
+        """Whether best.pth is of the last epoch; every process has to ask, as the first one alone chooses."""
+        return all_gather_object(self.state.chosen)[0] == self.state.epoch
+
+    def finish(self, scores: Mapping[str, float], last: Mapping[str, float]) -> None:
+        """The figures of the chosen checkpoint, and of the last epoch, where it is another."""
         if self.log:
-            self.log.finish(scores)
+            self.log.finish(scores, last)
 
     def save_failed(self, ids: Sequence[str], random: Mapping[str, Any]) -> str:
         """Save the state before a step that failed, and the ids of its batch -> where they are, for a message."""
@@ -285,7 +313,7 @@ class RunFolder:
             return ""
         restore_random_states(random)
         write_text(self.path / "failed_ids.txt", "".join(f"{name}\n" for name in ids))
-        self.save("failed")
+        self.save("failed", failed=True)
         return f"; all in {self.path / 'failed_ids.txt'}, the state before the step in failed.pth"
 
     def resume(self, args) -> dict[str, Any]:
@@ -309,7 +337,7 @@ class RunFolder:
             measured = state["selected_by"] == self.about["selected_by"]
             measured &= state["marks"]["held-out pairs"] == marks["held-out pairs"]
             if not measured or INFERENCE & different.keys():
-                self.state.best = -math.inf  # another measure: the old best says nothing about it
+                self.state.forget_best()  # another measure: the old best says nothing about it
             print(f"--resume force: other settings, from the start of epoch {self.state.epoch + 1}: {listed}")
         if state["processes"] != world_size():
             print(f"{world_size()} processes continue what {state['processes']} began: batches of batch norm differ")

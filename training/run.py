@@ -6,7 +6,7 @@ draws: its state is in the checkpoint.
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Subset
@@ -20,7 +20,7 @@ from reports.pictures import Drawer, images_of
 from reports.table import publish, training_overlap
 from scoring.bootstrap import RESAMPLES
 from scoring.evaluate import OnBatch, embed_set, evaluate
-from scoring.retrieval import retrieval_recall, retrieval_score
+from scoring.retrieval import ranks_both_ways
 from sets import count_undecodable
 from training.resume import RunFolder
 from training.step import Inputs, NotFinite, Optimisation
@@ -120,22 +120,31 @@ def train_step(
 # ---------------------------------------------------------------- figures
 
 
+class HeldOut(NamedTuple):
+    """Retrieval on held-out pairs."""
+
+    figures: dict[str, float]  # by name
+    scores: torch.Tensor | None = None  # (N,) of each pair, whose mean is val/retrieval_score
+
+
 def validate(
     model: Model, held_out: TrainingPairs, device: torch.device, batch_size: int, workers: int, count: int | None = None
-) -> dict[str, float]:
+) -> HeldOut:
     """Retrieval on at most `count` held-out pairs, without boxes or classes; empty except on the first process."""
     pairs = Subset(held_out, range(min(count or len(held_out), len(held_out))))
     if not len(pairs):
-        return {}
+        return HeldOut({})
     with count_undecodable(held_out.pairs, workers):
         embeddings = embed_set(model, pairs, device, batch_size, workers)
     if embeddings is None:
-        return {}
+        return HeldOut({})
     with as_user_error(ValueError):  # embeddings that are not finite
-        recall, score = retrieval_recall(*embeddings), retrieval_score(*embeddings)
-    return {"val/retrieval_score": score} | {
-        f"val/{direction}_{k}": value for direction, by_k in recall.items() for k, value in by_k.items()
+        ranks = ranks_both_ways(*embeddings)
+    scores = ranks.scores()
+    figures = {"val/retrieval_score": scores.mean().item()} | {
+        f"val/{direction}_{k}": value for direction, by_k in ranks.recall().items() for k, value in by_k.items()
     }
+    return HeldOut(figures, scores)
 
 
 def score_sets(
@@ -145,11 +154,13 @@ def score_sets(
     device: torch.device,
     on_batch: Iterable[OnBatch] = (),
     chosen: Mapping[str, Any] | None = None,
+    last: Mapping[str, float] | None = None,
     **settings: Any,
 ) -> dict[str, float]:
     """Score every test set -> {"set/map/metric": value}; empty except on the first process.
 
-    settings: of `evaluate`. chosen: the checkpoint of a finished run, whose results are published with intervals.
+    settings: of `evaluate`. chosen: the checkpoint of a finished run, whose results are published with intervals, and
+    beside them the last epoch's: `last`, as this function returned them; empty where the last epoch is the chosen one.
     """
     scores = {}
     for name, dataset in test_sets.items():
@@ -169,6 +180,17 @@ def score_sets(
         if chosen:
             path = folder.path / "best.pth"
             overlap = training_overlap(path, [pair.id for pair in dataset.pairs])
-            about = describe_checkpoint(path, chosen)
-            publish(evaluation, results, testset=name, checkpoint=about, training_test_overlap=overlap)
+            about = {"checkpoint": describe_checkpoint(path, chosen), "training_test_overlap": overlap}
+            about["last_epoch"] = {"epoch": folder.state.epoch, "maps": by_map(last or scores, name)}
+            publish(evaluation, results, testset=name, **about)
     return scores
+
+
+def by_map(scores: Mapping[str, float], name: str) -> dict[str, dict[str, float]]:
+    """{"set/map/metric": value} -> {map: {metric: value}} of the set `name`."""
+    found: dict[str, dict[str, float]] = {}
+    for key, value in scores.items():
+        of_set, map_name, metric = key.split("/", 2)
+        if of_set == name:
+            found.setdefault(map_name, {})[metric] = value
+    return found
