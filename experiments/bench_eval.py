@@ -1,25 +1,33 @@
-"""Scoring stored maps: our code against the released code's, and every metric of a whole set."""
+"""Scoring stored maps: our code against the released code's, and every metric of a whole set.
 
+With --against REVISION every metric of the set is also scored by the code of that revision of this repository, in
+turns: the time is that of the processor, and the figures of both are compared.
+"""
+
+import json
+import os
+import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-import numpy as np
 import torch
 
-from annotations import GroundTruth, box_map
-from experiments.released import ALPHA, BATCH, SIX_MAPS, released_scoring
+from experiments.released import SIX_MAPS, released_scoring
+from experiments.stored_set import ALPHA, BATCH, random_maps
 from experiments.timing import Timing, add_rounds, alternate
 from maps import enlarge
 from scoring.bootstrap import RESAMPLES
-from scoring.evaluate import evaluate_stored
-from scoring.maps_file import StoredMaps
 from scoring.metrics import area_under_success, consensus_iou, region_fixed, success
 from scoring.summary import in_parts
-from utils import number
+from utils import UserError, number
 
 VGGSS_PAIRS = 5158
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def add_flags(parser) -> None:
@@ -27,23 +35,26 @@ def add_flags(parser) -> None:
     parser.add_argument(
         "--pairs", type=number(int, low=2), default=VGGSS_PAIRS, help="number of samples whose stored maps are scored"
     )
+    parser.add_argument(
+        "--against", metavar="REVISION", help="also score them with the code of this revision, in turns, and compare"
+    )
 
 
 def run(args) -> Iterator[Timing]:
-    return bench_eval(args.rounds, args.pairs)
+    yield from bench_figures(args.rounds)
+    if args.against:
+        yield from bench_against(args.against, args.rounds, args.pairs)
+    else:
+        scored = score_with(ROOT, args.pairs)
+        yield Timing(f"eval: every metric and interval, {args.pairs} samples, six maps", scored["seconds"], None, "s")
+        yield Timing("eval: every metric, per map", 1000 * scored["seconds"] / scored["maps"], None, "ms")
 
 
-def random_maps(count: int, seed: int = 0) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Maps (count, 7, 7) of the three sources, and boxes as truth (count, 224, 224)."""
-    rng = np.random.default_rng(seed)
-    raw = {name: torch.from_numpy(rng.random((count, 7, 7), dtype=np.float32)) for name in SIX_MAPS[:3]}
-    corners = rng.random((count, 2, 2)) / 2
-    truth = torch.stack([box_map([[*low, *(low + 0.2 + size / 2)]]) for low, size in corners])
-    return raw, truth
+# ---------------------------------------------------------------- against the released code
 
 
 def our_scoring(raw: dict[str, torch.Tensor], truth: torch.Tensor) -> dict[str, tuple[float, float]]:
-    """The same figures by the code that every evaluation here uses."""
+    """cIoU and AUC of the six maps, as `released_scoring` gives them, by the code that every evaluation here uses."""
 
     def score(rows: slice) -> dict[str, torch.Tensor]:
         maps = enlarge({name: values[rows] for name, values in raw.items()}, "bicubic", ALPHA)
@@ -54,29 +65,7 @@ def our_scoring(raw: dict[str, torch.Tensor], truth: torch.Tensor) -> dict[str, 
     return {name: (success(values).mean(), area_under_success(values).mean()) for name, values in ious.items()}
 
 
-def score_stored_set(pairs: int) -> tuple[float, int]:
-    """Seconds for stored maps of `pairs` samples, six kinds, with every metric there is, intervals, and maps scored."""
-    raw, truth = random_maps(pairs)
-    ids = [f"clip_{i}" for i in range(pairs)]
-    rows = dict(zip(ids, truth, strict=True))
-    classes = {name: f"class {i % 220}" for i, name in enumerate(ids)}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "maps.npz"
-        np.savez(
-            path,
-            id=ids,
-            alpha=ALPHA,
-            confidence=np.linspace(0, 1, pairs),
-            **{name: maps.numpy() for name, maps in raw.items()},
-        )
-        silent = frozenset(ids[::2])
-        wanted = GroundTruth("benchmark", ids, rows.__getitem__, pairs, classes, silent=silent, masks=True)
-        start = time.perf_counter()
-        scored = evaluate_stored(StoredMaps(path), wanted, BATCH, resamples=RESAMPLES)
-        return time.perf_counter() - start, pairs * len(scored.results["maps"])
-
-
-def bench_eval(rounds: int, pairs: int) -> Iterator[Timing]:
+def bench_figures(rounds: int) -> Iterator[Timing]:
     raw, truth = random_maps(8 * BATCH)
     theirs, ours = released_scoring(raw, truth), our_scoring(raw, truth)
     worst = max(abs(a - b) for name in SIX_MAPS for a, b in zip(theirs[name], ours[name], strict=True))
@@ -84,6 +73,50 @@ def bench_eval(rounds: int, pairs: int) -> Iterator[Timing]:
     scale = 1000 / len(truth)
     times = alternate(lambda: our_scoring(raw, truth), lambda: released_scoring(raw, truth), rounds)
     yield Timing("eval: cIoU and AUC of six maps, per sample", *(scale * t for t in times), "ms")
-    spent, maps = score_stored_set(pairs)
-    yield Timing(f"eval: every metric and interval, {pairs} samples, six maps", spent, None, "s")
-    yield Timing("eval: every metric, per map", 1000 * spent / maps, None, "ms")
+
+
+# ---------------------------------------------------------------- against another revision
+
+
+def score_with(tree: Path, pairs: int) -> dict[str, Any]:
+    """What `stored_set` gives in a process of its own, with the code of a tree."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / "experiments" / "stored_set.py", pairs, RESAMPLES, f"{folder}/out.json"]
+        environment = os.environ | {"PYTHONPATH": str(tree)}
+        done = subprocess.run([*map(str, command)], env=environment, cwd=tree, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f"scoring with the code in {tree} failed: {(done.stderr.splitlines() or ['killed'])[-1]}")
+        return json.loads(Path(folder, "out.json").read_text())
+
+
+@contextmanager
+def code_of(revision: str) -> Iterator[Path]:
+    """A folder with the files of a revision. UserError where this is no git checkout or does not know it."""
+    with tempfile.TemporaryDirectory() as folder:
+        archive = subprocess.run(["git", "-C", str(ROOT), "archive", revision], capture_output=True)
+        if archive.returncode:
+            reason = archive.stderr.decode(errors="replace").strip().splitlines()[-1]
+            raise UserError(f"--against {revision}: git has no such revision here ({reason})")
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        yield Path(folder)
+
+
+def different_figures(ours: Any, theirs: Any) -> int:
+    """Of all figures that the other revision gives: how many ours gives otherwise, to the last bit, or not at all."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        return sum(different_figures(ours.get(name), value) for name, value in theirs.items())
+    if isinstance(theirs, list) and isinstance(ours, list) and len(ours) == len(theirs):
+        return sum(map(different_figures, ours, theirs))
+    both_undefined = ours != ours and theirs != theirs  # NaN
+    return int(ours != theirs and not both_undefined)
+
+
+def bench_against(revision: str, rounds: int, pairs: int) -> Iterator[Timing]:
+    with code_of(revision) as tree:
+        found = [(score_with(ROOT, pairs), score_with(tree, pairs)) for _ in range(rounds)]
+    times = (median(scored[side]["cpu_seconds"] for scored in found) for side in (0, 1))
+    name = f"eval: every metric and interval, {pairs} samples, six maps, CPU time (baseline: {revision})"
+    yield Timing(name, *times, "s")
+    ours, theirs = found[0]
+    differing = sum(different_figures(ours[part], theirs[part]) for part in ("results", "rows"))
+    yield Timing(f"eval: figures and rows that differ from those of {revision}", differing, None, "")

@@ -10,12 +10,11 @@ from torch.utils.data import Dataset
 from torchvision import transforms as torchvision_v1
 
 from dataset import Pair, Sample
+from experiments.stored_set import ALPHA, BATCH, SOURCES
 from model_slot import JointSlotModel
 from training.step import Inputs
 
-ALPHA = 0.6
-SIX_MAPS = ("AUD", "IMG_QUERY", "OBJ_PRIOR", "IQR", "OGL", "IQR_OGL")
-BATCH = 64
+SIX_MAPS = (*SOURCES, "IQR", "OGL", "IQR_OGL")
 
 
 def released_step(model: JointSlotModel, inputs: Inputs, weights: Mapping[str, float]) -> Callable[[], object]:

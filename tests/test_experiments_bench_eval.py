@@ -1,8 +1,14 @@
-"""Both ways of scoring do the same work."""
+"""Both ways of scoring do the same work; figures of two revisions are compared to the last bit."""
 
+import json
+
+import numpy as np
 import pytest
 
-from experiments.bench_eval import SIX_MAPS, our_scoring, random_maps, released_scoring
+import experiments.bench_eval as bench_eval
+from experiments.bench_eval import different_figures, our_scoring
+from experiments.released import SIX_MAPS, released_scoring
+from experiments.stored_set import random_maps
 
 
 def test_both_ways_of_scoring_give_the_same_figures():
@@ -11,3 +17,24 @@ def test_both_ways_of_scoring_give_the_same_figures():
     for name in SIX_MAPS:
         assert theirs[name] == pytest.approx(ours[name], abs=0.04), name  # one sample may lie on a threshold
     assert theirs["AUD"][1] == pytest.approx(ours["AUD"][1], abs=1e-6)
+
+
+def test_figures_are_compared_to_the_last_bit_and_new_ones_are_no_difference():
+    theirs = {"a": 0.1, "b": {"c": [1, 2.0], "d": float("nan")}, "name": "x"}
+    assert different_figures({**theirs, "new": 3}, theirs) == 0
+    assert different_figures({"a": np.nextafter(0.1, 1), "b": {"c": [1, 3.0]}, "name": "x"}, theirs) == 3
+    assert different_figures({**theirs, "b": {"c": [1], "d": float("nan")}}, theirs) == 1
+
+
+def test_an_unknown_revision_is_one_line(cli):
+    done = cli("experiments.benchmark", "eval", "--rounds", "1", "--pairs", "2", "--against", "no_such_revision")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "no_such_revision" in done.stderr
+
+
+@pytest.mark.slow
+def test_another_revision_scores_the_same_set_in_turns(cli, monkeypatch):
+    monkeypatch.setattr(bench_eval, "RESAMPLES", 20)
+    done = cli("experiments.benchmark", "eval", "--rounds", "1", "--pairs", "8", "--against", "HEAD")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["unit"] for line in lines] == ["ms", "s", ""] and lines[1]["baseline"] > 0
