@@ -274,18 +274,18 @@ def main() -> None:
             for epoch in range(state.epoch, args.epochs):
                 line, title = {"epoch": epoch + 1}, f"epoch {epoch + 1}/{args.epochs}"
                 line |= train(weights_in(epoch, args), title=title, after_step=save_between)
-                validation = held_out()
-                line |= validation.figures
-                if args.eval_every and (epoch + 1) % args.eval_every == 0:
-                    line |= test(on_batch=[stop.leave_alone])
+                with folder.kept():
+                    validation = held_out()
+                    line |= validation.figures
+                    if args.eval_every and (epoch + 1) % args.eval_every == 0:
+                        line |= test(on_batch=[stop.leave_alone])
                 scores = validation.scores if measure in validation.figures else None
                 is_chosen = state.end_epoch(line.get(measure, -math.inf), scores)
                 folder.write(line, step=state.epoch * steps)
-                if is_chosen:
-                    folder.save("best")
+                also = ["best"] if is_chosen else []
                 if args.keep_every and state.epoch % args.keep_every == 0:
-                    folder.save(f"epoch_{state.epoch:04d}")
-                folder.save("latest")
+                    also.append(f"epoch_{state.epoch:04d}")
+                folder.save("latest", *also)
                 print_epoch(args, line)
                 stop.leave_together()
             barrier()

@@ -363,20 +363,37 @@ def remove_unfinished(folder: Path) -> None:
             path.unlink()
 
 
-def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+def save_checkpoint(path: str | Path, state: dict[str, Any], also: Iterable[str | Path] = ()) -> None:
     """Write a checkpoint so that a kill or a full disk never leaves a broken file in place of a good one.
 
-    Raises UserError when it cannot be written, saying that the old one is kept.
+    also: further names of the same file, in the same folder; they are there before `path` is. They are hard links, and
+    copies where the file system has none. Raises UserError when it cannot be written, saying that the old one is kept.
     """
     try:
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with atomic_path(path) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            for name in also:
+                _link(temporary, Path(name))
     except (OSError, RuntimeError) as error:  # torch.save reports some of the first as the second
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         kept = "; the one before is kept" if Path(path).exists() else ""
         raise UserError(f"the checkpoint {path} cannot be written ({reason}){kept}") from error
+
+
+def _link(path: Path, name: Path) -> None:
+    """Make `name` another name of the file at `path`, or a copy of it; what had the name before is replaced."""
+    with atomic_path(name) as temporary:
+        try:
+            temporary.unlink()
+            os.link(path, temporary)
+        except OSError:
+            with open(path, "rb") as source, open(temporary, "wb") as target:
+                shutil.copyfileobj(source, target)
+                target.flush()
+                os.fsync(target.fileno())
 
 
 # NumPy scalars (a best score, as released checkpoints carry) are data, not code, under their old and new module names.

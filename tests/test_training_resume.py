@@ -1,5 +1,6 @@
 """A run that stops continues exactly where it was: killed, told to stop, out of disk, on one process or several."""
 
+import errno
 import json
 import math
 import os
@@ -159,8 +160,8 @@ def test_one_epoch_and_one_are_two(synthetic_root, tmp_path, train, monkeypatch,
     """Interrupted as soon as the end of the first epoch is on disk."""
     write = utils.save_checkpoint
 
-    def keep(path, state):
-        write(path, state)
+    def keep(path, state, also):
+        write(path, state, also)
         if (state["epoch"], state["step"]) == (1, 0) and path.name == "latest.pth":
             raise KeyboardInterrupt
 
@@ -226,12 +227,12 @@ def test_a_run_killed_within_an_epoch_ends_like_one_in_one_go(synthetic_root, tm
 
 def test_a_run_told_to_stop_while_it_writes_finishes_writing(synthetic_root, tmp_path, train, monkeypatch, whole):
     """At the end of the first epoch, when nothing else is on disk yet."""
-    write, flags = utils.save_checkpoint, [*EVERYTHING, "--save_every_steps", "0"]
+    write, flags = utils.save_checkpoint, [*EVERYTHING, "--save_every_steps", "5"]
 
-    def interrupted(path, state):
+    def interrupted(path, state, also):
         if (state["epoch"], state["step"]) == (0, 5):
             os.kill(os.getpid(), signal.SIGTERM)
-        write(path, state)
+        write(path, state, also)
 
     monkeypatch.setattr(resume, "save_checkpoint", interrupted)
     assert train(synthetic_root, tmp_path, *flags).returncode == 0
@@ -253,6 +254,19 @@ def test_a_run_told_to_stop_while_it_scores_leaves_after_the_batch(synthetic_roo
     assert train(synthetic_root, tmp_path, *EVERYTHING).returncode == 0
     assert not seen, "it went on"
     monkeypatch.undo()
+    assert train(synthetic_root, tmp_path, *EVERYTHING, "--resume").returncode == 0
+    assert not difference(whole, ending(tmp_path))
+
+
+def test_an_error_while_an_epoch_is_scored_does_not_lose_it(synthetic_root, tmp_path, train, monkeypatch, whole):
+    def broken(*_, **__):
+        raise UserError("a broken test image")
+
+    monkeypatch.setattr(run, "evaluate", broken)
+    assert train(synthetic_root, tmp_path, *EVERYTHING, "--save_every_steps", "0").returncode == 2
+    monkeypatch.undo()
+    state = load_checkpoint(tmp_path / "run" / "latest.pth")
+    assert (state["epoch"], state["step"]) == (1, 5)
     assert train(synthetic_root, tmp_path, *EVERYTHING, "--resume").returncode == 0
     assert not difference(whole, ending(tmp_path))
 
@@ -306,6 +320,33 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
         signal.signal(signal.SIGXFSZ, before)
     assert torch.equal(load_checkpoint(path)["model"]["w"], torch.zeros(3))
     assert [p.name for p in tmp_path.iterdir()] == ["latest.pth"]
+
+
+def test_a_second_name_is_a_link_or_where_there_are_none_a_copy(tmp_path, monkeypatch):
+    latest, best = tmp_path / "latest.pth", tmp_path / "best.pth"
+    save_checkpoint(latest, {"model": {"w": torch.zeros(3)}}, [best])
+    assert latest.samefile(best)
+    save_checkpoint(latest, {"model": {"w": torch.ones(3)}})
+    assert torch.equal(load_checkpoint(best)["model"]["w"], torch.zeros(3)), "the other name keeps what it names"
+
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    save_checkpoint(latest, {"model": {"w": torch.ones(3)}}, [best])
+    assert not latest.samefile(best) and latest.read_bytes() == best.read_bytes()
+    assert not [*tmp_path.glob(".*")]
+
+
+def test_an_epoch_is_written_once_whatever_its_names(synthetic_root, tmp_path, train, monkeypatch):
+    writes, save = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: writes.append(state["epoch"]) or save(state, file))
+    flags = ["--epochs", "3", "--keep_every", "2", "--select", "test", "--testset", "synthetic"]
+    done = train(synthetic_root, tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    best = load_checkpoint(tmp_path / "run" / "best.pth")["epoch"]
+    assert writes == [1, 2, 3, 3] + [best] * (best != 3)  # at the end once more, with the universal threshold
+    assert load_checkpoint(tmp_path / "run" / "epoch_0002.pth")["epoch"] == 2
 
 
 def test_two_runs_do_not_write_into_one_folder(synthetic_root, tmp_path, train, monkeypatch):

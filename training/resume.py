@@ -7,7 +7,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -257,15 +257,30 @@ class RunFolder:
         write_text(self.path / "train_ids.txt", "".join(f"{pair.id}\n" for pair in train))
         self.log = RunLog(self.path, args.wandb, args.experiment_name, vars(args), **resumed)
 
-    def save(self, *names: str, **more: Any) -> None:
-        """Write all that resuming needs to NAME.pth for each name, in types that `weights_only` loading allows."""
+    def save(self, name: str, *also: str, **more: Any) -> None:
+        """Write all that resuming needs to NAME.pth, in types that `weights_only` loading allows.
+
+        also: further names of the same file, which is written once.
+        """
         if not self.log:
             return
         state = self.optimisation.state_dict() | self.state.state_dict() | self.about
         state |= {"processes": world_size(), "launch": launch_name(), "random": random_states()}
         state |= {"lines": self.log.lines, "wandb_run": self.log.run_id} | more
-        for name in names:
-            save_checkpoint(self.path / f"{name}.pth", state)
+        save_checkpoint(self.path / f"{name}.pth", state, [self.path / f"{other}.pth" for other in also])
+
+    @contextmanager
+    def kept(self):
+        """What the epoch's steps have changed is saved where the block, which measures, fails or is told to stop."""
+        try:
+            yield
+        except Stopped:
+            self.save("latest")
+            raise
+        except BaseException:
+            with suppress(Exception):  # the first error is the one to be told
+                self.save("latest")
+            raise
 
     def end(self, choose_threshold: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
         """Load best.pth into the model -> what the file holds; latest.pth and best.pth get their universal threshold.
@@ -274,21 +289,21 @@ class RunFolder:
         """
         best, model = load_checkpoint(self.path / "best.pth"), self.optimisation.model
         about = {"threshold": choose_threshold(), "chosen_among": self.state.epoch}
-        if self.log:
-            self.save("latest", **about)
+        is_last = best["epoch"] == self.state.epoch
+        self.save("latest", *(["best"] if is_last else []), **about)
+        if is_last:
+            return best | about
         model.load_state_dict(best["model"])
-        if best["epoch"] != self.state.epoch:
-            about["threshold"] = choose_threshold()
-        best |= about
+        best |= about | {"threshold": choose_threshold()}
         if self.log:
             save_checkpoint(self.path / "best.pth", best)
         return best
 
-    def save_between_steps(self, steps: int, every: int, stop: StopFlag) -> None:
-        """Save after every `every` steps and after the last one; where the run is told to stop, save, raise Stopped."""
+    def save_between_steps(self, every: int, stop: StopFlag) -> None:
+        """Save after every `every` steps, 0 for never; where the run is told to stop, save, and raise Stopped."""
         stopping = stop.is_set_anywhere()
-        if stopping or self.state.step == steps or (every and self.state.step % every == 0):
-            self.save("latest")  # after the last step, too: an error while scoring does not lose the epoch
+        if stopping or (every and self.state.step % every == 0):
+            self.save("latest")
         if stopping:
             raise Stopped
         stop.leave_alone()  # told to while the file was written

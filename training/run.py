@@ -39,13 +39,13 @@ def train_one_epoch(
     workers: int,
     seed: int,
     title: str = "",
-    after_step: Callable[[int], None] | None = None,
+    after_step: Callable[[], None] | None = None,
     max_steps: int | None = None,
 ) -> dict[str, float]:
     """Take the remaining steps of the current epoch -> its averages: losses by name, speed, memory.
 
     lr_factor: step of the whole run -> share of the learning rate; weights: {loss: weight}; batch_size: over all
-    processes; after_step is told the number of steps of the epoch; max_steps: for a dry run.
+    processes; after_step: called after each; max_steps: for a dry run.
     """
     state, model = folder.state, optimisation.model
     train.epoch = state.epoch
@@ -78,7 +78,7 @@ def train_one_epoch(
             shown = {name: f"{state.sums[name] / state.step:.3g}" for name in ("loss", *weights) if name in figures}
             bar.set_postfix(shown | {"pairs/s": f"{_speed(state, batch_size)['pairs_per_second']:.0f}"}, refresh=False)
             if after_step:
-                after_step(len(batches))
+                after_step()
     broadcast_buffers(model.buffers())
     averages = {name: value / state.step for name, value in state.sums.items() if name not in UNAVERAGED}
     if skipped := state.sums["skipped_steps"]:
