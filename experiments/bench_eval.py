@@ -1,7 +1,7 @@
 """Scoring stored maps: our code against the released code's, and every metric of a whole set.
 
-With --against REVISION every metric of the set is also scored by the code of that revision of this repository, in
-turns: the time is that of the processor, and the figures of both are compared.
+With --against REVISION every metric of the set is scored by this code and by that of the revision, in turns: the time is
+that of the processor, and the figures of both are compared.
 """
 
 import json
@@ -36,18 +36,21 @@ def add_flags(parser) -> None:
         "--pairs", type=number(int, low=2), default=VGGSS_PAIRS, help="number of samples whose stored maps are scored"
     )
     parser.add_argument(
-        "--against", metavar="REVISION", help="also score them with the code of this revision, in turns, and compare"
+        "--against",
+        metavar="REVISION",
+        help="instead score them with the code of this revision as well, in turns, and compare",
     )
 
 
 def run(args) -> Iterator[Timing]:
-    yield from bench_figures(args.rounds)
     if args.against:
-        yield from bench_against(args.against, args.rounds, args.pairs)
-    else:
-        scored = score_with(ROOT, args.pairs)
-        yield Timing(f"eval: every metric and interval, {args.pairs} samples, six maps", scored["seconds"], None, "s")
-        yield Timing("eval: every metric, per map", 1000 * scored["seconds"] / scored["maps"], None, "ms")
+        with code_of(args.against) as tree:  # first, so that a wrong name shows at once
+            yield from bench_against(tree, args.against, args.rounds, args.pairs)
+        return
+    yield from bench_figures(args.rounds)
+    scored = score_with(ROOT, args.pairs)
+    yield Timing(f"eval: every metric and interval, {args.pairs} samples, six maps", scored["seconds"], None, "s")
+    yield Timing("eval: every metric, per map", 1000 * scored["seconds"] / scored["maps"], None, "ms")
 
 
 # ---------------------------------------------------------------- against the released code
@@ -111,9 +114,8 @@ def different_figures(ours: Any, theirs: Any) -> int:
     return int(ours != theirs and not both_undefined)
 
 
-def bench_against(revision: str, rounds: int, pairs: int) -> Iterator[Timing]:
-    with code_of(revision) as tree:
-        found = [(score_with(ROOT, pairs), score_with(tree, pairs)) for _ in range(rounds)]
+def bench_against(tree: Path, revision: str, rounds: int, pairs: int) -> Iterator[Timing]:
+    found = [(score_with(ROOT, pairs), score_with(tree, pairs)) for _ in range(rounds)]
     times = (median(scored[side]["cpu_seconds"] for scored in found) for side in (0, 1))
     name = f"eval: every metric and interval, {pairs} samples, six maps, CPU time (baseline: {revision})"
     yield Timing(name, *times, "s")
