@@ -1,7 +1,7 @@
 """Scoring stored maps: our code against the released code's, and every metric of a whole set.
 
-With --against REVISION every metric of the set is scored by this code and by that of the revision, in turns: the time is
-that of the processor, and the figures of both are compared.
+With --against REVISION every metric of the set is scored by this code and by that of the revision, in turns: the time
+is that of the processor, and the figures of both are compared.
 """
 
 import json
@@ -36,9 +36,7 @@ def add_flags(parser) -> None:
         "--pairs", type=number(int, low=2), default=VGGSS_PAIRS, help="number of samples whose stored maps are scored"
     )
     parser.add_argument(
-        "--against",
-        metavar="REVISION",
-        help="instead score them with the code of this revision as well, in turns, and compare",
+        "--against", metavar="REVISION", help="instead compare with the code of this revision: CPU time and figures"
     )
 
 
