@@ -11,10 +11,10 @@ import stat
 import struct
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,9 @@ SAMPLE_RATE = 16000  # Hz: what the models hear
 CANCELLED = 0.25  # of the level of unrelated channels, 12 dB below it: their mean is no more what was heard
 CLOCK_ERROR = 0.02  # seconds: containers round their time stamps
 TRUNCATED_BY = 0.5  # seconds that may be missing from the length which the header announces
+HIGHEST_RATE = 1000  # frames per second that a header may claim
 PRIMING = 0.1  # seconds of sound before the first image that only warm a decoder up
+WARM_UP = 1.0  # seconds of sound that are decoded before those wanted
 SOUND_GAP = 0.04  # seconds by which a time stamp must differ from the sound before it to be believed
 SILENCE = 2**-16  # half a step of 16 bits
 REFUSED_FORMATS = {  # formats that name other files or addresses, and text drawn as images
@@ -43,8 +45,26 @@ REFUSED_FORMATS = {  # formats that name other files or addresses, and text draw
 ANIMATIONS = ("gif", "apng", "webp", "ico")
 IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # of images in MP4's boxes
 FORMATS = ",".join(sorted(av.formats_available - REFUSED_FORMATS))
-TIMED_AT_THE_END = {"mpegts", "mpeg", "ogg"}  # by their last time stamp: what is cut off is not missed
-UNTIMED = {"mp3", "aac", "ac3", "eac3", "dts", "amr", "mpegvideo", "h264", "hevc", "m4v", "obu", "vc1", "h261", "h263"}
+TIMED_BY_ORDER = {"avi"}  # its time stamps count packets in the order of decoding, so that a seek may be off by two
+COUNTED = 120  # s of such a film within which all frames are counted instead
+TIMED_AT_THE_END = {"mpegts", "ogg"}  # by their last time stamp: what is cut off is not missed
+UNTIMED = {
+    "mpeg",
+    "mp3",
+    "aac",
+    "ac3",
+    "eac3",
+    "dts",
+    "amr",
+    "mpegvideo",
+    "h264",
+    "hevc",
+    "m4v",
+    "obu",
+    "vc1",
+    "h261",
+    "h263",
+}
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError)
 
 
@@ -117,8 +137,10 @@ class Media:
     def __init__(self, path: str | Path, limits: Limits) -> None:
         self.path, self.limits = Path(path), limits
         self._decided: dict[str, None] = {}  # an ordered set
-        self.lost: Counter[str] = Counter()  # damaged packets of "image" and "sound", as far as read
-        self.read: Counter[str] = Counter()
+        self.read: Counter[str] = Counter()  # packets of "image" and "sound", each once
+        self.lost: dict[str, set] = {"image": set(), "sound": set()}  # stamps of those that are damaged
+        self.gaps: dict[str, dict[float, float]] = {"image": {}, "sound": {}}  # begin -> end of what is missing, in s
+        self.doubts: dict[float, float] = {}  # begin -> end of images after a damaged one, until the next key frame
 
     def __enter__(self) -> "Media":
         return self
@@ -135,8 +157,13 @@ class Media:
 
     @property
     def decisions(self) -> list[str]:
-        lost = [f"{count} of {self.read[kind]} {kind} packets lost" for kind, count in self.lost.items() if count]
-        return [*self._decided, *lost]
+        lost = [f"{len(lost)} {kind} packets lost" for kind, lost in self.lost.items() if lost]
+        gaps = [
+            f"{sum(end - begin for begin, end in gaps.items()):.2f} s of {kind} missing"
+            for kind, gaps in self.gaps.items()
+            if gaps
+        ]
+        return [*self._decided, *lost, *gaps]
 
     def decide(self, text: str) -> None:
         self._decided[text] = None
@@ -153,10 +180,10 @@ class Media:
         """Raises MediaError where the file ends before what its header announces."""
 
     def check_damage(self) -> None:
-        """Raises MediaError where of what was read so far more is damaged than `limits.lost`."""
-        for kind, count in self.lost.items():
-            if count > self.limits.lost * self.read[kind]:
-                raise MediaError(self.path, f"damaged: {count} of {self.read[kind]} {kind} packets")
+        """Raises MediaError where of the packets read so far, or of a hundred, more are damaged than `limits.lost`."""
+        for kind, lost in self.lost.items():
+            if len(lost) > self.limits.lost * max(self.read[kind], 100):
+                raise MediaError(self.path, f"damaged: {len(lost)} of {self.read[kind]} {kind} packets")
 
     def frame_at(self, time: float) -> Frame:
         """The frame shown at `time`; before the first one the first, after the end the last."""
@@ -292,6 +319,7 @@ class Pictures(Media):
 
 def _shown_for(part: Image.Image) -> float:
     """Seconds for which one image of an animation is shown; viewers show what asks for none for a tenth."""
+    part.load()  # WebP tells then
     return (part.info.get("duration") or 100) / 1000
 
 
@@ -303,24 +331,30 @@ class Streams(Media):
 
     def __init__(self, path: str | Path, limits: Limits, container: av.container.InputContainer) -> None:
         super().__init__(path, limits)
-        self._idle = [container]
+        self._header, self._unused, self._idle = container, [container], []
+        self._read_to = {"image": -np.inf, "sound": -np.inf}  # s of the last stamp that was counted
         self.format = container.format.name.split(",")[0]
         self._video, self._audio = self._choose_video(container), self._choose_audio(container)
-        self._origin = 0.0
+        self._origin, self._frame_seconds = 0.0, 1 / self._rate_of(container)
         self._measure()
 
     # ---- containers
 
     def _take(self, fresh: bool = False) -> av.container.InputContainer:
-        """A container that nobody reads from, at any place.
+        """A container that nobody reads from; fresh: from which nobody has read, so that it stands at the start."""
+        if self._idle and not fresh:
+            return self._idle.pop()
+        return self._unused.pop() if self._unused else _container(self.path, self.limits)
 
-        fresh: a new one, whose decoders have no past: AAC's goes on drawing its noise where it was.
-        """
-        return self._idle.pop() if self._idle and not fresh else _container(self.path, self.limits)
+    def _give_back(self, container: av.container.InputContainer) -> None:
+        if container is self._header or len(self._idle) < 2:
+            self._idle.append(container)
+        else:
+            container.close()
 
     def close(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
+        for container in {self._header, *self._idle}:
+            container.close()
 
     # ---- which streams
 
@@ -347,9 +381,25 @@ class Streams(Media):
         ordered = sorted(streams, key=lambda s: (not s.disposition & Disposition.default, s.index))
         chosen = ordered[0]
         if len(streams) > 1:
-            chosen = next((s for s in ordered if _sounds(container, s)), chosen)
+            chosen = next((s for s in ordered if self._sounds(s.index)), chosen)
             self.decide(f"sound stream {streams.index(chosen) + 1} of {len(streams)}")
         return chosen.index
+
+    def _sounds(self, index: int) -> bool:
+        """Whether a stream of sound is more than zeros in its first minute."""
+        container, heard = self._take(fresh=True), 0.0
+        try:
+            for frame in container.decode(container.streams[index]):
+                if np.abs(_samples(frame)).max(initial=0) >= SILENCE:
+                    return True
+                heard += frame.samples / frame.sample_rate
+                if heard > 60:
+                    break
+        except av.FFmpegError:
+            pass
+        finally:
+            self._give_back(container)
+        return False
 
     # ---- the clock
 
@@ -360,13 +410,16 @@ class Streams(Media):
             with closing(self._decoded_frames(None)) as decoded:
                 frames = list(islice(decoded, 2))
         if self._audio is not None:
-            with closing(self._decoded_sounds(None)) as decoded:
+            with closing(self._decoded_sounds(None, fresh=False)) as decoded:
                 first = next(decoded, None)
-        self.lost.clear(), self.read.clear()
+        self.read.clear()
         if frames:
             self.has_image, begins["image"] = True, frames[0][0]
         if first:
             self.has_sound, begins["sound"], self.sound_rate = True, first[0], first[2]
+        for kind, index in (("image", self._video), ("sound", self._audio)):
+            if index is not None and kind not in begins:
+                self.decide(f"no {kind} can be decoded")
         if not begins:
             return
         self._origin = min(begins.values())
@@ -390,7 +443,7 @@ class Streams(Media):
     def _ends(self, begins: Mapping[str, float]) -> dict[str, float]:
         """When image and sound end, in s of their stamps: as the header says, where it can be believed."""
         indices = {"image": self._video, "sound": self._audio}
-        container, ends = self._idle[-1], {}
+        container, ends = self._header, {}
         if self.format not in UNTIMED and container.duration:
             announced = ((container.start_time or 0) + container.duration) / av.time_base
             for kind in begins:
@@ -403,10 +456,9 @@ class Streams(Media):
 
     def _ends_by_packets(self, kinds: Mapping[int, str], place: float | None = None) -> dict[str, float]:
         """When they end, by reading every packet, from `place` s on, without decoding it."""
-        container, ends, counts = self._take(), {}, Counter()
-        if place is None or place <= 0 or self.format == "avi":
-            _rewind(container, container.streams[min(kinds)])
-        else:
+        from_start = place is None or place <= 0 or self.format == "avi"
+        container, ends, counts = self._take(fresh=from_start), {}, Counter()
+        if not from_start:
             with suppress(av.FFmpegError):
                 container.seek(int(place * av.time_base))
         with suppress(av.FFmpegError):
@@ -420,26 +472,26 @@ class Streams(Media):
                 else:
                     end = float((stamp + (packet.duration or 0)) * packet.time_base)
                 ends[kind] = max(end, ends.get(kind, end))
-        self._idle.append(container)
+        self._give_back(container)
         return ends
 
     def _rate_of(self, container) -> float:
         if self._video is None:
             return 25.0
         video = container.streams[self._video]
-        return float(video.guessed_rate or video.average_rate or 25)
+        rates = (video.average_rate, video.guessed_rate, video.base_rate)
+        return next((float(rate) for rate in rates if rate and 0 < rate <= HIGHEST_RATE), 25.0)
 
     def _look_at(self, frame: av.VideoFrame) -> None:
         """Pixel shape, rate and size, from the header and the first frame."""
-        container = self._idle[-1]
+        container = self._header
         video = container.streams[self._video]
         self._pixel_shape = video.sample_aspect_ratio or Fraction(1)
-        self._frame_seconds = 1 / self._rate_of(container)
-        self.rate = 0.0 if self.is_still else float(video.average_rate or video.guessed_rate or 0)
+        self.rate = 0.0 if self.is_still else self._rate_of(container)
         self.size = self._displayed(frame).shape[1::-1]
 
     def check_whole(self) -> None:
-        container, size = self._idle[-1], os.path.getsize(self.path)
+        container, size = self._header, os.path.getsize(self.path)
         for stream in (container.streams[i] for i in (self._video, self._audio) if i is not None):
             entries = stream.index_entries
             if len(entries) and self.format == "mov" and entries[-1].pos + entries[-1].size > size:
@@ -472,7 +524,7 @@ class Streams(Media):
         if not self.has_image:
             yield from super().frames(start, stop)
         shown, due = None, -np.inf
-        with closing(self._from(start)) as decoded:
+        with closing(self._from(start, self._decoded_frames, self.image_span[0])) as decoded:
             for time, frame in decoded:
                 if shown is not None and time > start + self._tolerance:
                     if shown[0] >= due:
@@ -489,65 +541,110 @@ class Streams(Media):
         """How far a frame's time may lie past the moment at which it is shown."""
         return min(CLOCK_ERROR, 0.4 * self._frame_seconds)
 
-    def _from(self, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
-        """Decoded frames with their times on the clock, from one at or before `start` on, if there is one."""
-        for back in (0.0, 10.0, None):
-            place = None if back is None or start - back <= self.image_span[0] else start - back
-            decoded = self._decoded_frames(place)
+    def _from(self, start: float, decode: Callable, begin: float) -> Iterator[tuple]:
+        """What `decode` gives, with times on the clock, from a time at or before `start` on; begin: of its span.
+
+        Where a container seeks too far, from further back, at last from its beginning.
+        """
+        count_all = self.format in TIMED_BY_ORDER and start < COUNTED
+        for back in (None,) if count_all else (0.0, 10.0, None):
+            place = None if back is None or start - back <= begin else start - back
+            decoded = decode(place)
             first = next(decoded, None)
-            if place is None or (first is not None and first[0] - self._origin <= start):
+            if place is None or (first and first[0] is not None and first[0] - self._origin <= start + CLOCK_ERROR):
                 break
             decoded.close()
         with closing(decoded):
-            if first is not None:
-                yield first[0] - self._origin, first[1]
-            for time, frame in decoded:
-                yield time - self._origin, frame
+            for time, *rest in chain([first] if first else [], decoded):
+                yield None if time is None else time - self._origin, *rest
 
     def _decoded_frames(self, place: float | None) -> Iterator[tuple[float, av.VideoFrame]]:
         """Frames in the order they are shown, with their stamps in s, from the key frame before `place`."""
-        stamps: list[float] = []  # of packets without a time of presentation, as in AVI: these go in the order shown
-        number, rate = 0, self._rate_of(self._idle[-1]) if self._idle else 25.0
-        for packet, decoded in self._packets("image", self._video, place):
-            if packet.pts is None and packet.dts is not None and packet.size:
-                heapq.heappush(stamps, float(packet.dts * packet.time_base))
+        by_order = self.format in TIMED_BY_ORDER
+        stamps: list[float] = []  # of packets without a time of presentation: these go in the order shown
+        seconds, number, before = self._frame_seconds, 0, -np.inf
+        lost_from = whole_from = np.inf  # frames between them lean on a key frame that is lost
+        doubtful_from = np.inf  # frames from here to the next key frame lean on another frame that is lost
+        for packet, decoded, whole in self._packets("image", self._video, place):
+            stamp = packet.dts if by_order or packet.pts is None else packet.pts
+            stamp = None if stamp is None else float(stamp * packet.time_base)
+            if (by_order or packet.pts is None) and stamp is not None and packet.size:
+                heapq.heappush(stamps, stamp)
+            if not whole and stamp is not None:
+                if packet.is_keyframe or packet.is_corrupt:
+                    lost_from, whole_from = min(lost_from, stamp), np.inf
+                elif doubtful_from == np.inf:
+                    doubtful_from = stamp
+                    self.doubts[doubtful_from - self._origin] = self.duration
+            elif packet.is_keyframe and whole and stamp is not None:
+                whole_from = min(whole_from, stamp) if lost_from < np.inf else np.inf
+                if doubtful_from < np.inf:
+                    self.doubts[doubtful_from - self._origin] = stamp - self._origin
+                    doubtful_from = np.inf
             for frame in decoded:
-                if frame.pts is not None:
+                if frame.pts is not None and not by_order:
                     time = frame.time
                 elif stamps:
                     time = heapq.heappop(stamps)
                 else:  # not even an order of decoding, as in a bare stream
-                    time = number / rate
+                    time = number * seconds
                 number += 1
-                if frame.is_corrupt:
-                    self.lost["image"] += 1
+                if lost_from <= time < whole_from:
                     continue
+                if frame.is_corrupt:
+                    self.lost["image"].add(packet.dts)
+                    continue
+                if time >= whole_from:
+                    self.gaps["image"][lost_from - self._origin] = whole_from - self._origin
+                    lost_from = whole_from = np.inf
+                if time <= before:  # stamps that go back: shown after the one before all the same
+                    time = before + seconds
                 yield time, frame
+                before = time
+        if lost_from < np.inf:
+            self.gaps["image"][lost_from - self._origin] = self.duration
 
-    def _packets(self, kind: str, index: int, place: float | None) -> Iterator[tuple[av.Packet, list]]:
-        """Packets of a stream with what they decode to, from before `place` s on; damaged ones are counted."""
-        container = self._take(fresh=kind == "sound")
-        stream = container.streams[index]
-        stream.codec_context.flush_buffers()
+    def _packets(
+        self, kind: str, index: int, place: float | None, fresh: bool = False
+    ) -> Iterator[tuple[av.Packet, Sequence, bool]]:
+        """Packets of a stream, what they decode to and whether they are whole, from before `place` s on."""
+        container = self._take(fresh or place is None)
+        begun, early, last = False, 0, -np.inf
         try:
-            if place is None:
-                _rewind(container, stream)
-            else:
+            stream = container.streams[index]
+            if place is not None:
+                stream.codec_context.flush_buffers()
                 container.seek(int((place + self._origin) / stream.time_base), stream=stream)
             for packet in container.demux(stream):
-                self.read[kind] += packet.size > 0
-                try:
-                    decoded = packet.decode()
-                except av.EOFError:
-                    return
-                except (av.FFmpegError, ValueError):
-                    self.lost[kind] += 1
-                    decoded = ()
-                yield packet, decoded
+                decoded, whole = self._decode(packet)
+                begun |= bool(decoded)
+                if whole is False and begun:
+                    self.lost[kind].add(packet.dts)
+                early += whole is False and not begun
+                if decoded and early and place is None:
+                    self.decide(f"{early} {kind} packets before the first that can be decoded")
+                    early = 0
+                if packet.size and packet.dts is not None and packet.dts * packet.time_base > self._read_to[kind]:
+                    self._read_to[kind] = packet.dts * packet.time_base
+                    self.read[kind] += 1
+                last = last if packet.dts is None else float(packet.dts * packet.time_base)
+                yield packet, decoded, whole
+        except av.EOFError:
+            pass
         except (av.FFmpegError, OSError) as error:
-            self.decide(f"{kind}: reading ends early ({getattr(error, 'strerror', None) or error})")
+            if begun and last - self._origin < self.duration - 1:  # some demuxers end with an error
+                self.decide(f"{kind}: reading ends at {last - self._origin:.1f} s ({_reason(error)})")
         finally:
-            self._idle.append(container)
+            self._give_back(container)
+
+    @staticmethod
+    def _decode(packet: av.Packet) -> tuple[Sequence, bool]:
+        try:
+            return packet.decode(), not packet.is_corrupt
+        except av.EOFError:
+            return (), True
+        except (av.FFmpegError, ValueError):
+            return (), False
 
     def _displayed(self, frame: av.VideoFrame) -> np.ndarray:
         """(H, W, 3) uint8 RGB as a player shows it."""
@@ -585,10 +682,15 @@ class Streams(Media):
 
     # ---- sound
 
-    def _decoded_sounds(self, place: float | None) -> Iterator[tuple[float | None, np.ndarray, int]]:
-        """Pieces of sound: stamp in s, (samples, C) float32, rate in Hz."""
+    def _decoded_sounds(
+        self, place: float | None, fresh: bool = True
+    ) -> Iterator[tuple[float | None, np.ndarray, int]]:
+        """Pieces of sound: stamp in s, (samples, C) float32, rate in Hz.
+
+        fresh: by a decoder without a past, for the same numbers every time: AAC's goes on drawing its noise.
+        """
         stamp = None
-        for packet, decoded in self._packets("sound", self._audio, place):
+        for packet, decoded, _ in self._packets("sound", self._audio, place, fresh):
             if stamp is None and packet.dts is not None:
                 stamp = float(packet.dts * packet.time_base)
             for frame in decoded:
@@ -598,12 +700,13 @@ class Streams(Media):
 
     def _timeline(self, start: float, stop: float | None) -> Iterator[tuple[np.ndarray, int]]:
         """Pieces ((samples, C) float32, rate) that follow each other without a gap from `start` on."""
-        place = start - 1.0 if start - 1.0 > self.sound_span[0] else None
         at, begun = start, False
-        for stamp, samples, rate in self._decoded_sounds(place):
-            ahead = 0.0 if stamp is None else stamp - self._origin - at
+        for time, samples, rate in self._from(start - WARM_UP, self._decoded_sounds, self.sound_span[0]):
+            ahead = 0.0 if time is None else time - at
             if abs(ahead) > SOUND_GAP or not begun:
                 if 0 < ahead < self.duration + 1:
+                    if begun:
+                        self.gaps["sound"][round(at, 3)] = at + ahead
                     yield from _silence(ahead, rate, samples.shape[1])
                     at += ahead
                 elif ahead < 0:
@@ -679,26 +782,6 @@ _MATRICES = {
     1: Colorspace.ITU709, 5: Colorspace.ITU601, 6: Colorspace.ITU601, 7: Colorspace.SMPTE240M, 9: Colorspace.BT2020,
     10: Colorspace.BT2020,
 }  # fmt: skip
-
-
-def _rewind(container: av.container.InputContainer, stream: av.stream.Stream) -> None:
-    """To the stream's first packet; a place of the container would be one of its main stream, which may begin later."""
-    with suppress(av.FFmpegError):
-        container.seek(stream.start_time or 0, stream=stream)
-
-
-def _sounds(container: av.container.InputContainer, stream: av.AudioStream, seconds: float = 10.0) -> bool:
-    """Whether a stream of sound is more than zeros in its first seconds."""
-    _rewind(container, stream)
-    heard = 0.0
-    with suppress(av.FFmpegError):
-        for frame in container.decode(stream):
-            if np.abs(_samples(frame)).max(initial=0) >= SILENCE:
-                return True
-            heard += frame.samples / frame.sample_rate
-            if heard > seconds:
-                break
-    return False
 
 
 def _silence(seconds: float, rate: int, channels: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -29,6 +29,7 @@ MOMENT = 5.0  # s of a VGG-Sound clip at which VGG-SS drew its boxes
 TURN_SECONDS = 300  # of work on one film before another gets its turn
 SHORTEST = 1.0  # seconds of images, and of sound, below which there is no pair
 JPEG_QUALITY = 95
+NEAR = 1.0  # s from a damaged frame within which another one does
 LOUDNESS_WINDOW = 0.1  # s
 SHARPNESS_STEP, SHARPNESS_WIDTH = 0.2, 320  # s between the frames that are compared, and pixels of what is compared
 LIMITS = media.Limits()
@@ -121,7 +122,7 @@ def _pieces_every(name: str, begin: float, end: float, wish: Wish) -> Iterator[P
 def choose_frames(film: Media, piece: Piece, wish: Wish, sound: np.ndarray) -> list[media.Frame]:
     """The frames of a piece: of each of its `wish.frames` equal parts the one that `wish.frame` names."""
     if piece.moment is not None:
-        return [film.frame_at(piece.moment)]
+        return [whole_frame_at(film, piece.moment)]
     stop = min(piece.stop, film.image_span[1])
     edges = np.linspace(piece.start, stop, wish.frames + 1).tolist()
     chosen = []
@@ -132,8 +133,25 @@ def choose_frames(film: Media, piece: Piece, wish: Wish, sound: np.ndarray) -> l
         moment = {"middle": (begin + end) / 2, "first": begin}.get(wish.frame)
         if moment is None:
             moment = begin + _loudest(sound[round((begin - piece.start) * SAMPLE_RATE) :], end - begin)
-        chosen.append(film.frame_at(moment))
+        chosen.append(whole_frame_at(film, moment))
     return chosen
+
+
+def whole_frame_at(film: Media, moment: float) -> media.Frame:
+    """The frame shown at `moment`, or the nearest one that no damage touches; MediaError where that is too far away."""
+    frame = film.frame_at(moment)
+    for gaps, usable in ((film.gaps["image"], False), (film.doubts, True)):
+        for begin, end in list(gaps.items()):
+            if not begin <= moment < end:
+                continue
+            around = film.frame_at(begin - 0.05), film.frame_at(end)
+            nearest = min(around, key=lambda shown: abs(shown.time - moment))
+            if abs(nearest.time - moment) <= NEAR:
+                return nearest
+            if not usable:
+                raise MediaError(film.path, f"damaged: no whole image within {NEAR:g} s of {moment:.2f} s")
+            film.decide(f"the image at {frame.time:.2f} s comes after a damaged one")
+    return frame
 
 
 def _sharpness(frame: media.Frame) -> float:
@@ -198,6 +216,9 @@ def _taken(film: Media, piece: Piece, wish: Wish) -> tuple[list[media.Frame], np
     sound = film.sound(piece.start, piece.stop)
     frames = choose_frames(film, piece, wish, sound)
     film.check_damage()
+    silent = sum(max(0.0, min(end, piece.stop) - max(begin, piece.start)) for begin, end in film.gaps["sound"].items())
+    if silent > LIMITS.lost * (piece.stop - piece.start):
+        raise MediaError(film.path, f"damaged: {silent:.2f} of {piece.stop - piece.start:.2f} s of sound are missing")
     if len(sound) < SHORTEST * SAMPLE_RATE:
         raise MediaError(film.path, f"too short: {len(sound) / SAMPLE_RATE:.2f} s of sound")
     if not np.isfinite(sound).all():
