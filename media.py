@@ -217,6 +217,10 @@ class Media:
         if count:
             yield np.concatenate(held)
 
+    def track(self, start: float = 0.0, stop: float | None = None) -> Iterator[tuple[np.ndarray, int]]:
+        """The sound as it is stored: successive short pieces (samples, C) float32 from `start` s on, and their rate."""
+        raise MediaError(self.path, "no audio stream")
+
     def _resampled(self, start: float, stop: float | None, rate: int) -> Iterator[np.ndarray]:
         raise MediaError(self.path, "no audio stream")
 
@@ -697,6 +701,9 @@ class Streams(Media):
                 time = frame.time if frame.pts is not None else stamp
                 yield time, _samples(frame), frame.sample_rate
                 stamp = None
+
+    def track(self, start: float = 0.0, stop: float | None = None) -> Iterator[tuple[np.ndarray, int]]:
+        yield from (self._timeline(start, stop) if self.has_sound else super().track(start, stop))
 
     def _timeline(self, start: float, stop: float | None) -> Iterator[tuple[np.ndarray, int]]:
         """Pieces ((samples, C) float32, rate) that follow each other without a gap from `start` on."""

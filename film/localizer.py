@@ -4,7 +4,7 @@ H x W pixels of an image as displayed, h x w tokens of a map. Times are seconds 
 at which the model is asked: about the frame shown then, with a window of sound around it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -133,6 +133,12 @@ class Windows:
         return window
 
 
+def _tapped(pieces: Iterator[np.ndarray], tap: Callable[[np.ndarray], None]) -> Iterator[np.ndarray]:
+    for piece in pieces:
+        tap(piece)
+        yield piece
+
+
 def _filled(sounds: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
     """The pieces, then zeros until there are `count` samples."""
     heard = 0
@@ -205,13 +211,16 @@ class Localizer:
             for piece in self.follow(shown, heard, shots=False):
                 yield piece.step
 
-    def follow(self, film: Media, heard: Media, shots: bool = True) -> Iterator[Piece]:
+    def follow(
+        self, film: Media, heard: Media, shots: bool = True, tap: Callable[[np.ndarray], None] = lambda piece: None
+    ) -> Iterator[Piece]:
         """The steps of an opened film, each with the frames shown until the next one (none if not `shots`).
 
-        Each frame is decoded once, each frame and each window of sound goes through the model once.
+        tap: called with the pieces of sound at 16 kHz as they are read. Each frame is decoded once, each frame and each
+        window of sound goes through the model once.
         """
         length = heard.duration if film.is_still else film.duration
-        windows = Windows(heard.sounds(1.0), self.window, length)
+        windows = Windows(_tapped(heard.sounds(1.0), tap), self.window, length)
         times: list[float] = []  # of the steps that wait for the model
         rows: list[int] = []  # the frame of each
         images: list[np.ndarray] = []

@@ -431,7 +431,7 @@ ROOMS = {  # room: what else than the core it may import
     "scoring": set(),
     "prepare": set(),
     "synthetic": {"scoring"},
-    "film": {"scoring"},
+    "film": {"scoring", "reports"},
     "experiments": {"training", "scoring", "reports", "prepare", "synthetic"},
 }
 ENTRY_POINTS = {"train_slot", "test_model", "prepare_data", "localize"}

@@ -1,0 +1,105 @@
+"""What is to be localized: files and folders as they are named on the command line -> tasks with names of their own."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dataset import LAYOUTS
+from utils import UserError
+
+SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".aiff", ".aif", ".wma", ".mka")
+WRITTEN = (".mp4", ".csv", ".json", ".png", "_mask.mp4", "_mask.png")  # what ends the names of an input's files
+RESERVED = ("failures", "index")  # stems of files about all inputs
+
+
+class Task(NamedTuple):
+    """One image or film."""
+
+    source: Path
+    sound: Path | None  # a file that holds its sound; None: it is the film's own
+    stem: Path  # of what is written, without a suffix
+    asked_for: bool  # named on the command line, and not merely found in a folder
+
+    def files(self) -> list[Path]:
+        return [self.stem.with_name(self.stem.name + suffix) for suffix in WRITTEN]
+
+
+def find_tasks(inputs: Sequence[Path], out: Path, sound: Path | None) -> list[Task]:
+    """Every file that is named, and every one in or below a folder that is, but for hidden ones and those in `out`.
+
+    A sound file of the same name beside an image, or in the folder of sounds beside its folder (`dataset.LAYOUTS`), is
+    the sound of that image and no input; sound: a file that all inputs take instead. UserError for an input that is not
+    there, and where an output would replace an input.
+    """
+    found: list[tuple[Path, Path, bool]] = []  # source, its name below --out, whether it was named itself
+    for given in inputs:
+        if given.is_dir():
+            found += [(path, path.relative_to(given), False) for path in walk(given, out)]
+        elif given.exists():
+            found.append((given, Path(given.name), True))
+        else:
+            raise UserError(f"there is no file or folder {given}")
+    sources = list(dict.fromkeys(source for source, *_ in found))
+    sound_of = {} if sound else sounds_beside(sources)
+    partners = set(sound_of.values())
+    found = [entry for entry in found if entry[2] or entry[0] not in partners]
+    stems = name_outputs([name for _, name, _ in found])
+    tasks = [
+        Task(source, sound or sound_of.get(source), out / stem, asked_for)
+        for (source, _, asked_for), stem in zip(found, stems, strict=True)
+    ]
+    taken = {path.resolve() for path in (*sources, *([sound] if sound else []))}
+    for task in tasks:
+        if clash := [path for path in task.files() if path.resolve() in taken]:
+            raise UserError(f"--out {out} would replace the input {clash[0]}: choose another folder")
+    return tasks
+
+
+def walk(folder: Path, out: Path) -> Iterable[Path]:
+    """Every file in or below a folder, sorted, but for hidden ones and those in `out`."""
+    excluded = out.resolve()
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and Path(parent, name).resolve() != excluded
+        )
+        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+
+
+def sounds_beside(sources: Sequence[Path]) -> dict[Path, Path]:
+    """{image or film: the sound file of its name}, of files that are all known."""
+    sounds = {path.with_suffix(""): path for path in sources if path.suffix.lower() in SOUND_SUFFIXES}
+    beside = {(image, audio) for pairs in LAYOUTS.values() for image, audio in pairs if "/" not in image}
+    found: dict[Path, Path] = {}
+    for path in sources:
+        if path.suffix.lower() in SOUND_SUFFIXES:
+            continue
+        folders = [path.parent, *(path.parent.with_name(audio) for image, audio in beside if path.parent.name == image)]
+        for folder in folders:
+            if sound := sounds.get(folder / path.stem):
+                found[path] = sound
+                break
+    return found
+
+
+def name_outputs(names: Sequence[Path]) -> list[Path]:
+    """Names of inputs -> the stem of each one's files: its own, else with its suffix, else with a number, too."""
+    stems = [name.with_suffix("") for name in names]
+    wanted = Counter(_key(stem) for stem in stems)
+    taken: set[str] = set()
+    given = []
+    for name, stem in zip(names, stems, strict=True):
+        is_mask = stem.name.endswith("_mask") and _key(stem.with_name(stem.name[:-5])) in wanted
+        if wanted[_key(stem)] > 1 or stem.name.lower() in RESERVED or is_mask:
+            stem = stem.with_name(f"{stem.name}_{name.suffix.removeprefix('.') or 'file'}")
+        unique, number = stem, 2
+        while _key(unique) in taken or (unique != name.with_suffix("") and _key(unique) in wanted):
+            unique, number = stem.with_name(f"{stem.name}_{number}"), number + 1
+        taken.add(_key(unique))
+        given.append(unique)
+    return given
+
+
+def _key(stem: Path) -> str:
+    return str(stem).casefold()  # some file systems do not tell capitals from small letters

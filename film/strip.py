@@ -1,0 +1,94 @@
+"""A picture of a whole film: some of its frames, its spectrogram, and how present the source is over time."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from audio_io import N_FFT, SAMPLE_RATE, power_spectrogram
+from utils import atomic_path
+
+COLUMNS = 1000  # of the spectrogram
+FRAMES, FRAME_HEIGHT = 8, 150  # pixels
+INCHES, DOTS = 12.0, 100
+PRESENCE, LIT = "#d55e00", "#0072b2"  # Okabe and Ito
+
+
+class Strip:
+    """Collects what the picture needs while a film passes by; what it holds does not grow with the film."""
+
+    def __init__(self, duration: float) -> None:
+        self.duration = max(duration, 1e-3)
+        self.frames: list[tuple[float, np.ndarray]] = []
+        self._power = np.zeros((N_FFT // 2 + 1, COLUMNS))
+        self._weight = np.zeros(COLUMNS)
+        self._heard = 0
+
+    @property
+    def next_frame(self) -> float:
+        """The time of the next frame to keep: the middle of the next of FRAMES equal parts."""
+        return (len(self.frames) + 0.5) * self.duration / FRAMES
+
+    def see(self, time: float, image: np.ndarray) -> None:
+        """Keep the frame (H, W, 3) if one is due."""
+        if time >= self.next_frame and len(self.frames) < FRAMES:
+            width = max(1, round(image.shape[1] * FRAME_HEIGHT / image.shape[0]))
+            self.frames.append((time, cv2.resize(image, (width, FRAME_HEIGHT), interpolation=cv2.INTER_AREA)))
+
+    def hear(self, samples: np.ndarray) -> None:
+        """The next samples (n,) at 16 kHz."""
+        if len(samples) > N_FFT:
+            power = power_spectrogram(samples)[0].numpy()
+            times = (self._heard + np.linspace(0, len(samples), power.shape[1])) / SAMPLE_RATE
+            places = np.minimum((times / self.duration * COLUMNS).astype(int), COLUMNS - 1)
+            np.add.at(self._power.T, places, power.T)
+            np.add.at(self._weight, places, 1)
+        self._heard += len(samples)
+
+    def draw(self, path: Path, times: np.ndarray, presence: np.ndarray, lit: np.ndarray, title: str) -> None:
+        """Write the PNG, whole or not at all: presence and lit share (N,) at `times` s."""
+        figure = Figure(figsize=(INCHES, 5.4), dpi=DOTS)
+        FigureCanvasAgg(figure)
+        left, width = 0.055, 0.92
+        figure.text(left, 0.955, title, fontsize=12, parse_math=False)
+        top = figure.add_axes((left, 0.63, width, 0.31))
+        top.imshow(self._mosaic(round(INCHES * DOTS * width)), aspect="auto", interpolation="bilinear")
+        top.set_axis_off()
+        below = figure.add_axes((left, 0.36, width, 0.26))
+        below.imshow(
+            self._decibels(), aspect="auto", origin="lower", cmap="magma",
+            extent=(0, self.duration, 0, SAMPLE_RATE / 2000), interpolation="nearest",
+        )  # fmt: skip
+        below.set_ylabel("kHz")
+        below.tick_params(labelbottom=False)
+        curve = figure.add_axes((left, 0.09, width, 0.235), sharex=below)
+        curve.plot(times, presence, color=PRESENCE, linewidth=1.6, label="presence")
+        curve.fill_between(times, lit, color=LIT, alpha=0.35, linewidth=0, label="lit share")
+        curve.set_xlim(0, self.duration)
+        low = min(0.0, float(np.nanmin(presence, initial=0)))
+        curve.set_ylim(low, max(1.0, float(np.nanmax(presence, initial=1))))
+        curve.set_xlabel("s")
+        curve.grid(alpha=0.25)
+        curve.legend(loc="upper right", ncols=2, fontsize=8, framealpha=0.8)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="png", pil_kwargs={"compress_level": 3})
+
+    def _mosaic(self, width: int) -> np.ndarray:
+        """The kept frames side by side, each cut or filled to its share of the width."""
+        each = width // FRAMES
+        mosaic = np.full((FRAME_HEIGHT, each * FRAMES, 3), 255, np.uint8)
+        for place, (_, image) in enumerate(self.frames):
+            shown = min(each - 4, image.shape[1])
+            begin, left = (image.shape[1] - shown) // 2, place * each + (each - shown) // 2
+            mosaic[:, left : left + shown] = image[:, begin : begin + shown]
+        return mosaic
+
+    def _decibels(self) -> np.ndarray:
+        """(F, COLUMNS), at most 80 dB below the highest; an empty column is as the one before, until the sound ends."""
+        filled = np.maximum.accumulate(np.where(self._weight > 0, np.arange(COLUMNS), 0))
+        power = (self._power / np.maximum(self._weight, 1))[:, filled]
+        power[:, round(self._heard / SAMPLE_RATE / self.duration * COLUMNS) :] = 0
+        decibels = 10 * np.log10(np.maximum(power, 1e-10))
+        return np.maximum(decibels, max(decibels.max() - 80, -60))

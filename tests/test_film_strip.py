@@ -1,0 +1,34 @@
+"""The picture of a film: which frames, which sound, in constant memory."""
+
+import numpy as np
+from films import moving_square, tone
+from PIL import Image
+
+from film.strip import COLUMNS, FRAMES, Strip
+
+
+def test_frames_are_spread_over_the_film_and_the_spectrogram_shows_when_it_sounds(tmp_path):
+    strip = Strip(4.0)
+    for time in np.arange(0, 4, 0.04):
+        strip.see(time, moving_square(time, (64, 48)))
+    for second in range(4):
+        strip.hear(tone(second, 1.0))
+    kept = [time for time, _ in strip.frames]
+    assert len(kept) == FRAMES and np.allclose(kept, np.arange(0.25, 4, 0.5), atol=0.04)
+    bin_of_440 = round(440 / 16000 * 512)
+    line = strip._decibels()[bin_of_440].reshape(8, COLUMNS // 8)[:, 15:-15].mean(1)  # half seconds, sounding by turns
+    assert line[0::2].min() > line[1::2].max() + 40
+    times = np.arange(0, 4, 0.1)
+    strip.draw(tmp_path / "strip.png", times, np.abs(np.sin(times)), np.abs(np.cos(times)), "a $ name_with^signs")
+    with Image.open(tmp_path / "strip.png") as image:
+        assert image.size == (1200, 540)
+
+
+def test_a_film_that_ends_early_or_holds_next_to_nothing_is_drawn(tmp_path):
+    strip = Strip(0.0)
+    strip.draw(tmp_path / "a.png", np.zeros(0), np.zeros(0), np.zeros(0), "")
+    strip = Strip(10.0)
+    strip.hear(np.ones(16000, np.float32))
+    assert (strip._decibels()[:, COLUMNS // 2 :] == strip._decibels().min()).all()
+    strip.draw(tmp_path / "b.png", np.array([0.0]), np.array([-0.5]), np.array([1.0]), "b")
+    assert (tmp_path / "b.png").stat().st_size > 1000
