@@ -5,6 +5,7 @@
     python prepare_data.py clips /path/to/videos --out pairs     videos -> pairs/frames/<id>.jpg, pairs/audio/<id>.wav
     python prepare_data.py check --testset vggss                 is it complete and whole? One table
     python prepare_data.py synthetic                             make the built-in data in data/synthetic
+    python prepare_data.py synthetic --video                     make the built-in films in data/synthetic_video
 
 `--help` after a sub-command lists its flags.
 """
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 import prepare.check as prepare_check
 import prepare.clips as prepare_clips
 import prepare.metadata as prepare_metadata
-import synthetic.generate as synthetic_generate
+import synthetic.command as synthetic_command
 from utils import ArgumentParser, run_cli
 
 COMMANDS = {
@@ -24,7 +25,7 @@ COMMANDS = {
         prepare_check,
         "decode every pair of a set and say what is missing, broken, silent, repeated, overlapping",
     ),
-    "synthetic": (synthetic_generate, "make the built-in data: drawn objects of ten kinds, each with its sound"),
+    "synthetic": (synthetic_command, "make the built-in data: drawn objects of ten kinds, each with its sound"),
 }
 
 

@@ -14,7 +14,6 @@ random stream, (seed, split, index): nothing is shared between splits, and the n
 
 import json
 import multiprocessing
-from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,9 +24,8 @@ import soundfile
 from numpy.random import Generator
 from tqdm import tqdm
 
-from audio_io import SAMPLE_RATE, log_spectrogram
+from audio_io import SAMPLE_RATE
 from synthetic.kinds import (
-    AUDIO_SECONDS,
     BACKGROUND_CONTRAST,
     CLUTTER_CONTRAST,
     CLUTTER_COUNT,
@@ -39,8 +37,7 @@ from synthetic.kinds import (
     make_noise,
     make_sound,
 )
-from synthetic.probe import probe, probe_table
-from utils import UserError, add_boolean, as_user_error, atomic_path, number, write_json, write_text
+from utils import UserError, write_text
 
 FORMAT_VERSION = 1
 SIDE = 128  # pixels
@@ -50,6 +47,7 @@ COUNTS = {"train": 4000, "val": 256, "test": 400, "distractor": 400, "interactiv
 SPLITS = tuple(COUNTS)  # a split's place seeds its random streams: a new one goes to the end
 SILENCE, NOISE = "silence", "noise"  # what is heard besides the kinds, in offscreen alone
 MOST_OBJECTS = 3  # in an image
+MARKER = "synthetic.json"  # what a complete set was made with
 UNFINISHED = "unfinished"  # a file that stands in a root while it is written: an interrupted set is made anew
 
 
@@ -192,22 +190,35 @@ def write_sample(task: Task) -> list[Entry]:
     return entries
 
 
-def is_complete(root: Path, settings: str, force: bool) -> bool:
-    """Whether the root holds this very set; if not, clear it of any other synthetic set (with force) or raise."""
-    marker = root / "synthetic.json"
+def begin_set(root: Path, settings: str, force: bool, own: Sequence[str]) -> bool:
+    """Make room for a set in a root -> False if this very one is there already, complete.
+
+    Another set of ours is removed with force, or where it was interrupted, as far as the patterns `own` name its files;
+    else UserError, and for a folder that holds anything else.
+    """
+    marker = root / MARKER
+    if marker.is_file() and (b'"films"' in marker.read_bytes()) != ('"films"' in settings):
+        raise UserError(f"{root} holds pairs where films were to go, or films where pairs were: name another --out")
     force = force or (root / UNFINISHED).exists()
     if marker.is_file() and not force:
         if marker.read_bytes() == settings.encode():
-            return True
+            return False
         raise UserError(f"{root} holds a synthetic set with other settings: name another --out, or --force")
     if root.exists() and any(root.iterdir()):
         if not force:
             raise UserError(f"{root} is not empty and holds no complete set: name another --out, or --force")
         marker.unlink(missing_ok=True)
-        for split in SPLITS:  # only what this program wrote
-            for path in [*root.glob(f"frames/{split}_*.jpg"), *root.glob(f"audio/{split}_*.wav")]:
+        for pattern in own:  # only what this program wrote
+            for path in root.glob(pattern):
                 path.unlink()
-    return False
+    root.mkdir(parents=True, exist_ok=True)
+    (root / UNFINISHED).touch()
+    return True
+
+
+def finish_set(root: Path, settings: str) -> None:
+    write_text(root / MARKER, settings)
+    (root / UNFINISHED).unlink()  # last: the set is complete
 
 
 def generate(
@@ -227,11 +238,11 @@ def generate(
         raise ValueError(f"counts {counts}: each of {', '.join(COUNTS)}, and nothing else, needs at least 1")
     chosen = {"version": FORMAT_VERSION, "seed": seed, "counts": counts, "train_objects": train_objects}
     settings = json.dumps({**chosen, **difficulty()}, indent=1) + "\n"
-    if is_complete(root, settings, force):
+    own = [pattern for split in SPLITS for pattern in (f"frames/{split}_*.jpg", f"audio/{split}_*.wav")]
+    if not begin_set(root, settings, force, own):
         return False
     for folder in ("frames", "audio"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    (root / UNFINISHED).touch()
+        (root / folder).mkdir(exist_ok=True)
     tasks = [Task(root, seed, split, index, train_objects) for split in SPLITS for index in range(counts[split])]
     entries: dict[str, list[Entry]] = {split: [] for split in SPLITS}
     cv2.setNumThreads(1)  # before the fork: a child would wait forever for the threads of its parent's OpenCV
@@ -240,8 +251,7 @@ def generate(
         for task, sample in zip(tasks, written):
             entries[task.split] += sample
     write_lists(root, entries)
-    write_text(root / "synthetic.json", settings)
-    (root / UNFINISHED).unlink()  # last: the set is complete
+    finish_set(root, settings)
     return True
 
 
@@ -259,76 +269,3 @@ def write_lists(root: Path, entries: Mapping[str, Sequence[Entry]]) -> None:
         write_text(root / f"{split}.json", json.dumps(annotations))
     objects = {entry.name: entry.in_view for of_split in entries.values() for entry in of_split}
     write_text(root / "objects.json", json.dumps(objects))
-
-
-# ---------------------------------------------------------------- preview and the sub-command
-
-
-def preview(path: Path, seed: int, columns: int = 6) -> None:
-    """Draw a contact sheet: a row per kind, with images of it and the log spectrogram of one of its sounds."""
-    from matplotlib.figure import Figure  # nothing else here needs it, and it takes its time
-
-    widths = [1] * columns + [2.2]
-    figure = Figure(figsize=(sum(widths), 0.98 * len(KINDS)))
-    axes = figure.subplots(len(KINDS), columns + 1, width_ratios=widths)
-    for row, kind in enumerate(KINDS):
-        for column in range(columns):
-            rng = np.random.default_rng([seed, len(SPLITS), row, column + 1])  # in no split
-            axes[row, column].imshow(make_image([kind], rng)[0])
-        spectrogram = log_spectrogram(sum(make_sound(kind, rng)))[0]  # (F, L)
-        axes[row, -1].imshow(
-            spectrogram, origin="lower", aspect="auto", cmap="magma", extent=(0, AUDIO_SECONDS, 0, SAMPLE_RATE / 2000)
-        )
-        axes[row, 0].set_ylabel(kind)
-        axes[row, -1].yaxis.tick_right()
-    for axis in (*axes[:, :-1].flat, *axes[:-1, -1]):
-        axis.set(xticks=[], yticks=[])
-    axes[-1, -1].set(xlabel="s", ylabel="kHz", yticks=[0, 4, 8])
-    axes[-1, -1].yaxis.set_label_position("right")
-    figure.subplots_adjust(left=0.035, right=0.945, top=0.995, bottom=0.05, wspace=0.04, hspace=0.04)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
-def add_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("data/synthetic"), metavar="DIR", help="folder to write to")
-    parser.add_argument(
-        "--seed", type=number(int, low=0, high=2**32 - 1), help="random seed of the set and of the preview (default: 0)"
-    )
-    parser.add_argument(
-        "--train", type=number(int, low=1), metavar="N", help=f"number of training pairs (default: {COUNTS['train']})"
-    )
-    parser.add_argument(
-        "--train_objects",
-        type=number(int, low=1, high=MOST_OBJECTS),
-        metavar="N",
-        help="training and validation images show 1 to N objects, one of which sounds (default: 1, at most "
-        f"{MOST_OBJECTS}); give a set with more than 1 a folder of its own, such as --out data/synthetic_3",
-    )
-    add_boolean(parser, "--force", "overwrite the synthetic set that is in the folder")
-    add_boolean(parser, "--probe", "print what simple guesses without learning score on the set")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="with --probe: also write its numbers to this file")
-    parser.add_argument(
-        "--preview", type=Path, metavar="FILE.png", help="draw every kind with its sound here; writes no set"
-    )
-
-
-def run(args: Namespace) -> None:
-    """`prepare_data.py synthetic`. Raises UserError."""
-    if args.json and not args.probe:
-        raise UserError("--json writes the numbers of --probe: give both")
-    if args.preview and args.preview.suffix != ".png":
-        raise UserError(f"--preview {args.preview}: the name must end in .png")
-    seed, counts = args.seed or 0, {"train": args.train} if args.train else {}
-    as_it_is = args.probe and not args.force and args.seed is args.train is args.train_objects is None
-    with as_user_error(OSError, soundfile.LibsndfileError):
-        if args.preview:
-            preview(args.preview, seed)
-        if not (as_it_is and (args.out / "synthetic.json").is_file()) and (args.probe or not args.preview):
-            made = generate(args.out, seed, counts, force=args.force, train_objects=args.train_objects or 1)
-            print(f"{args.out}: " + ("written" if made else "this very set is there already, nothing to do"))
-        if args.probe:
-            numbers = probe(args.out)
-            print(probe_table(numbers))
-        if args.json:
-            write_json(args.json, numbers)

@@ -52,6 +52,16 @@ def synthetic_root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def film_root(tmp_path_factory) -> Path:
+    """Three synthetic films with their truth; tests only read it."""
+    from synthetic.video import generate_films
+
+    root = tmp_path_factory.mktemp("films") / "data"
+    generate_films(root, films=3)
+    return root
+
+
+@pytest.fixture(scope="session")
 def two_processes(tmp_path_factory) -> list[dict]:
     """{case: result} of either process: one spawn for all cases of `processes.CASES`, whichever worker comes first."""
     import processes
