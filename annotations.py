@@ -173,6 +173,14 @@ def clip_id(stem: str, listed: Collection[str] = ()) -> tuple[str, str]:
     return stem, "ambiguous" if ids else "other"
 
 
+def check_finite(ids: Sequence[str], values: Mapping[str, torch.Tensor]) -> None:
+    """ValueError, with the id, where what is computed of samples, {what: (N, ...)}, holds a NaN or an infinity."""
+    for what, of_samples in values.items():
+        if not torch.isfinite(of_samples).all():
+            bad = ~torch.isfinite(of_samples).flatten(1).all(1)
+            raise ValueError(f"the {what} of {ids[int(bad.nonzero()[0])]} holds a value that is not finite")
+
+
 def first_ids(ids: Sequence[str], count: int = 5) -> str:
     return ", ".join(ids[:count]) + (f" and {len(ids) - count} more" if len(ids) > count else "")
 

@@ -412,7 +412,7 @@ def build_ground_truth(
         partial(_truth_or_nothing, truth_of, frozenset(sources)),
         len(ids) if test_list else max(len(ids), row.expected or 0),
         {i: class_of[i] for i in ids if i in class_of},
-        {i: i.rpartition("_")[0] for i in ids} if row.interactive else {},
+        {i: i.rpartition("_")[0] for i in ids} if row.interactive else {i: image for i, (image, _) in sources.items()},
         frozenset(silent),
         masks=row.kind == "masks",
         interactive=row.interactive,

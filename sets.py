@@ -5,6 +5,7 @@ N pairs.
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,6 @@ from utils import Absent, Undecodable, UserError, add_boolean
 
 ALL_SETS = TEST_SETS | AVS_SETS
 SHORT_SECONDS = 5.0  # what the model hears
-SAME_VIDEO = "s4 (same video, perhaps another part)"
 
 
 def add_test_set_flags(group, default: str | None) -> None:
@@ -172,11 +172,19 @@ def count_undecodable(pairs: Sequence[Pair], workers: int = 0, truth_of: Callabl
 
 # ---------------------------------------------------------------- what is shared with training
 
+SAME_VIDEO = " (same video, perhaps another part)"
+
+
+def video_of(name: str) -> str:
+    """The YouTube video that a name stands for, <id> as in S4 or <id>_<second> as in VGG-Sound; else empty."""
+    found = re.fullmatch(r"([\w-]{11})(_\d{6})?", name)
+    return found[1] if found else ""
+
 
 def known_test_ids(metadata: str | Path) -> dict[str, set[str]]:
-    """Ids of every known test set whose list or annotation is in the metadata folder: {set: ids}.
+    """Names of the images and audio of every known test set whose list or annotation is in the metadata folder.
 
-    S4's videos come from YouTube, as VGG-Sound's do: the ids of "s4 (same video ...)" are YouTube ids.
+    {set: names}; S4's are YouTube ids.
     """
     known: dict[str, set[str]] = {}
     for name, row in TEST_SETS.items():
@@ -191,16 +199,38 @@ def known_test_ids(metadata: str | Path) -> dict[str, set[str]]:
             known[name].update(*read_silent_pairs(Path(metadata) / row.silent).values())
     s4 = Path(metadata) / AVS_SETS["s4"].ids
     if s4.is_file():
-        known[SAME_VIDEO] = {video.name for video in read_videos(s4)}
+        known["s4"] = {video.name for video in read_videos(s4)}
     return known
 
 
 def overlap_with_tests(ids: Sequence[str], metadata: str | Path) -> dict[str, list[str]]:
     """Training ids that are also test ids, by test set, as far as its list is in the metadata folder.
 
-    VGG-Sound's ids are <youtube id>_<start>; S4's videos are compared by YouTube id alone.
+    "SET (same video ...)": training ids that are no test ids, but of the same YouTube video as one.
     """
-    return {
-        name: [i for i in ids if (i.rpartition("_")[0] if name == SAME_VIDEO else i) in tested]
-        for name, tested in known_test_ids(metadata).items()
-    }
+    found: dict[str, list[str]] = {}
+    for name, tested in known_test_ids(metadata).items():
+        videos = {video_of(i) for i in tested} - {""}
+        found[name] = [i for i in ids if i in tested]
+        found[name + SAME_VIDEO] = [i for i in ids if i not in tested and video_of(i) in videos]
+    return found
+
+
+def trained_on(train_ids: Sequence[str], truth: GroundTruth, ids: Sequence[str]) -> dict[str, int]:
+    """How much of the scored `ids` of a test set was trained on, by the rule of `overlap_with_tests`.
+
+    pairs: whose image or audio is that of a training pair, or whose video has one (S4); images, audio: those of which
+    it is the image, the audio; same_video: further pairs of the same YouTube video as a training pair.
+    """
+    known, videos = set(train_ids), {video_of(i) for i in train_ids} - {""}
+    found = dict.fromkeys(("pairs", "images", "audio", "same_video"), 0)
+    for i in ids:
+        image, audio = truth.sources.get(i, (i, i))
+        whole_video = truth.unit_of.get(i, "")
+        found["images"] += image in known
+        found["audio"] += audio in known
+        if image in known or audio in known or (whole_video == video_of(whole_video) and whole_video in videos):
+            found["pairs"] += 1
+        elif not videos.isdisjoint([video_of(image), video_of(audio)]):
+            found["same_video"] += 1
+    return found

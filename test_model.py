@@ -143,9 +143,8 @@ def score_model(args) -> None:
             if evaluation is None:
                 continue
             keepsakes.clear()
-            overlap = training_overlap(path, [pair.id for pair in dataset.pairs])
-            known = {"checkpoint": trained.about, "training_test_overlap": overlap}
-            publish(evaluation, out_dir / name, **about_set(args, name), **known)
+            overlap = training_overlap(path, dataset.ground_truth, [pair.id for pair in dataset.pairs])
+            publish(evaluation, out_dir / name, **about_set(args, name), checkpoint=trained.about, **overlap)
             keepsakes.finish(evaluation)
             if args.diagnose:
                 batch = training_batch(path, trained, args.seed)

@@ -12,7 +12,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from models import MODELS, Model
 from recipes import OUR_LOSSES, add_flags, parse
 from resnet import load_image_weights
 from scoring.threshold import universal_threshold
-from sets import ALL_SETS, build_test_sets, overlap_with_tests, parse_testsets, undecodable
+from sets import ALL_SETS, SAME_VIDEO, build_test_sets, overlap_with_tests, parse_testsets, undecodable
 from training.alignment import align
 from training.decoded import keep_decoded
 from training.resume import RunFolder, RunState, StopFlag, fingerprints, should_resume
@@ -119,16 +119,7 @@ def build_training_data(args) -> TrainingData:
     pairs, left_out = selection.pairs, dict.fromkeys(selection.missing, "image or audio not found")
     if args.allow_missing:
         left_out |= undecodable(pairs, args.num_workers)
-    overlap = overlap_with_tests([p.id for p in pairs], args.metadata)
-    if not overlap:
-        print(f"overlap with test sets: not known, {args.metadata} holds no list of one")
-        if args.exclude_test_overlap:
-            raise UserError(f"--exclude_test_overlap: {args.metadata} holds no test list (prepare_data.py metadata)")
-    overlap = {name: ids for name, ids in overlap.items() if ids}
-    for name, ids in overlap.items():
-        removed = "removed" if args.exclude_test_overlap else "--exclude_test_overlap removes them"
-        print(f"{len(ids)} of the {len(pairs)} training ids are test ids of {name} ({removed})")
-    excluded = set(left_out).union(*overlap.values() if args.exclude_test_overlap else ())
+    excluded = set(left_out) | tested(args, [pair.id for pair in pairs], "training")
     pairs = [pair for pair in pairs if pair.id not in excluded]
     train, held_out = hold_out(
         args.trainset,
@@ -139,6 +130,9 @@ def build_training_data(args) -> TrainingData:
         args.seed,
         args.allow_missing,
     )
+    known = {pair.id for pair in selection.pairs}
+    if listed := [pair.id for pair in held_out if pair.id not in known]:
+        excluded |= tested(args, listed, "held-out")
     if len(train) < args.batch_size:
         raise UserError(f"--batch_size {args.batch_size} is larger than the {len(train)} training pairs: lower it")
     k = args.reciprocal_k
@@ -156,6 +150,23 @@ def build_training_data(args) -> TrainingData:
     }
     training_pairs = TrainingPairs(train, *sizes, args.augment, args.seed, silence="silence" in args.weights)
     return TrainingData(training_pairs, TrainingPairs(held_out, *sizes, "none"), counts, left_out)
+
+
+def tested(args, ids: Sequence[str], what: str) -> set[str]:
+    """The ids that are to be left out because they are test ids; prints how many are, as far as is known."""
+    overlap = overlap_with_tests(ids, args.metadata)
+    if not overlap:
+        print(f"overlap with test sets: not known, {args.metadata} holds no list of one")
+        if args.exclude_test_overlap:
+            raise UserError(f"--exclude_test_overlap: {args.metadata} holds no test list (prepare_data.py metadata)")
+    removed = "removed" if args.exclude_test_overlap else "--exclude_test_overlap removes them"
+    for name, shared in overlap.items():
+        are = "of the same video as a test id" if name.endswith(SAME_VIDEO) else "test ids"
+        if shared:
+            print(
+                f"{len(shared)} of the {len(ids)} {what} ids are {are} of {name.removesuffix(SAME_VIDEO)} ({removed})"
+            )
+    return {i for shared in overlap.values() for i in shared} if args.exclude_test_overlap else set()
 
 
 # ---------------------------------------------------------------- what is printed

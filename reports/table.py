@@ -9,9 +9,10 @@ from typing import Any
 
 from tabulate import SEPARATING_LINE, tabulate
 
-from annotations import read_ids
+from annotations import GroundTruth, read_ids
 from scoring.evaluate import Evaluation
 from scoring.threshold import describe_threshold
+from sets import trained_on
 from utils import provenance, write_json, write_text
 
 INTERVAL_KEY = "cIoU interval"
@@ -140,9 +141,7 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
     if shared := results.get("wrong_sounds_of_same_class"):
         lines.append(f"AUD_wrong: {shared} pairs are asked with audio of the right class, for lack of another")
     if checkpoint := results.get("checkpoint"):
-        overlap = results.get("training_test_overlap")
-        known = "unknown, no train_ids.txt beside the checkpoint" if overlap is None else f"{overlap:,}"
-        lines.append(f"pairs that were trained on: {known}")
+        lines.append(f"pairs that were trained on: {_overlap(results)}")
     if checkpoint:
         epoch, selected_by = checkpoint.get("epoch", "?"), checkpoint.get("selected_by", "?")
         lines.append(f"checkpoint: {checkpoint.get('path', '?')}, epoch {epoch}, selected by {selected_by}")
@@ -158,6 +157,16 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
         settings = {key: value for key, value in settings.items() if key != "rules" and value is not None}
         lines.append("settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
     return lines
+
+
+def _overlap(results: Mapping[str, Any]) -> str:
+    pairs, parts = results.get("training_test_overlap"), results.get("training_test_overlap_of", {})
+    if pairs is None:
+        return "unknown, no train_ids.txt beside the checkpoint"
+    images, audio, more = (parts.get(name, 0) for name in ("images", "audio", "same_video"))
+    told = [f"the image of {images:,}, the audio of {audio:,}"] * (images != audio)
+    told += [f"and {more:,} of the same video as a training pair"] * bool(more)
+    return f"{pairs:,}" + f" ({', '.join(told)})" * bool(told)
 
 
 def _last_epoch(last: Mapping[str, Any], chosen: Any, names: Sequence[str]) -> str:
@@ -196,7 +205,10 @@ def publish(evaluation: Evaluation, folder: Path, **about: Any) -> None:
     print(f"written: {folder / 'results.json'}, {folder / 'per_sample.csv'}\n")
 
 
-def training_overlap(path: Path, ids: Sequence[str]) -> int | None:
-    """How many test ids the model was trained on; None where the list of training ids is not beside the checkpoint."""
+def training_overlap(path: Path, truth: GroundTruth, ids: Sequence[str]) -> dict[str, Any]:
+    """`trained_on` of the scored ids; its number of pairs is None where no list of training ids is beside the model."""
     beside = path.with_name("train_ids.txt")
-    return len(set(read_ids(beside)) & set(ids)) if beside.is_file() else None
+    if not beside.is_file():
+        return {"training_test_overlap": None}
+    found = trained_on(read_ids(beside), truth, ids)
+    return {"training_test_overlap": found.pop("pairs"), "training_test_overlap_of": found}

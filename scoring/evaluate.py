@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from annotations import GroundTruth, first_ids, repeated
+from annotations import GroundTruth, check_finite, first_ids, repeated
 from dataset import EvaluationPairs, Sample, in_order, make_loader
 from distributed import gather_in_order, hidden_bar, is_main, shard
 from maps import ABSOLUTE, smooth_maps
@@ -202,10 +202,18 @@ def _count_pairs(
 
 
 def _retrieval(dataset: EvaluationPairs, ids: Sequence[str], image: torch.Tensor, audio: torch.Tensor) -> dict:
-    """By class and by pair, each where it is defined. On interactive sets an image belongs to several classes."""
+    """By class and by pair, each where it is defined, of the pairs whose source is in view.
+
+    Not on interactive sets, where an image belongs to several classes.
+    """
     truth = dataset.ground_truth
-    classes = [truth.class_of.get(i, "") for i in ids]
-    repeats = any(len(set(files)) < len(dataset) for files in zip(*(pair[1:] for pair in dataset.pairs), strict=True))
+    check_finite(ids, {"image embedding": image, "audio embedding": audio})
+    asked = [k for k, i in enumerate(ids) if i not in truth.silent]  # nothing in view matches the other audio
+    if not asked:
+        return {}
+    image, audio, classes = image[asked], audio[asked], [truth.class_of.get(ids[k], "") for k in asked]
+    files_of = {pair.id: pair[1:] for pair in dataset.pairs}
+    repeats = any(len(set(files)) < len(asked) for files in zip(*(files_of[ids[k]] for k in asked), strict=True))
     retrieval = {}
     if all(classes) and not truth.interactive:
         retrieval["by_class"] = retrieval_recall(image, audio, classes)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from annotations import GroundTruth
+from annotations import GroundTruth, check_finite
 from maps import ABSOLUTE, enlarge, normalize_maps
 from scoring.bootstrap import Combined, Ratio, intervals_of, values_of
 from scoring.columns import half_steps, map_columns, reference_columns
@@ -109,8 +109,10 @@ class SetScores:
         """Score ids (B,), truth (B, 224, 224), raw (B, h, w) each, scalars (B,) each, in parts of a few samples.
 
         The parts come as they are taken, in order; names are the same in every call. On the CPU, where sorting is fast.
+        ValueError, with the id, for a value that is not finite.
         """
         raw, scalars = ({name: values.detach().cpu() for name, values in side.items()} for side in (raw, scalars))
+        check_finite(ids, {f"map {name}": values for name, values in raw.items()} | scalars)
         masks = self.ground_truth.masks
 
         def score(rows: slice) -> tuple[ScoredBatch, dict, dict]:

@@ -254,6 +254,8 @@ def test_pairs_whose_source_is_not_in_view_join_the_test_list(tmp_path):
     assert [p.id for p in pairs.pairs][2:] == ["a_000001+x_000003", "x_000003+x_000003"]
     assert pairs.pairs[2].image.endswith("a_000001.jpg") and pairs.pairs[2].audio.endswith("x_000003.wav")
     assert pairs[2].truth.sum() == 0 < pairs[0].truth.sum() and len(pairs.ground_truth.silent) == 2
+    of_image = {i: pairs.ground_truth.unit_of.get(i, i) for i in pairs.ground_truth.ids}
+    assert [*of_image.values()] == ["a_000001", "b_000002", "a_000001", "x_000003"], "intervals are over images"
     (tmp_path / "vggss_test_plus_silent.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="columns video, audio"):
         dataset.build_test_set("vggss_plus_silent", str(tmp_path), None, str(tmp_path), 32, 0.5)

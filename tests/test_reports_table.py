@@ -59,6 +59,15 @@ def test_the_table_shows_the_last_epoch_beside_the_selected_one():
     assert "last epoch: 20, IQR cIoU 85.2, pointing -; AUD cIoU 85.2" in other
 
 
+def test_the_table_says_how_much_was_trained_on():
+    parts = {"images": 7157, "audio": 7160, "same_video": 375}
+    text = report.results_table(results() | {"training_test_overlap": 8096, "training_test_overlap_of": parts})
+    assert "trained on: 8,096 (the image of 7,157, the audio of 7,160, and 375 of the same video as a train" in text
+    parts = {"images": 0, "audio": 0, "same_video": 0}
+    text = report.results_table(results() | {"training_test_overlap": 2820, "training_test_overlap_of": parts})
+    assert "pairs that were trained on: 2,820\n" in text
+
+
 def test_the_table_tolerates_missing_parts():
     for missing in ("references", "retrieval", "pairs", "checkpoint", "settings"):
         partial = {key: value for key, value in results().items() if key != missing}

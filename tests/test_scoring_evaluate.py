@@ -9,6 +9,8 @@ import scoring.evaluate as evaluation
 from dataset import EvaluationPairs, build_test_set
 from maps import smooth_maps
 from models import load_model
+from scoring.retrieval import retrieval_recall
+from utils import UserError
 
 SIZES = {"image_size": 64, "audio_seconds": 0.8}
 
@@ -49,6 +51,34 @@ def test_figures_are_those_of_the_maps_that_localize_gives(checkpoint, synthetic
         union = sample.truth.sum() + (region & (sample.truth == 0)).sum()
         assert scored.rows[i]["AUD_iou"] == pytest.approx(((region * sample.truth).sum() / union).item(), abs=1e-3)
         assert scored.rows[i]["id"] == sample.id
+
+
+def test_retrieval_asks_only_for_sources_that_are_in_view(checkpoint, synthetic_root):
+    model, dataset = load_model(checkpoint), build(synthetic_root, "synthetic_offscreen")
+    found = evaluation.evaluate(model, dataset, torch.device("cpu")).results["retrieval"]
+    silent = dataset.ground_truth.silent
+    assert 0 < len(silent) < len(dataset)
+    seen = dataset.without(dict.fromkeys(silent, "not in view"))
+    embeddings = evaluation.embed_set(model, seen, torch.device("cpu"))
+    assert found["by_pair"] == retrieval_recall(*embeddings)
+    assert found["by_class"] == retrieval_recall(*embeddings, seen.class_names)
+
+
+@pytest.mark.parametrize("broken", ["map", "embedding"])
+def test_a_value_that_is_not_finite_is_named_by_its_id(broken, checkpoint, synthetic_root, monkeypatch):
+    localize, dataset = evaluation.localize_batch, build(synthetic_root)
+    whole = dataset[13].image
+
+    def localize_badly(model, image, *others):
+        found = localize(model, image, *others)
+        bad = (image == whole).flatten(1).all(1)
+        raw = {**found.raw, "AUD": found.raw["AUD"].masked_fill(bad[:, None, None], torch.nan)}
+        embedding = found.audio_embedding.masked_fill(bad[:, None], torch.inf)
+        return found._replace(raw=raw) if broken == "map" else found._replace(audio_embedding=embedding)
+
+    monkeypatch.setattr(evaluation, "localize_batch", lambda *a, **k: localize_badly(*a, *k.values()))
+    with pytest.raises(UserError, match=rf"the (map AUD|audio embedding) of {dataset.pairs[13].id} holds a value"):
+        evaluation.evaluate(load_model(checkpoint), dataset, torch.device("cpu"))
 
 
 def test_the_models_relative_maps_are_smoothed_and_nothing_else(checkpoint, synthetic_root):

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from annotations import check_finite
 from dataset import EvaluationPairs, TrainingPairs, make_loader, training_batches
 from distributed import all_gather_object, broadcast_buffers, hidden_bar, local_slice
 from model_slot import TokenMasks
@@ -138,8 +139,10 @@ def validate(
         embeddings = embed_set(model, pairs, device, batch_size, workers)
     if embeddings is None:
         return HeldOut({})
-    with as_user_error(ValueError):  # embeddings that are not finite
-        ranks = ranks_both_ways(*embeddings)
+    with as_user_error(ValueError):
+        names = [pair.id for pair in held_out.pairs[: len(pairs)]]
+        check_finite(names, dict(zip(("image embedding", "audio embedding"), embeddings, strict=True)))
+    ranks = ranks_both_ways(*embeddings)
     scores = ranks.scores()
     figures = {"val/retrieval_score": scores.mean().item()} | {
         f"val/{direction}_{k}": value for direction, by_k in ranks.recall().items() for k, value in by_k.items()
@@ -179,8 +182,8 @@ def score_sets(
             scores |= {f"{name}/{map_name}/{metric}": value for metric, value in figures.items()}
         if chosen:
             path = folder.path / "best.pth"
-            overlap = training_overlap(path, [pair.id for pair in dataset.pairs])
-            about = {"checkpoint": describe_checkpoint(path, chosen), "training_test_overlap": overlap}
+            about = training_overlap(path, dataset.ground_truth, [pair.id for pair in dataset.pairs])
+            about["checkpoint"] = describe_checkpoint(path, chosen)
             about["last_epoch"] = {"epoch": folder.state.epoch, "maps": by_map(last or scores, name)}
             publish(evaluation, results, testset=name, **about)
     return scores
