@@ -6,6 +6,8 @@ F = 257 frequency bins, L frames of 10 ms. This is the only file that knows 512 
 import io
 import os
 import struct
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from tokenize import TokenError
 from typing import NamedTuple
@@ -14,15 +16,20 @@ import numpy as np
 import soundfile
 import soxr
 import torch
+import torch.nn.functional as F
+from torch.utils.data import default_collate
 
 import media
 from media import SAMPLE_RATE, MediaError, mix_down
+from transforms import mask_bands
 
 N_FFT = 512
 HOP = 160
+N_BINS = N_FFT // 2 + 1  # F
 WINDOW = torch.hann_window(N_FFT)
 LOG_FLOOR = 1e-7
 LOG_SCALE = 12.0
+LOUDEST = 1e15  # a sample from which power in float32 stays finite
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".npy")
 
 
@@ -59,12 +66,18 @@ def load_sound(path: str | Path, seconds: float, positions: tuple[float, float] 
 
     Raises ValueError, naming the file, when it is neither: see `load_audio`, `load_power`.
     """
-    if not str(path).endswith(".npy"):
-        return _load_waveform(path, num_samples(seconds), positions)
-    power = load_power(path)
-    total = power.shape[2]
-    first, end = _reach(total, num_frames(seconds), positions)
-    return Sound(power[:, :, first:end].astype(np.float32), first, total)
+    if str(path).endswith(".npy"):
+        power = load_power(path)
+        first, end = _reach(power.shape[2], num_frames(seconds), positions)
+        with np.errstate(over="ignore"):
+            sound = Sound(power[:, :, first:end].astype(np.float32), first, power.shape[2])
+        too_loud = not np.isfinite(sound.values).all()
+    else:
+        sound = _load_waveform(path, num_samples(seconds), positions)
+        too_loud = sound.values.dtype != np.int16 and np.abs(sound.values).max() > LOUDEST
+    if too_loud:
+        raise ValueError(f"the audio {path} is so loud that its spectrogram is not finite: samples must be in -1..1")
+    return sound
 
 
 def _load_waveform(path: str | Path, length: int | None, positions: tuple[float, float]) -> Sound:
@@ -137,8 +150,10 @@ def _reach(total: int, length: int, positions: tuple[float, float]) -> tuple[int
     return int(slack * positions[0]), min(int(slack * positions[1]) + length, total)
 
 
-def as_float(waveform: np.ndarray) -> np.ndarray:
-    """16-bit levels to -1..1, as soundfile scales them; other values as they are."""
+def as_float(waveform: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """16-bit levels to float32 in -1..1, as soundfile scales them; float32 stays as it is."""
+    if isinstance(waveform, torch.Tensor):
+        return waveform.float() * 2**-15 if waveform.dtype == torch.int16 else waveform
     return waveform * np.float32(2**-15) if waveform.dtype == np.int16 else waveform
 
 
@@ -192,23 +207,30 @@ def cut(sound: Sound, length: int, position: float = 0.5) -> np.ndarray:
 
 
 def power_spectrogram(waveform: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """(samples,) in -1..1 -> (1, F, L) float32, |STFT|^2 with a periodic Hann window, centred, reflect padding."""
-    padded = np.pad(np.asarray(waveform, dtype=np.float32), N_FFT // 2, mode="reflect")
-    frames = torch.from_numpy(padded).unfold(0, N_FFT, HOP)  # (L, N_FFT)
-    spectrum = torch.fft.rfft(frames * WINDOW).numpy()  # (L, F); NumPy's squares and logarithms are the faster ones
-    with np.errstate(over="ignore"):  # load_spectrogram names the file
-        power = np.square(spectrum.real)
-        power += np.square(spectrum.imag)
-    return torch.from_numpy(power.T[None])
+    """(samples,) in -1..1, or 16-bit levels -> (1, F, L) float32, |STFT|^2: see `power_spectrograms`."""
+    return power_spectrograms(torch.as_tensor(waveform)[None])[0]
+
+
+def power_spectrograms(waveforms: torch.Tensor) -> torch.Tensor:
+    """(B, samples) in -1..1, or 16-bit levels -> (B, 1, F, L) float32, |STFT|^2 on the waveforms' device.
+
+    Periodic Hann window, centred, reflect padding. A clip's numbers do not depend on the others of its batch.
+    """
+    padded = F.pad(as_float(waveforms).float(), (N_FFT // 2, N_FFT // 2), mode="reflect")
+    frames = padded.unfold(1, N_FFT, HOP)  # (B, L, N_FFT)
+    spectrum = torch.view_as_real(torch.fft.rfft(frames * _window(waveforms.device)))  # (B, L, F, 2)
+    power = spectrum[..., 0].square().add_(spectrum[..., 1].square())
+    return power.transpose(1, 2)[:, None]
+
+
+@cache
+def _window(device: torch.device) -> torch.Tensor:
+    return WINDOW.to(device)
 
 
 def compress(power: torch.Tensor) -> torch.Tensor:
     """Power, in place, to what the audio encoder takes: log(power + 1e-7) / 12, about -1.35 (silence) to 1."""
-    values = power.numpy()
-    values += LOG_FLOOR
-    np.log(values, out=values)
-    values /= LOG_SCALE
-    return power
+    return power.add_(LOG_FLOOR).log_().div_(LOG_SCALE)
 
 
 def log_spectrogram(waveform: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -216,8 +238,13 @@ def log_spectrogram(waveform: np.ndarray | torch.Tensor) -> torch.Tensor:
     return compress(power_spectrogram(waveform))
 
 
-def silence_spectrogram(seconds: float) -> torch.Tensor:
-    """Audio that nothing in view can cause, drawn by PyTorch's CPU generator -> (1, F, L) log power spectrogram.
+def log_spectrograms(audio: torch.Tensor) -> torch.Tensor:
+    """Waveforms (B, samples), in -1..1 or 16-bit levels, or power (B, 1, F, L) -> (B, 1, F, L), on their device."""
+    return compress(power_spectrograms(audio) if audio.ndim == 2 else audio.clone()).contiguous()
+
+
+def draw_silence(seconds: float) -> torch.Tensor:
+    """Audio that nothing in view can cause, drawn by PyTorch's CPU generator -> waveform (samples,) in about -1..1.
 
     Half of the draws are digital silence. The others are noise whose power falls with frequency f as f^-a, a in 0..2
     (white, pink, brown), with a root mean square of -50 to -10 dB of full scale.
@@ -229,7 +256,7 @@ def silence_spectrogram(seconds: float) -> torch.Tensor:
         shaped = spectrum * torch.arange(1, len(spectrum) + 1) ** -slope  # the root of the power
         waveform = torch.fft.irfft(shaped, len(waveform))
         waveform *= 10 ** ((40 * level - 50) / 20) / waveform.square().mean().sqrt()
-    return log_spectrogram(waveform)
+    return waveform
 
 
 def load_spectrogram(path: str | Path, seconds: float, position: float = 0.5) -> torch.Tensor:
@@ -238,18 +265,13 @@ def load_spectrogram(path: str | Path, seconds: float, position: float = 0.5) ->
     seconds: length that the model takes; position: see `crop_or_tile`, stored spectrograms are cut likewise.
     Raises ValueError, naming the file, when it is neither.
     """
-    return spectrogram_of(load_sound(path, seconds, (position, position)), path, seconds, position)
+    return log_spectrograms(clip_of(load_sound(path, seconds, (position, position)), seconds, position)[None])[0]
 
 
-def spectrogram_of(sound: Sound, path: str | Path, seconds: float, position: float = 0.5) -> torch.Tensor:
-    """What `load_sound` read of a file -> (1, F, L) log power spectrogram of the cut at that position."""
-    if sound.values.ndim == 3:
-        spectrogram = compress(torch.from_numpy(cut(sound, num_frames(seconds), position).copy()))
-    else:
-        spectrogram = log_spectrogram(as_float(cut(sound, num_samples(seconds), position)))
-    if not torch.isfinite(spectrogram.sum()):
-        raise ValueError(f"the audio {path} is so loud that its spectrogram is not finite: samples must be in -1..1")
-    return spectrogram
+def clip_of(sound: Sound, seconds: float, position: float = 0.5) -> torch.Tensor:
+    """The cut at that position: waveform (samples,), 16-bit levels or float32, or power (1, F, L)."""
+    length = num_frames(seconds) if sound.values.ndim == 3 else num_samples(seconds)
+    return torch.from_numpy(np.ascontiguousarray(cut(sound, length, position)))
 
 
 def load_power(path: str | Path) -> np.ndarray:
@@ -267,3 +289,28 @@ def load_power(path: str | Path) -> np.ndarray:
             f"the spectrogram {path} holds values that are negative or not finite: not a power spectrogram"
         )
     return power
+
+
+# ---------------------------------------------------------------- batches
+
+
+class Heard(NamedTuple):
+    """A clip of audio, or a batch of them, until `finish` computes the spectrogram."""
+
+    clip: torch.Tensor  # (samples,) int16 levels or float32 in -1..1; or power (1, F, L)
+    bands: torch.Tensor = torch.empty(0)  # to mask, see `draw_bands`
+
+
+def collate_heard(heard: Sequence[Heard], *, collate_fn_map: Mapping | None = None) -> Heard:
+    clips = [one.clip for one in heard]
+    if any(clip.ndim == 3 for clip in clips):
+        clips = [clip if clip.ndim == 3 else power_spectrogram(clip) for clip in clips]
+    elif len({clip.dtype for clip in clips}) > 1:
+        clips = [as_float(clip) for clip in clips]
+    return Heard(default_collate(clips), default_collate([one.bands for one in heard]))
+
+
+def spectrograms_of(heard: Heard, device: torch.device) -> torch.Tensor:
+    """A batch of clips -> (B, 1, F, L) log power spectrograms with their bands masked, computed on the device."""
+    found = log_spectrograms(heard.clip.to(device, non_blocking=True))
+    return mask_bands(found, heard.bands.to(device, non_blocking=True)) if heard.bands.numel() else found

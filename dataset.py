@@ -7,7 +7,7 @@ import atexit
 import multiprocessing.queues
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.collate import collate as collate_by_type
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from annotations import (
     GroundTruth,
@@ -28,11 +30,23 @@ from annotations import (
     read_ids,
     read_silent_pairs,
 )
-from audio_io import AUDIO_SUFFIXES, Sound, load_sound, silence_spectrogram, spectrogram_of
+from audio_io import (
+    AUDIO_SUFFIXES,
+    N_BINS,
+    Heard,
+    Sound,
+    clip_of,
+    collate_heard,
+    draw_silence,
+    load_sound,
+    num_frames,
+    spectrograms_of,
+)
 from maps import MAP_SIZE
-from transforms import load_image, mask_spectrogram, normalise, resize_whole, train_transform
-from utils import Absent, Undecodable, UserError, as_user_error, end_workers
+from transforms import augmentation, draw_bands, load_image, normalise, resize_whole
+from utils import Absent, Undecodable, UserError, as_user_error, end_workers, lacking_shared_memory
 
+CPU = torch.device("cpu")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -208,6 +222,57 @@ def find_pairs(
     return pairs, missing
 
 
+# ---------------------------------------------------------------- what workers send, and what becomes of it
+
+
+class Pixels(NamedTuple):
+    """An image, or a batch of them, until `finish` normalises it."""
+
+    levels: torch.Tensor  # (H, W, 3) uint8
+
+
+def collate(items: Sequence) -> Any:
+    """Items -> a batch, as torch's `default_collate` makes it; clips of several types are brought to one."""
+    return collate_by_type(items, collate_fn_map={Heard: collate_heard, **default_collate_fn_map})
+
+
+def finish(batch: Any, device: torch.device) -> Any:
+    """A batch with its `Pixels` normalised and its clips as log spectrograms, computed on the device.
+
+    Pixels -> (B, 3, H, W); a tuple of n `Heard` -> (B, n, F, L). Everything else stays as it is and where it is.
+    """
+    if isinstance(batch, Pixels):
+        return normalise(batch.levels.to(device, non_blocking=True))
+    if _is_audio(batch):
+        found = [spectrograms_of(heard, device) for heard in batch]
+        return torch.cat(found, dim=1) if len(found) > 1 else found[0]
+    return _rebuilt(batch, [finish(part, device) for part in batch]) if isinstance(batch, tuple | list) else batch
+
+
+def finish_one(item: Any) -> Any:
+    """The same of an item that is not in a batch, on the CPU."""
+    if isinstance(item, Pixels):
+        return finish(Pixels(item.levels[None]), CPU)[0]
+    if _is_audio(item):
+        return finish(tuple(Heard(*(part[None] for part in heard)) for heard in item), CPU)[0]
+    return _rebuilt(item, [finish_one(part) for part in item]) if isinstance(item, tuple) else item
+
+
+def bytes_of(batch: Any) -> int:
+    """Bytes of all tensors in a batch."""
+    if isinstance(batch, torch.Tensor):
+        return batch.nbytes
+    return sum(map(bytes_of, batch)) if isinstance(batch, tuple | list) else 0
+
+
+def _is_audio(value: Any) -> bool:
+    return isinstance(value, tuple | list) and bool(value) and all(isinstance(part, Heard) for part in value)
+
+
+def _rebuilt(value: tuple | list, parts: list) -> tuple | list:
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
 # ---------------------------------------------------------------- data sets
 
 
@@ -222,13 +287,31 @@ class Decoded(NamedTuple):
 
 
 class DecodedPairs(Dataset):
-    """Pairs whose files are decoded every time, or once where `store` keeps what they held (training/decoded.py)."""
+    """Pairs whose files are decoded every time, or once where `store` keeps what they held (training/decoded.py).
+
+    An item is a finished `Sample`; what workers send of it, `raw`, is a `Sample` of bytes: see `transforms.finish`.
+    """
 
     pairs: Sequence[Pair]
+    audio_seconds: float
     store: Any = None  # get(index) -> Decoded, or None where nothing is kept; put(index, decoded)
+    loader: "Loader | None" = None  # whose workers are kept: see `make_loader`
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        return finish_one(self.raw(index))
+
+    def raw(self, index: int) -> Sample:
+        """The item with `Pixels` as its image and a tuple of `Heard` in place of the spectrogram."""
+        raise NotImplementedError
+
+    def heard(self, index: int) -> tuple[Heard]:
+        """A pair's audio alone, cut from the middle. Raises Undecodable, naming the file."""
+        with as_user_error(ValueError, kind=Undecodable):
+            sound = self.decoded(index).sound if self.store else load_sound(self.pairs[index].audio, self.audio_seconds)
+        return (Heard(clip_of(sound, self.audio_seconds)),)
 
     def decoded(self, index: int) -> Decoded:
         """Raises Undecodable, naming the file."""
@@ -267,7 +350,7 @@ class TrainingPairs(DecodedPairs):
     ) -> None:
         self.pairs, self.audio_seconds, self.augment, self.seed, self.epoch = pairs, audio_seconds, augment, seed, 0
         self.image_size, self.silence = image_size, silence
-        self.transform = normalise if augment == "none" else train_transform(image_size, augment)
+        self.draw_image = augmentation(image_size, augment)
 
     def _decode(self, pair: Pair) -> Decoded:
         if self.augment == "none":
@@ -275,19 +358,21 @@ class TrainingPairs(DecodedPairs):
         image = np.array(load_image(pair.image, 2 * self.image_size))
         return Decoded(image, load_sound(pair.audio, self.audio_seconds, TRAIN_POSITIONS))
 
-    def __getitem__(self, index: int) -> Sample:
+    def raw(self, index: int) -> Sample:
         pair, (image, sound) = self.pairs[index], self.decoded(index)
+        if self.augment == "none":
+            heard = (Heard(clip_of(sound, self.audio_seconds)),)
+            return Sample(Pixels(torch.from_numpy(image)), heard, torch.empty(0), pair.id, "")
         draw = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
-        with torch.random.fork_rng(devices=[]), as_user_error(ValueError, kind=Undecodable):
+        with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(draw)  # torch.manual_seed would reseed CUDA as well
-            position = 0.5 if self.augment == "none" else 0.4 + 0.2 * float(torch.rand(()))
-            spectrogram = spectrogram_of(sound, pair.audio, self.audio_seconds, position)
-            if self.augment == "hard":
-                spectrogram = mask_spectrogram(spectrogram)
-            image = self.transform(image)
+            clip = clip_of(sound, self.audio_seconds, 0.4 + 0.2 * float(torch.rand(())))
+            sizes = N_BINS, num_frames(self.audio_seconds)
+            heard = [Heard(clip, draw_bands(*sizes)) if self.augment == "hard" else Heard(clip)]
+            pixels = Pixels(torch.from_numpy(self.draw_image(image)))
             if self.silence:  # last, so that it changes no other random choice
-                spectrogram = torch.cat([spectrogram, silence_spectrogram(self.audio_seconds)])
-            return Sample(image, spectrogram, torch.empty(0), pair.id, "")
+                heard.append(Heard(draw_silence(self.audio_seconds)))
+        return Sample(pixels, tuple(heard), torch.empty(0), pair.id, "")
 
 
 class EvaluationPairs(DecodedPairs):
@@ -316,18 +401,11 @@ class EvaluationPairs(DecodedPairs):
     def _decode(self, pair: Pair) -> Decoded:
         return decode_for_evaluation(pair, self.image_size, self.audio_seconds)
 
-    def spectrogram(self, index: int) -> torch.Tensor:
-        path = self.pairs[index].audio
-        with as_user_error(ValueError, kind=Undecodable):
-            sound = self.decoded(index).sound if self.store else load_sound(path, self.audio_seconds)
-            return spectrogram_of(sound, path, self.audio_seconds)
-
-    def __getitem__(self, index: int) -> Sample:
+    def raw(self, index: int) -> Sample:
         pair, (image, sound) = self.pairs[index], self.decoded(index)
-        with as_user_error(ValueError, kind=Undecodable):
-            spectrogram = spectrogram_of(sound, pair.audio, self.audio_seconds)
+        heard = (Heard(clip_of(sound, self.audio_seconds)),)
         truth = self.ground_truth.truth_of(pair.id)
-        return Sample(normalise(image), spectrogram, truth, pair.id, self.class_names[index])
+        return Sample(Pixels(torch.from_numpy(image)), heard, truth, pair.id, self.class_names[index])
 
 
 class Selection(NamedTuple):
@@ -493,18 +571,93 @@ def in_order(count: int, batch_size: int) -> list[range]:
 
 
 def make_loader(
-    dataset: Dataset, batch_size: int, workers: int, batches: Sequence[Sequence[int]] | None = None
-) -> DataLoader:
-    """The given batches of indices, else all items in order. Workers draw no random numbers: see TrainingPairs."""
+    dataset: Dataset,
+    batch_size: int,
+    workers: int,
+    batches: Sequence[Sequence[int]] | None = None,
+    device: torch.device = CPU,
+    keep_workers: bool = False,
+) -> "Loader":
+    """The given batches of indices, else all items in order. Workers draw no random numbers: see TrainingPairs.
+
+    device: where images are normalised and spectrograms computed. keep_workers: the same workers make the batches of
+    the next loader of these pairs; of what changes in them meanwhile, only `epoch` reaches the workers.
+    """
     batches = in_order(len(dataset), batch_size) if batches is None else batches
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        worker_init_fn=_leave_stopping_to_the_run,
-        generator=torch.Generator().manual_seed(0),
-        pin_memory=torch.cuda.is_available(),
-    )
+    if not (keep_workers and workers):
+        return Loader(dataset, workers, device).over(batches)
+    if dataset.loader is None or (dataset.loader.workers, dataset.loader.device) != (workers, device):
+        dataset.loader = Loader(dataset, workers, device, persistent=True)
+    return dataset.loader.over(batches)
+
+
+class Loader:
+    """Batches of a data set in the order that `over` says: made of bytes by workers, finished on a device."""
+
+    def __init__(self, dataset: Dataset, workers: int, device: torch.device, persistent: bool = False) -> None:
+        self.dataset, self.workers, self.device, self.keys = dataset, workers, device, _Keys(dataset)
+        self.batches = DataLoader(
+            _Sent(dataset),
+            batch_sampler=self.keys,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=_leave_stopping_to_the_run,
+            generator=torch.Generator().manual_seed(0),
+            pin_memory=device.type == "cuda",
+            persistent_workers=persistent,
+        )
+
+    def over(self, batches: Sequence[Sequence[int]]) -> "Loader":
+        self.keys.batches = batches
+        return self
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __iter__(self) -> Iterator:
+        if self.workers:
+            self._check_shared_memory()
+        batches = iter(self.batches)
+        return (finish(batch, self.device) for batch in batches)
+
+    def _check_shared_memory(self) -> None:
+        """UserError where the batches that the workers hold ready do not fit into what is free of /dev/shm."""
+        in_flight = min(len(self), self.workers * self.batches.prefetch_factor + 1)
+        if not in_flight:
+            return
+        try:
+            one = collate([self.batches.dataset[next(iter(self.keys))[0]]])
+        except Undecodable:  # told when its turn comes
+            return
+        needed = in_flight * max(map(len, self.keys.batches)) * bytes_of(one)
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if lacking := lacking_shared_memory(needed):
+            raise UserError(lacking)
+
+
+class _Keys:
+    """Batches of (epoch, index): the epoch travels with the index to workers that outlive it."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset, self.batches = dataset, []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = getattr(self.dataset, "epoch", 0)
+        return ([(epoch, index) for index in batch] for batch in self.batches)
+
+
+class _Sent(Dataset):
+    """What workers send of a data set's items; of one that has only finished items, these."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset, self.item = dataset, getattr(dataset, "raw", dataset.__getitem__)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        self.dataset.epoch, index = key
+        return self.item(index)
 
 
 def _leave_stopping_to_the_run(_: int) -> None:

@@ -5,7 +5,7 @@ H x W image, F bins, L frames.
 
 import struct
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.functional import to_tensor
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPECTROGRAM_MASK_BINS = 9
@@ -23,15 +22,23 @@ CUT_OFF = -0.499  # OpenCV rounds to whole levels, Pillow cuts the fraction off
 cv2.setNumThreads(0)  # a forked worker would wait forever for the threads of its parent's OpenCV
 
 
-def train_transform(size: int, augment: str) -> Callable[[Image.Image | np.ndarray], torch.Tensor]:
-    """RGB image, PIL or (H, W, 3) uint8 -> (3, size, size) normalised. augment: "hard" (the paper's) or "plain" (crop
-    and flip)."""
-    return partial(_augment, size=size, hard=augment == "hard")
+def train_transform(size: int, augment: str) -> Callable[[Image.Image], torch.Tensor]:
+    """RGB PIL image -> (3, size, size) normalised. augment: "hard" (the paper's) or "plain" (crop and flip)."""
+    draw = augmentation(size, augment)
+    return lambda image: _normalise_one(draw(image))
 
 
-def _augment(image: Image.Image | np.ndarray, size: int, hard: bool) -> torch.Tensor:
+def augmentation(size: int, augment: str) -> Callable[[Image.Image | np.ndarray], np.ndarray]:
+    """The same before it is normalised: RGB image, PIL or (H, W, 3) uint8 -> (size, size, 3) uint8."""
+
+    def draw(image: Image.Image | np.ndarray) -> np.ndarray:
+        return change(random_crop(np.asarray(image), size, short_side=int(size * 1.1)), augment == "hard")
+
+    return draw
+
+
+def change(pixels: np.ndarray, hard: bool) -> np.ndarray:
     """Draws from torch's global generator what torchvision's transforms of the same names draw, in their order."""
-    pixels = _random_crop(np.asarray(image), size, short_side=int(size * 1.1))
     if hard and _chance(0.8):
         kernel = cv2.getGaussianKernel(5, _uniform(0.1, 2.0))
         pixels = cv2.sepFilter2D(pixels, -1, kernel, kernel)
@@ -41,7 +48,7 @@ def _augment(image: Image.Image | np.ndarray, size: int, hard: bool) -> torch.Te
         pixels = _jitter_colour(pixels, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
     if hard and _chance(0.2):
         pixels = _grey(pixels)
-    return _normalise(pixels)
+    return pixels
 
 
 def _chance(probability: float) -> bool:
@@ -52,7 +59,7 @@ def _uniform(low: float, high: float) -> float:
     return float(torch.empty(()).uniform_(low, high))
 
 
-def _random_crop(image: np.ndarray, size: int, short_side: int) -> np.ndarray:
+def random_crop(image: np.ndarray, size: int, short_side: int) -> np.ndarray:
     """RGB (H, W, 3) -> (size, size, 3) uint8: a random crop of it resized (bicubic, antialiased) to that short side.
 
     Cropped before resizing: the result is the same to half a pixel, and only the cropped part has to be resized.
@@ -96,17 +103,9 @@ def _turn_hue(pixels: np.ndarray, turn: float) -> np.ndarray:
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
-def _normalise(pixels: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (3, H, W) float32."""
-    planes = np.empty((3, *pixels.shape[:2]), np.float32)
-    for plane, channel, mean, std in zip(planes, cv2.split(pixels), IMAGENET_MEAN, IMAGENET_STD, strict=True):
-        cv2.addWeighted(channel, 1 / (255 * std), channel, 0, -mean / std, dst=plane, dtype=cv2.CV_32F)
-    return torch.from_numpy(planes)
-
-
 def eval_transform(size: int) -> Callable[[Image.Image], torch.Tensor]:
     """PIL image -> (3, size, size) normalised: bicubic, antialiased, the aspect ratio is not kept."""
-    return lambda image: normalise(resize_whole(image, size))
+    return lambda image: _normalise_one(resize_whole(image, size))
 
 
 def resize_whole(image: Image.Image, size: int) -> np.ndarray:
@@ -114,20 +113,38 @@ def resize_whole(image: Image.Image, size: int) -> np.ndarray:
     return np.array(v2.functional.resize(image, [size, size], InterpolationMode.BICUBIC))
 
 
-def normalise(pixels: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (3, H, W) float32, ImageNet-normalised as torchvision does it."""
-    scaled = to_tensor(pixels)  # v2's scaling: another last bit
-    return v2.functional.normalize(scaled, list(IMAGENET_MEAN), list(IMAGENET_STD))
+def normalise(levels: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, ImageNet-normalised, channels last in memory, on the same device."""
+    mean, std = _statistics(levels.shape[2], levels.device)
+    flat = levels.flatten(2).float()  # (B, H, W * 3): rows that are long enough for vector instructions
+    return flat.div_(255).sub_(mean).div_(std).view(levels.shape).permute(0, 3, 1, 2)
 
 
-def mask_spectrogram(spectrogram: torch.Tensor) -> torch.Tensor:
-    """Set one random band of bins and one of frames of (1, F, L), 0 to 9 wide each, to 0 in place."""
-    for axis in (1, 2):
-        width = int(torch.randint(SPECTROGRAM_MASK_BINS + 1, ()))
-        width = min(width, spectrogram.shape[axis])
-        start = int(torch.randint(spectrogram.shape[axis] - width + 1, ()))
-        spectrogram.narrow(axis, start, width).zero_()
-    return spectrogram
+def _normalise_one(pixels: np.ndarray) -> torch.Tensor:
+    return normalise(torch.from_numpy(pixels)[None])[0].contiguous()
+
+
+@cache
+def _statistics(width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.tensor(values).repeat(width).to(device) for values in (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def draw_bands(bins: int, frames: int) -> torch.Tensor:
+    """One random band of bins and one of frames to mask, 0 to 9 wide each: (4,) int64, start and width of both."""
+    bands = []
+    for size in (bins, frames):
+        width = min(int(torch.randint(SPECTROGRAM_MASK_BINS + 1, ())), size)
+        bands += [int(torch.randint(size - width + 1, ())), width]
+    return torch.tensor(bands)
+
+
+def mask_bands(spectrograms: torch.Tensor, bands: torch.Tensor) -> torch.Tensor:
+    """Set the bands (B, 4), see `draw_bands`, of spectrograms (B, 1, F, L) to 0 in place."""
+    for axis, (start, width) in ((2, bands[:, :2].T), (3, bands[:, 2:].T)):
+        place = torch.arange(spectrograms.shape[axis], device=spectrograms.device)
+        hidden = (place >= start[:, None]) & (place < (start + width)[:, None])  # (B, F) or (B, L)
+        spectrograms.masked_fill_(hidden[:, None, :, None] if axis == 2 else hidden[:, None, None], 0)
+    return spectrograms
 
 
 def load_image(path: str | Path, short_side: int | None = None) -> Image.Image:

@@ -131,6 +131,17 @@ def what_ran_out(error: BaseException) -> str | None:
     return None
 
 
+def lacking_shared_memory(needed: int) -> str | None:
+    """Where less than `needed` bytes of /dev/shm are free: one line that says so, and what helps."""
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return None
+    _, what, helps = RAN_OUT[0]
+    need = f"they need {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free"
+    return f"{what.format(shm=_size_of(SHARED_MEMORY))} ({need}): {helps}" if needed > free else None
+
+
 def _size_of(folder: str) -> str:
     try:
         return f"{folder}, {shutil.disk_usage(folder).total / 2**20:.0f} MiB,"

@@ -13,10 +13,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from audio_io import SAMPLE_RATE, load_audio, num_samples, power_spectrogram
-from dataset import Pair, TrainingPairs, make_loader
+from dataset import Pair, TrainingPairs, bytes_of, make_loader
+from experiments.fp32_input import Fp32Pairs
 from experiments.released import ReleasedPairs
 from experiments.timing import Timing, add_rounds, alternate, one_thread
 from model_slot import JointSlotModel
+from training.decoded import keep_decoded
 from utils import bf16_is_fast, number
 
 IMAGE_SIZE, AUDIO_SECONDS = 224, 5.0
@@ -67,13 +69,24 @@ def make_input_files(folder: Path, count: int) -> tuple[list[Pair], list[Pair]]:
 
 
 def read_all(pairs: Dataset) -> None:
-    for index in range(len(pairs)):
-        pairs[index]
+    """Make every batch in this process: what the workers do, and what follows on the device, here the CPU."""
+    for _ in make_loader(pairs, TRAIN_BATCH, 0):
+        pass
+
+
+def read_bytes(pairs: Dataset) -> None:
+    """What the workers do."""
+    for _ in make_loader(pairs, TRAIN_BATCH, 0).batches:
+        pass
+
+
+def bytes_per_pair(pairs: Dataset) -> float:
+    return bytes_of(next(iter(make_loader(pairs, TRAIN_BATCH, 0).batches))) / TRAIN_BATCH
 
 
 def train_epoch(pairs: Dataset, model: JointSlotModel, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Forward, backward and step over all batches, in bfloat16 where that is fast."""
-    for batch in make_loader(pairs, TRAIN_BATCH, TRAIN_WORKERS):
+    for batch in make_loader(pairs, TRAIN_BATCH, TRAIN_WORKERS, device=device):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device, small=True)):
             loss = sum(model(batch.image.to(device), batch.spectrogram.to(device)).values())
         optimizer.zero_grad()
@@ -85,25 +98,39 @@ def train_epoch(pairs: Dataset, model: JointSlotModel, optimizer: torch.optim.Op
 def bench_input(rounds: int, train_pairs: int) -> Iterator[Timing]:
     with tempfile.TemporaryDirectory() as folder:
         files = make_input_files(Path(folder), INPUT_FILES)
-
-        def data_sets(count: int) -> tuple[TrainingPairs, ReleasedPairs]:
-            ours, baseline = ([found[i % len(found)] for i in range(count)] for found in files)
-            return TrainingPairs(ours, IMAGE_SIZE, AUDIO_SECONDS, "hard"), ReleasedPairs(baseline)
-
-        ours, baseline = data_sets(2 * INPUT_FILES)
-        with one_thread():
-            spent = alternate(lambda: read_all(ours), lambda: read_all(baseline), rounds, time.process_time)
-        yield Timing("input: core time, per sample", *(1000 * t / len(ours) for t in spent), "ms")
+        paths = [[found[i % len(found)] for i in range(2 * INPUT_FILES)] for found in files]
+        ours, before = (kind(paths[0], IMAGE_SIZE, AUDIO_SECONDS, "hard") for kind in (TrainingPairs, Fp32Pairs))
+        released = ReleasedPairs(paths[1])
+        yield from cost_per_pair(ours, before, released, rounds)
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(0)
         model = JointSlotModel("small", image_size=IMAGE_SIZE, audio_seconds=AUDIO_SECONDS).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
-        ours, baseline = data_sets(train_pairs)
+        paths = [[found[i % len(found)] for i in range(train_pairs)] for found in files]
+        ours, released = TrainingPairs(paths[0], IMAGE_SIZE, AUDIO_SECONDS, "hard"), ReleasedPairs(paths[1])
         spent = alternate(
             lambda: train_epoch(ours, model, optimizer, device),
-            lambda: train_epoch(baseline, model, optimizer, device),
+            lambda: train_epoch(released, model, optimizer, device),
             rounds,
         )
         name = f"input: training epoch, {TRAIN_WORKERS} data-loading workers, {device.type}, per pair"
         yield Timing(name, *(1000 * t / len(ours) for t in spent), "ms")
+
+
+def cost_per_pair(ours: TrainingPairs, before: Fp32Pairs, released: ReleasedPairs, rounds: int) -> Iterator[Timing]:
+    """Core time on one thread, and bytes that a worker hands over."""
+    clock, scale = time.process_time, 1000 / len(ours)
+    with one_thread():
+        spent = alternate(lambda: read_all(ours), lambda: read_all(released), rounds, clock)
+        yield Timing("input: core time, per sample", *(scale * t for t in spent), "ms")
+        spent = alternate(lambda: read_all(ours), lambda: read_all(before), rounds, clock)
+        yield Timing("input: core time, per sample (baseline: fp32 from workers)", *(scale * t for t in spent), "ms")
+        spent = alternate(lambda: read_bytes(ours), lambda: read_bytes(before), rounds, clock)
+        yield Timing("input: of it in workers (baseline: fp32 from workers)", *(scale * t for t in spent), "ms")
+        keep_decoded([ours], "memory")
+        spent = alternate(lambda: read_all(ours), lambda: read_all(before), rounds, clock)
+        yield Timing("input: decoded once (baseline: fp32 from workers)", *(scale * t for t in spent), "ms")
+        ours.store = None
+    sizes = (bytes_per_pair(pairs) / 1000 for pairs in (ours, before))
+    yield Timing("input: from a worker, per pair (baseline: fp32 from workers)", *sizes, "kB")

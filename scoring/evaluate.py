@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from annotations import GroundTruth, check_finite, first_ids, repeated
-from dataset import EvaluationPairs, Sample, in_order, make_loader
+from audio_io import Heard
+from dataset import EvaluationPairs, Sample, finish_one, in_order, make_loader
 from distributed import gather_in_order, hidden_bar, is_main, shard
 from maps import ABSOLUTE, smooth_maps
 from models import Model
@@ -60,7 +61,10 @@ class WithWrongAudio(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Sample, torch.Tensor]:
-        return self.dataset[index], self.dataset.spectrogram(int(self.partner[index]))
+        return finish_one(self.raw(index))
+
+    def raw(self, index: int) -> tuple[Sample, tuple[Heard]]:
+        return self.dataset.raw(index), self.dataset.heard(int(self.partner[index]))
 
 
 class Localized(NamedTuple):
@@ -144,7 +148,7 @@ def evaluate(
     """
     paired = WithWrongAudio(dataset, seed)
     batches = in_order(len(paired), batch_size)[:max_batches]
-    loader = counted_batches(make_loader(paired, batch_size, workers, shard(batches)), dataset, workers)
+    loader = counted_batches(make_loader(paired, batch_size, workers, shard(batches), device), dataset, workers)
     scores, embeddings = SetScores(dataset.ground_truth), []
     was_training = model.training
     model.eval()
@@ -225,20 +229,26 @@ def _retrieval(dataset: EvaluationPairs, ids: Sequence[str], image: torch.Tensor
 @torch.no_grad()
 @full_precision()
 def embed_set(
-    model: Model, dataset: Dataset, device: torch.device, batch_size: int = 64, workers: int = 0
+    model: Model,
+    dataset: Dataset,
+    device: torch.device,
+    batch_size: int = 64,
+    workers: int = 0,
+    count: int | None = None,
+    keep_workers: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """What retrieval compares of a set's images, (N, D) or (N, n, D), and of its audio, (N, D); see `partner_ranks`.
 
-    In evaluation mode; the mode is put back. Several processes share the batches; the first one returns both, the
-    others None.
+    count: of the first items only; keep_workers: see `make_loader`. In evaluation mode; the mode is put back. Several
+    processes share the batches; the first one returns both, the others None.
     """
 
     def embed(image: torch.Tensor, spectrogram: torch.Tensor) -> list[torch.Tensor]:
         states = model.attend_image(image)[0], model.attend_audio(spectrogram)
         return [model.embedding(state).cpu() for state in states]
 
-    batches = in_order(len(dataset), batch_size)
-    loader = make_loader(dataset, batch_size, workers, shard(batches))
+    batches = in_order(min(len(dataset), count or len(dataset)), batch_size)
+    loader = make_loader(dataset, batch_size, workers, shard(batches), device, keep_workers)
     was_training = model.training
     model.eval()
     try:

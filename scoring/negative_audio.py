@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from audio_io import load_spectrogram, log_spectrogram, num_samples
-from dataset import EvaluationPairs, Sample, TrainingPairs
+from audio_io import Heard, log_spectrogram, num_samples
+from dataset import EvaluationPairs, Sample, TrainingPairs, finish_one
 from scoring.retrieval import derangement
-from utils import Undecodable, UserError, as_user_error
+from utils import UserError, as_user_error
 
 
 def silence(seconds: float) -> torch.Tensor:
@@ -21,8 +21,13 @@ def silence(seconds: float) -> torch.Tensor:
 
 
 def noise(seconds: float, *seed: int) -> torch.Tensor:
-    """(1, F, L) log power spectrogram of standard normal samples, drawn by these numbers alone."""
-    return log_spectrogram(np.random.default_rng(seed).standard_normal(num_samples(seconds), np.float32))
+    """(1, F, L) log power spectrogram of `noise_waveform`."""
+    return log_spectrogram(noise_waveform(seconds, *seed))
+
+
+def noise_waveform(seconds: float, *seed: int) -> torch.Tensor:
+    """(samples,) standard normal, drawn by these numbers alone."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(num_samples(seconds), np.float32))
 
 
 class WithNegativeAudio(Dataset):
@@ -61,7 +66,8 @@ class WithNegativeAudio(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Sample, torch.Tensor, torch.Tensor]:
-        other, seconds = self.dataset.pairs[int(self.partner[index])], self.dataset.audio_seconds
-        with as_user_error(ValueError, kind=Undecodable):
-            offscreen = load_spectrogram(other.audio, seconds)
-        return self.dataset[index], noise(seconds, self.seed, int(self.place[index])), offscreen
+        return finish_one(self.raw(index))
+
+    def raw(self, index: int) -> tuple[Sample, tuple[Heard], tuple[Heard]]:
+        drawn = noise_waveform(self.dataset.audio_seconds, self.seed, int(self.place[index]))
+        return self.dataset.raw(index), (Heard(drawn),), self.dataset.heard(int(self.partner[index]))

@@ -95,7 +95,7 @@ def largest_shares(
 ) -> dict[str, np.ndarray] | None:
     """The largest value of each AUD_share at 224 x 224 under each of NEGATIVES, (N,); only on the first process."""
     batches = in_order(len(dataset), batch_size)
-    loader = make_loader(dataset, batch_size, workers, shard(batches))
+    loader = make_loader(dataset, batch_size, workers, shard(batches), device)
     was_training = model.training
     model.eval()
     try:

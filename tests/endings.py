@@ -43,7 +43,7 @@ def unsendable(_):
 
 def load(case: str) -> None:
     """Data-loading workers at work, and an error."""
-    loader = make_loader(Numbers(), 2, 2)
+    loader = make_loader(Numbers(), 2, 2).batches
     if case == "of a batch that cannot be sent":
         loader.collate_fn = unsendable
     batches = iter(loader)

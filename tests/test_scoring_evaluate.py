@@ -99,7 +99,7 @@ def test_wrong_audio_is_of_another_class_whatever_the_order_of_the_list(syntheti
     paired = evaluation.WithWrongAudio(dataset, seed=0)
     assert sorted(paired.partner) == list(range(len(dataset)))
     assert all(dataset.class_names[i] != dataset.class_names[j] for i, j in enumerate(paired.partner))
-    assert torch.equal(paired[2][1], dataset.spectrogram(int(paired.partner[2])))
+    assert torch.equal(paired[2][1], dataset[int(paired.partner[2])].spectrogram)
     other = EvaluationPairs(dataset.pairs[::-1], dataset.ground_truth, [], **SIZES)
     partner = evaluation.WithWrongAudio(other, seed=0).partner
     assert other.pairs[partner[-1]] == dataset.pairs[paired.partner[0]]

@@ -36,7 +36,7 @@ def test_offscreen_audio_is_of_another_class_where_classes_are_known_else_of_ano
     assert one_class.offscreen == f"another class ({len(ids)} of the same one, for lack of another)"
     sample, _, offscreen = known[3]
     assert sample.id == ids[3]
-    assert torch.equal(offscreen, dataset.spectrogram(int(known.partner[3])))
+    assert torch.equal(offscreen, dataset[int(known.partner[3])].spectrogram)
 
 
 def test_the_order_of_the_pairs_changes_neither_partner_nor_noise(dataset):

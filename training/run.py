@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import Subset
 from tqdm import tqdm
 
 from annotations import check_finite
@@ -62,7 +61,7 @@ def train_one_epoch(
         ) as bar,
     ):
         clock = time.monotonic()
-        for batch in make_loader(train, batch_size, workers, own):
+        for batch in make_loader(train, batch_size, workers, own, optimisation.device, keep_workers=True):
             loaded = time.monotonic()
             factor = lr_factor(first_step + state.step)
             figures = train_step(optimisation, batch, folder, weights, factor, batch_size)
@@ -104,7 +103,7 @@ def train_step(
     before, device = random_states(), optimisation.device
     rows = local_slice(batch_size)
     inputs = Inputs(
-        batch.image.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last),
+        batch.image.to(device, non_blocking=True),
         batch.spectrogram.to(device, non_blocking=True),
         TokenMasks(*(mask[rows] for mask in optimisation.model.draw_masks(batch_size))),
     )
@@ -132,15 +131,14 @@ def validate(
     model: Model, held_out: TrainingPairs, device: torch.device, batch_size: int, workers: int, count: int | None = None
 ) -> HeldOut:
     """Retrieval on at most `count` held-out pairs, without boxes or classes; empty except on the first process."""
-    pairs = Subset(held_out, range(min(count or len(held_out), len(held_out))))
-    if not len(pairs):
+    if not len(held_out):
         return HeldOut({})
     with count_undecodable(held_out.pairs, workers):
-        embeddings = embed_set(model, pairs, device, batch_size, workers)
+        embeddings = embed_set(model, held_out, device, batch_size, workers, count, keep_workers=True)
     if embeddings is None:
         return HeldOut({})
     with as_user_error(ValueError):
-        names = [pair.id for pair in held_out.pairs[: len(pairs)]]
+        names = [pair.id for pair in held_out.pairs[:count]]
         check_finite(names, dict(zip(("image embedding", "audio embedding"), embeddings, strict=True)))
     ranks = ranks_both_ways(*embeddings)
     scores = ranks.scores()
