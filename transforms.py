@@ -109,8 +109,15 @@ def eval_transform(size: int) -> Callable[[Image.Image], torch.Tensor]:
 
 
 def resize_whole(image: Image.Image, size: int) -> np.ndarray:
-    """PIL image -> (size, size, 3) uint8: bicubic, antialiased, the aspect ratio is not kept."""
-    return np.array(v2.functional.resize(image, [size, size], InterpolationMode.BICUBIC))
+    """PIL image -> (size, size, 3) uint8: bicubic, antialiased, the aspect ratio is not kept.
+
+    One axis after the other, in the order in which Pillow 13 takes them itself. Older ones always begin with the width,
+    which rounds otherwise: up to 4 grey levels in images that are much reduced in height.
+    """
+    width, height = image.size
+    height_first = height - size > 2 * max(width - size, 0)
+    between = (width, size) if height_first else (size, height)
+    return np.array(image.resize(between, Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def normalise(levels: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import cv2
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -155,3 +156,16 @@ def test_a_truncated_jpeg_is_named_when_it_is_decoded_at_a_fraction_of_its_size(
     large_jpeg.write_bytes(large_jpeg.read_bytes()[:-9000])
     with pytest.raises(ValueError, match=r"x\.jpg"):
         transforms.load_image(large_jpeg, 100)
+
+
+SHAPES = [(640, 360), (360, 640), (480, 640), (1080, 1920), (223, 300), (31, 500), (100, 200), (100, 90), (112, 300)]
+
+
+@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="Pillow before 13 takes the passes in one order")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_images_are_resized_as_pillow_13_does_it_whatever_version_is_there(shape):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (shape[1], shape[0], 3), dtype=np.uint8))
+    for size in (112, 224):
+        own = image.resize((size, size), Image.Resampling.BICUBIC)
+        assert np.array_equal(transforms.resize_whole(image, size), np.asarray(own))
