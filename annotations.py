@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from defusedxml import ElementTree
 from defusedxml.common import DefusedXmlException
 from PIL import Image
 
+import media
 from maps import MAP_SIZE
 from utils import Absent, UserError
 
@@ -181,6 +183,101 @@ def check_finite(ids: Sequence[str], values: Mapping[str, torch.Tensor]) -> None
             raise ValueError(f"the {what} of {ids[int(bad.nonzero()[0])]} holds a value that is not finite")
 
 
+# ---------------------------------------------------------------- files by id
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # the first of them wins where an id has several files
+MORE_IMAGES = (".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2", ".ppm", ".pgm", ".jfif")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".npy")
+MORE_AUDIO = (".m4a", ".aac", ".opus", ".oga", ".aiff", ".aif", ".wma", ".mp2", ".ac3", ".au", ".caf", ".amr", ".mka")
+FILM_SUFFIXES = (
+    ".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mts", ".m2ts", ".ts", ".3gp", ".3g2", ".flv", ".wmv", ".asf",
+    ".mpg", ".mpeg", ".vob", ".ogv", ".mxf", ".f4v", ".mod", ".tod", ".dv", ".rm", ".rmvb", ".divx",
+)  # fmt: skip
+SUFFIXES = {"image": IMAGE_SUFFIXES + MORE_IMAGES, "audio": AUDIO_SUFFIXES + MORE_AUDIO + FILM_SUFFIXES}
+
+
+def index_folder(folder: Path, kind: str) -> tuple[dict[str, str], list[str]]:
+    """One directory walk: {id: path of its file, or of its folder of frames}, and the names of all other entries.
+
+    kind: "image" or "audio". What has another suffix is looked into. Hidden entries are left out: half-written files
+    begin with a dot. Paths are plain strings: of hundreds of thousands, `Path` objects would take several times the
+    memory.
+    """
+    order, known_suffixes = {suffix: n for n, suffix in enumerate(SUFFIXES[kind])}, {*sum(SUFFIXES.values(), ())}
+    found, others = {}, []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            stem, suffix = os.path.splitext(entry.name)
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if kind == "image" and any(os.path.splitext(name)[1].lower() in order for name in os.listdir(entry)):
+                    found.setdefault(as_id(entry.name), entry.path)
+            elif UNWRITABLE.search(entry.name) or (
+                suffix.lower() not in order and (suffix.lower() in known_suffixes or not holds(entry.path, kind))
+            ):
+                others.append(entry.name)
+            else:
+                known = os.path.splitext(found.get(as_id(stem), ""))[1].lower()
+                if not known or order.get(suffix.lower(), 99) < order.get(known, 99):
+                    found[as_id(stem)] = entry.path
+    return found, others
+
+
+UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")  # would break a list of one id per line
+
+
+def holds(path: str, kind: str) -> bool:
+    """Whether a file is an image, or holds sound, whatever its name."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+        if not head or (head.isascii() and all(byte >= 32 or byte in b"\t\r\n" for byte in head)):
+            return False  # text: such files lie beside data by the thousand
+        if kind == "image":
+            return media.is_image(path)
+        with media.open(path) as opened:
+            return opened.has_sound
+    except (OSError, UserError):
+        return False
+
+
+def frames_in(path: str) -> list[str]:
+    """The images of a folder of frames, in the order of the numbers in their names."""
+    names = [name for name in os.listdir(path) if not name.startswith(".")]
+    names = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES["image"]]
+    number = re.compile(r"\d+")
+    names.sort(key=lambda name: ([int(n) for n in number.findall(name)], name))
+    return [os.path.join(path, name) for name in names]
+
+
+def middle_frame(path: str) -> str:
+    """The image file itself; of a folder of frames the middle one, or VGG-SS's own, number 50 at 10 per second."""
+    if not os.path.isdir(path):
+        return path
+    frames = frames_in(path)
+    if not frames:
+        raise ValueError(f"the folder of frames {path} is empty")
+    return next((frame for frame in frames if "image_050." in frame), frames[(len(frames) - 1) // 2])
+
+
+def own_name(name: str) -> str:
+    """The id that a file's name without suffix means by its form alone, as releases and downloaders name files."""
+    stem, suffix = os.path.splitext(name)
+    return clip_id(stem if suffix.lower() in FILM_SUFFIXES else name)[0]
+
+
+def other_names(files: Mapping[str, str]) -> dict[str, str]:
+    """{id: path} of all that names of files may mean beside themselves; what two of them may mean is left out."""
+    found: dict[str, set[str]] = {}
+    for name, path in files.items():
+        stem, suffix = os.path.splitext(name)
+        plain = stem if suffix.lower() in FILM_SUFFIXES else name
+        for meant in {plain, *readings(plain)} - {name}:
+            found.setdefault(meant, set()).add(path)
+    return {meant: min(paths) for meant, paths in found.items() if len(paths) == 1 and meant not in files}
+
+
 def first_ids(ids: Sequence[str], count: int = 5) -> str:
     return ", ".join(ids[:count]) + (f" and {len(ids) - count} more" if len(ids) > count else "")
 
@@ -224,12 +321,41 @@ def load_boxes(path: str | Path) -> dict[str, tuple[str, list[list[float]]]]:
 
 
 def read_entries(path: str | Path) -> list:
-    """Entries of a JSON list; empty where it is not a list. Raises UserError where it is not JSON."""
+    """Entries of a JSON list, or of COCO's format as {file, class, bbox}; empty where it is neither.
+
+    Raises UserError where it is not JSON, or not COCO's format after all.
+    """
     try:
         entries = json.loads(read_text(path, "annotation"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read the annotation {path}: {error}") from error
+    if isinstance(entries, dict) and {"images", "annotations"} <= entries.keys():
+        try:
+            return _entries_of_coco(entries)
+        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise UserError(f"{path} is not COCO's format: {type(error).__name__} {error}") from error
     return entries if isinstance(entries, list) else []
+
+
+def _entries_of_coco(content: Mapping) -> list[dict]:
+    """COCO's images, annotations and categories -> [{file, class, bbox in 0..1}]; an image without boxes has none."""
+    names = {category["id"]: str(category["name"]) for category in content.get("categories", [])}
+    boxes: dict = {image["id"]: [] for image in content["images"]}
+    classes: dict = {}
+    sizes = {image["id"]: (float(image["width"]), float(image["height"])) for image in content["images"]}
+    for drawn in content["annotations"]:
+        width, height = sizes[drawn["image_id"]]
+        x, y, w, h = map(float, drawn["bbox"])
+        boxes[drawn["image_id"]].append([x / width, y / height, (x + w) / width, (y + h) / height])
+        classes.setdefault(drawn["image_id"], names.get(drawn.get("category_id"), ""))
+    return [
+        {
+            "file": PurePosixPath(str(image["file_name"]).replace("\\", "/")).stem,
+            "class": classes.get(image["id"], ""),
+            "bbox": boxes[image["id"]],
+        }
+        for image in content["images"]
+    ]
 
 
 def load_frames(path: str | Path, masks: bool = False) -> dict[str, list[float] | str]:

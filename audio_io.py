@@ -30,7 +30,6 @@ WINDOW = torch.hann_window(N_FFT)
 LOG_FLOOR = 1e-7
 LOG_SCALE = 12.0
 LOUDEST = 1e15  # a sample from which power in float32 stays finite
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".npy")
 
 
 def num_samples(seconds: float) -> int:

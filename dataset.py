@@ -7,6 +7,7 @@ import atexit
 import multiprocessing.queues
 import os
 import signal
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,19 +20,25 @@ from torch.utils.data._utils.collate import collate as collate_by_type
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from annotations import (
+    FILM_SUFFIXES,
     GroundTruth,
     box_map,
     consensus_map,
     first_ids,
+    frames_in,
+    hint,
+    index_folder,
     load_boxes,
     load_frames,
     mask_map,
+    middle_frame,
+    other_names,
+    own_name,
     pixel_map,
     read_ids,
     read_silent_pairs,
 )
 from audio_io import (
-    AUDIO_SUFFIXES,
     N_BINS,
     Heard,
     Sound,
@@ -47,7 +54,6 @@ from transforms import augmentation, draw_bands, load_image, normalise, resize_w
 from utils import Absent, Undecodable, UserError, as_user_error, end_workers, lacking_shared_memory
 
 CPU = torch.device("cpu")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Sample(NamedTuple):
@@ -62,7 +68,7 @@ class Sample(NamedTuple):
 
 class Pair(NamedTuple):
     id: str
-    image: str  # path of the image file
+    image: str  # path of the image file, or of a folder of frames
     audio: str  # path of the audio file
 
 
@@ -81,11 +87,13 @@ class SetRow(NamedTuple):
     interactive: bool = False  # entries of one image share the id up to the last underscore
 
 
+PLAIN = (("frames", "audio"), ("images", "audio"))
+FLICKR = (*PLAIN, ("Data", "Data"), ("frames_250", "audio_250"), ("frames", "mp3"), ("images", "mp3"))
 LAYOUTS = {  # pairs of folders (images, audio): all that exist below the root are searched, the first wins
-    "vggsound": (("frames", "audio"),),
-    "vggsound_extended": (("frames", "audio"), ("extend_frames", "extend_audio")),
-    "flickr": (("frames", "audio"), ("Data", "Data")),
-    "flickr_extended": (("frames", "audio"), ("Data", "Data"), ("extend_frames", "extend_audio")),
+    "vggsound": (*PLAIN, ("VGGSound_img", "VGGSound_aud")),
+    "vggsound_extended": (*PLAIN, ("VGGSound_img", "VGGSound_aud"), ("extend_frames", "extend_audio")),
+    "flickr": FLICKR,
+    "flickr_extended": (*FLICKR, ("extend_frames", "extend_audio")),
     "is3": (("images", "audio_wav"), ("visual_frames", "audio_wav")),
     "vpo_ss": (("images", "audio_wav"), ("visual_frames", "audio_wav"), ("COCO_AV/visual_frames", "COCO_AV/audio_wav")),
     "vpo_ms": (
@@ -137,23 +145,6 @@ TEST_SETS = {
 # ---------------------------------------------------------------- ids and files
 
 
-def index_folder(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
-    """One directory walk: {id: path of its file}; where an id has several files, the first suffix in order wins.
-
-    Paths are plain strings: of hundreds of thousands, `Path` objects would take several times the memory.
-    """
-    found: dict[str, str] = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            stem, suffix = os.path.splitext(entry.name)
-            if suffix.lower() not in suffixes or entry.name.startswith("."):  # half-written files begin with a dot
-                continue
-            known = os.path.splitext(found.get(stem, ""))[1].lower()
-            if not known or suffixes.index(suffix.lower()) < suffixes.index(known):
-                found[stem] = entry.path
-    return found
-
-
 def data_root(row: SetRow, given: str | Path | None, flag: str) -> Path:
     """The root given by the flag, else the row's own. Raises UserError when there is none."""
     if not given and row.root.endswith("_ROOT"):
@@ -167,20 +158,57 @@ def data_root(row: SetRow, given: str | Path | None, flag: str) -> Path:
     return root
 
 
+def folders_to(root: Path, depth: int) -> Iterator[Path]:
+    """The root and the folders in it, level by level, each level sorted; no hidden ones, no links."""
+    level = [root]
+    for _ in range(depth):
+        yield from level
+        below = [entry for folder in level for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+        level = sorted(Path(entry.path) for entry in below if not entry.name.startswith("."))
+
+
 def folders_there(root: Path, layout: str) -> list[tuple[Path, Path]]:
-    """The layout's pairs of folders that exist below root. Raises UserError when there are none."""
-    there = [
-        (root / frames, root / audio)
-        for frames, audio in LAYOUTS[layout]
-        if (root / frames).is_dir() and (root / audio).is_dir()
-    ]
-    if not there:
-        raise Absent(f"{root} has no folders {_wanted(layout)}")
-    return there
+    """The layout's pairs of folders that exist in the root or, as released archives unpack, up to two levels below.
+
+    Raises UserError when there are none.
+    """
+    for place in folders_to(root, 3):
+        there = [(place / images, place / audio) for images, audio in LAYOUTS[layout]]
+        there = [(images, audio) for images, audio in there if images.is_dir() and audio.is_dir()]
+        if there:
+            return there
+    raise Absent(f"{root} has no folders {_wanted(layout)}")
 
 
 def _wanted(layout: str) -> str:
     return " or ".join(f"{frames}/ and {audio}/" for frames, audio in LAYOUTS[layout])
+
+
+class FilesFound(NamedTuple):
+    """{id: path} below a root, and names of files that are neither an image nor audio."""
+
+    images: dict[str, str]
+    audio: dict[str, str]
+    others: list[str]
+
+
+def find_files(root: Path, layout: str) -> FilesFound:
+    """The files in the layout's folders. Raises UserError when there are no such folders."""
+    images: dict[str, str] = {}
+    audio: dict[str, str] = {}
+    others: list[str] = []
+    for image_folder, audio_folder in reversed(folders_there(root, layout)):
+        found, unknown = index_folder(image_folder, "image")
+        images |= found
+        if image_folder == audio_folder:
+            found, sounds = index_folder(audio_folder, "audio")
+            others += sorted({*unknown} & {*sounds})  # each is the other's unknown
+        else:
+            others += unknown
+            found, unknown = index_folder(audio_folder, "audio")
+            others += unknown
+        audio |= found
+    return FilesFound(images, audio, others)
 
 
 def find_pairs(
@@ -189,36 +217,62 @@ def find_pairs(
     ids: Sequence[str] | None,
     allow_missing: bool = False,
     sources: Mapping[str, tuple[str, str]] | None = None,
+    downloaded: bool = False,
 ) -> tuple[list[Pair], list[str]]:
     """Pairs of `ids` (None: every id with an image or an audio file) below root, and the ids that lack one of them.
 
-    sources: {id: (name of the image, name of the audio)} where these are not the id. Raises UserError when the folders
-    are not there, nothing is found or, unless allow_missing, any is missing.
+    sources: {id: (name of the image, name of the audio)} where these are not the id. A name in a downloader's form
+    stands for the id that it means: the ids settle which; without ids the form alone, of `downloaded` data. Raises
+    UserError when the folders are not there, nothing is found or, unless allow_missing, any is missing.
     """
-    image_files: dict[str, str] = {}
-    audio_files: dict[str, str] = {}
-    for image_folder, audio_folder in reversed(folders_there(root, layout)):
-        image_files |= index_folder(image_folder, IMAGE_SUFFIXES)
-        audio_files |= index_folder(audio_folder, AUDIO_SUFFIXES)
+    image_files, audio_files, _ = find_files(root, layout)
     if ids is None:
+        image_files = _renamed(image_files, audio_files, downloaded)
+        audio_files = _renamed(audio_files, image_files, downloaded)
         ids = sorted(image_files.keys() | audio_files.keys())
-    pairs, missing = [], []
-    for i in ids:
-        image, audio = (sources or {}).get(i, (i, i))
-        if image in image_files and audio in audio_files:
-            pairs.append(Pair(i, image_files[image], audio_files[audio]))
-        else:
-            missing.append(i)
+    pairs, missing = _match(ids, sources or {}, image_files, audio_files)
+    if missing:  # only then: it costs a look at every name
+        image_files = other_names(image_files) | image_files
+        audio_files = other_names(audio_files) | audio_files
+        pairs, missing = _match(ids, sources or {}, image_files, audio_files)
     where = f"{_wanted(layout)} below {root}"
     if missing and not allow_missing:
         raise UserError(
             f"{len(missing)} of {len(ids)} pairs lack their image or audio in {where}: "
             f"{first_ids(missing)} (--allow_missing true continues without them and counts them)"
+            f"{hint(missing, image_files.keys() | audio_files.keys())}"
         )
     if not pairs:
         sought = f"; looked for {first_ids(missing, 2)}" if missing else ""
         there = f"{len(image_files)} images and {len(audio_files)} audio files"
-        raise Absent(f"none of the {there} in {where} is a pair of this set{sought}")
+        raise Absent(f"none of the {there} in {where} is a pair of this set{sought}{hint(missing, image_files)}")
+    return pairs, missing
+
+
+def _renamed(files: Mapping[str, str], partners: Mapping[str, str], downloaded: bool) -> dict[str, str]:
+    """Files by the id that their name means without doubt: `own_name` of downloads.
+
+    Other names stay, but that of Flickr-SoundNet's kind, `<id>.mp4`, whose partner is called `<id>`.
+    """
+    found: dict[str, str] = {}
+    for name, path in files.items():
+        stem, suffix = os.path.splitext(name)
+        released = suffix.lower() in FILM_SUFFIXES and name not in partners and stem in partners
+        meant = own_name(name) if downloaded else stem if released else name
+        found[name if meant in files or meant in found else meant] = path
+    return found
+
+
+def _match(
+    ids: Sequence[str], sources: Mapping[str, tuple[str, str]], images: Mapping[str, str], audio: Mapping[str, str]
+) -> tuple[list[Pair], list[str]]:
+    pairs, missing = [], []
+    for i in ids:
+        image, sound = sources.get(i, (i, i))
+        if image in images and sound in audio:
+            pairs.append(Pair(i, images[image], audio[sound]))
+        else:
+            missing.append(i)
     return pairs, missing
 
 
@@ -315,12 +369,13 @@ class DecodedPairs(Dataset):
 
     def decoded(self, index: int) -> Decoded:
         """Raises Undecodable, naming the file."""
-        kept = self.store and self.store.get(index)
+        store = None if os.path.isdir(self.pairs[index].image) else self.store  # each epoch draws another frame
+        kept = store and store.get(index)
         if kept is None:
             with as_user_error(ValueError, kind=Undecodable):
                 kept = self._decode(self.pairs[index])
-            if self.store:
-                self.store.put(index, kept)
+            if store:
+                store.put(index, kept)
         return kept
 
     def _decode(self, pair: Pair) -> Decoded:
@@ -329,7 +384,8 @@ class DecodedPairs(Dataset):
 
 def decode_for_evaluation(pair: Pair, image_size: int, audio_seconds: float) -> Decoded:
     """The whole image resized, and the middle of the audio."""
-    return Decoded(resize_whole(load_image(pair.image), image_size), load_sound(pair.audio, audio_seconds))
+    image = load_image(middle_frame(pair.image))
+    return Decoded(resize_whole(image, image_size), load_sound(pair.audio, audio_seconds))
 
 
 class TrainingPairs(DecodedPairs):
@@ -355,8 +411,16 @@ class TrainingPairs(DecodedPairs):
     def _decode(self, pair: Pair) -> Decoded:
         if self.augment == "none":
             return decode_for_evaluation(pair, self.image_size, self.audio_seconds)
-        image = np.array(load_image(pair.image, 2 * self.image_size))
+        image = np.array(load_image(self._frame(pair), 2 * self.image_size))
         return Decoded(image, load_sound(pair.audio, self.audio_seconds, TRAIN_POSITIONS))
+
+    def _frame(self, pair: Pair) -> str:
+        """The image file; of a folder of frames one that depends on seed, epoch and id alone."""
+        if not os.path.isdir(pair.image):
+            return pair.image
+        frames = frames_in(pair.image) or [middle_frame(pair.image)]
+        draw = np.random.SeedSequence([self.seed, self.epoch, zlib.crc32(pair.id.encode())]).generate_state(1)[0]
+        return frames[draw % len(frames)]
 
     def raw(self, index: int) -> Sample:
         pair, (image, sound) = self.pairs[index], self.decoded(index)
@@ -423,7 +487,9 @@ def select_training_pairs(
     row = TRAIN_SETS[name]
     folder = data_root(row, root, "--train_data_path")
     path = train_list or _own_list(row, row.ids, folder, metadata)
-    pairs, missing = find_pairs(folder, row.layout, read_ids(path) if path else None, allow_missing)
+    downloaded = row.root in ("VGGSOUND_ROOT", "FLICKR_ROOT")
+    ids = read_ids(path) if path else None
+    pairs, missing = find_pairs(folder, row.layout, ids, allow_missing, downloaded=downloaded)
     listed = len(pairs) + len(missing)
     return Selection(pairs, missing, listed if train_list else max(listed, row.expected or 0))
 
@@ -478,7 +544,9 @@ def build_ground_truth(
     ids = read_ids(list_path) if list_path else list(known)
     unknown = [i for i in ids if i not in known] if known else []
     if unknown:
-        raise UserError(f"{annotation} has no box for {len(unknown)} ids of {list_path}: {first_ids(unknown)}")
+        raise UserError(
+            f"{annotation} has no box for {len(unknown)} ids of {list_path}: {first_ids(unknown)}{hint(unknown, known)}"
+        )
     silent = {i for i in ids if known.get(i) == []}  # an entry with a list of boxes that is empty
     sources = {}
     if row.silent and not test_list:
@@ -514,7 +582,7 @@ def read_annotation(row: SetRow, path: Path, root: Path) -> tuple[dict, Callable
     masks: dict[str, str] = {}
     for frames, _ in reversed(folders_there(root, row.layout)):
         for folder in filter(Path.is_dir, (frames.with_name(name) for name in MASK_FOLDERS)):
-            masks |= index_folder(folder, IMAGE_SUFFIXES)
+            masks |= index_folder(folder, "image")[0]
     return drawn, partial(_mask_truth, {name: masks.get(mask) for name, mask in drawn.items()}), {}
 
 

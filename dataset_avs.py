@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 
 from annotations import (
+    AUDIO_SUFFIXES,
+    IMAGE_SUFFIXES,
     GroundTruth,
     check_id,
     first_ids,
@@ -21,8 +23,7 @@ from annotations import (
     read_rows,
     repeated,
 )
-from audio_io import AUDIO_SUFFIXES
-from dataset import IMAGE_SUFFIXES, EvaluationPairs, Pair, SetRow, data_root
+from dataset import EvaluationPairs, Pair, SetRow, data_root, folders_to
 from utils import Absent, Undecodable, UserError, as_user_error
 
 FRAMES_PER_VIDEO = 5
@@ -59,13 +60,15 @@ def read_videos(path: Path, split: str = "test") -> list[Video]:
     return videos
 
 
-def frame_files(root: Path, subset: str, video: Video, number: int, split: str = "test") -> Files:
-    """Paths of frame 1..5 of a video, in the official layout if ROOT/<subset>_data is there, else in the flat one.
+def frame_files(
+    root: Path, official: Path | None, subset: str, video: Video, number: int, split: str = "test"
+) -> Files:
+    """Paths of frame 1..5 of a video: in the authors' folder <subset>_data, where there is one, else in the flat layout.
 
     Any format is accepted: the released one first, then the others in order; without a file, the released path.
     """
-    official, name = root / f"{subset}_data", f"{video.name}_{number}"
-    if not official.is_dir():
+    name = f"{video.name}_{number}"
+    if official is None:
         flat = root / subset
         places = flat / "visual_frames" / name, flat / "gt_masks" / name, flat / "audio_wav" / video.name
     else:
@@ -77,6 +80,11 @@ def frame_files(root: Path, subset: str, video: Video, number: int, split: str =
         places = image, mask, official / "audio_wav" / below / video.name
     kinds = ((".png", IMAGE_SUFFIXES), (".png", (".png", ".jpg")), (".wav", AUDIO_SUFFIXES))
     return Files(*(_first_there(place, *kind) for place, kind in zip(places, kinds, strict=True)))
+
+
+def release_folder(root: Path, subset: str) -> Path | None:
+    """<subset>_data in the root or, as the authors lay it out, in a folder of it such as Single-source/."""
+    return next((place for place in folders_to(root, 3) if place.name == f"{subset}_data"), None)
 
 
 def _first_there(place: Path, released: str, suffixes: Sequence[str]) -> Path:
@@ -93,6 +101,13 @@ def _box_truth(boxes: dict, frame: str) -> torch.Tensor:
     return pixel_map(boxes[frame])
 
 
+def own_list(row: SetRow, official: Path | None, metadata: str) -> Path:
+    """The list of videos in the metadata folder or, where it is not there, beside the released data."""
+    wanted = Path(metadata) / row.ids
+    places = [wanted] if official is None else [wanted, official.parent / row.ids, official / row.ids]
+    return next((place for place in places if place.is_file()), wanted)
+
+
 def find_frames(
     name: str, root: str | None, gt_path: str | None, metadata: str, test_list: str | None
 ) -> tuple[GroundTruth, dict[str, Files]]:
@@ -103,10 +118,11 @@ def find_frames(
     row = AVS_SETS[name]
     folder = data_root(row, root, "--test_data_path")
     files, categories, videos = {}, {}, {}
-    for video in read_videos(Path(test_list) if test_list else Path(metadata) / row.ids):
+    official = release_folder(folder, row.layout)
+    for video in read_videos(Path(test_list) if test_list else own_list(row, official, metadata)):
         for number in range(1, FRAMES_PER_VIDEO + 1):
             frame = f"{video.name}_{number}"
-            files[frame], categories[frame] = frame_files(folder, row.layout, video, number), video.category
+            files[frame], categories[frame] = frame_files(folder, official, row.layout, video, number), video.category
             videos[frame] = video.name
     truth_of = partial(_mask_truth, files)
     if row.kind == "pixels":

@@ -104,12 +104,12 @@ def open(path: str | Path, limits: Limits = LIMITS) -> "Media":
     try:
         container = _container(path, limits)
     except MediaError:
-        if _is_image(path):
+        if is_image(path):
             return Pictures(path, limits)
         raise
     formats = container.format.name.split(",")
     like_image = formats[0].endswith("_pipe") or formats[0] in ANIMATIONS or head[8:12] in IMAGE_BRANDS
-    if like_image and _is_image(path):
+    if like_image and is_image(path):
         container.close()
         return Pictures(path, limits)
     return Streams(path, limits, container)
@@ -268,7 +268,7 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
-def _is_image(path: str | Path) -> bool:
+def is_image(path: str | Path) -> bool:
     """Whether Pillow knows the file for an image."""
     with suppress(*PILLOW_ERRORS), Image.open(path) as image:
         return image.format not in NO_IMAGES

@@ -5,6 +5,7 @@ N pairs.
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,16 @@ from typing import NamedTuple
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from annotations import GroundTruth, first_ids, load_boxes, load_frames, read_ids, read_silent_pairs
+from annotations import (
+    GroundTruth,
+    first_ids,
+    frames_in,
+    load_boxes,
+    load_frames,
+    middle_frame,
+    read_ids,
+    read_silent_pairs,
+)
 from audio_io import HOP, SAMPLE_RATE, load_audio, load_power, load_spectrogram
 from dataset import TEST_SETS, EvaluationPairs, Pair, build_ground_truth, build_test_set
 from dataset_avs import AVS_SETS, build_avs_set, build_avs_truth, read_videos
@@ -127,7 +137,9 @@ class _Inspected(Dataset):
     def __getitem__(self, index: int) -> Facts:
         pair = self.pairs[index]
         try:
-            image = load_image(pair.image)
+            for frame in frames_in(pair.image) if os.path.isdir(pair.image) else ():
+                load_image(frame)
+            image = load_image(middle_frame(pair.image))
             if self.truth_of:
                 self.truth_of(pair.id)
             if pair.audio.endswith(".npy"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from annotations import HUGE, first_ids, read_entries
-from dataset import TRAIN_SETS, EvaluationPairs, Pair, SetRow, select_training_pairs
+from dataset import LAYOUTS, TRAIN_SETS, EvaluationPairs, Pair, SetRow, data_root, find_files, select_training_pairs
 from maps import MAP_SIZE
 from sets import ALL_SETS, SHORT_SECONDS, Facts, build_each, build_pairs, inspect_pairs, overlap_with_tests
 from utils import Absent, UserError, number
@@ -38,7 +38,8 @@ def run(args) -> None:
         overlap = overlap_with_tests([pair.id for pair in selection.pairs] + selection.missing, args.metadata)
         facts = inspect_pairs(selection.pairs, args.workers)
         name, expected = f"training set {args.trainset}", selection.expected
-        print(check_table(name, expected, selection.pairs, selection.missing, facts, {}, overlap))
+        others = left_over(TRAIN_SETS[args.trainset], args.train_data_path, selection.pairs, selection.missing)
+        print(check_table(name, expected, selection.pairs, selection.missing, facts, {}, overlap, others))
         give_verdict(bool(selection.missing) or any(fact.error for fact in facts))
         return
 
@@ -57,9 +58,25 @@ def run(args) -> None:
         problems = problems_of(name, args)
         facts = inspect_pairs(dataset.pairs, args.workers, dataset.ground_truth.truth_of)
         expected = dataset.ground_truth.expected
-        print(check_table(f"test set {name}", expected, dataset.pairs, dataset.missing, facts, problems, {}) + "\n")
+        others = left_over(ALL_SETS[name], args.test_data_path, dataset.pairs, dataset.missing)
+        what = f"test set {name}", expected, dataset.pairs, dataset.missing
+        print(check_table(*what, facts, problems, {}, others) + "\n")
         wanting |= bool(dataset.missing) or any(fact.error for fact in facts)
     give_verdict(wanting)
+
+
+def left_over(row: SetRow, root: str | None, pairs: Sequence[Pair], missing: Sequence[str]) -> dict[str, list[str]]:
+    """What lies in the set's folders beside its pairs: images and audio of other ids, and files that are neither."""
+    if row.layout not in LAYOUTS:
+        return {}
+    found = find_files(data_root(row, root, "the data's root"), row.layout)
+    used = {path for pair in pairs for path in (pair.image, pair.audio)}
+    unused = {name for files in (found.images, found.audio) for name, path in files.items() if path not in used}
+    suffixes = Counter(Path(name).suffix or "no suffix" for name in found.others)
+    return {
+        "images or audio of no pair": sorted(unused - set(missing)),
+        "other files": [suffix for suffix, count in suffixes.most_common() for _ in range(count)],
+    }
 
 
 def give_verdict(wanting: bool) -> None:
@@ -111,6 +128,7 @@ def check_table(
     facts: Sequence[Facts],
     problems: Mapping[str, int],
     overlap: Mapping[str, Sequence[str]],
+    others: Mapping[str, Sequence[str]] = {},
 ) -> str:
     """What `prepare_data.py check` prints: counts, and the first ids of whatever is not as it should be."""
 
@@ -128,6 +146,7 @@ def check_table(
         ("silent (digital zero)", *_counted(of(lambda fact: fact.silent))),
         (f"shorter than {SHORT_SECONDS:g} s", *_counted(of(lambda fact: fact.seconds < SHORT_SECONDS - 0.01))),
         ("same content as another", *_counted(of(lambda fact: digests[fact.digest] > 1))),
+        *((what, len(names), names) for what, names in others.items() if names),
         *((f"boxes {what}", count, ()) for what, count in problems.items()),
         *((f"also in test set {tested}", len(ids), ids) for tested, ids in overlap.items()),
     ]

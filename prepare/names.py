@@ -2,7 +2,6 @@
 
 import csv
 import os
-import re
 import stat
 import zlib
 from collections.abc import Collection, Iterator
@@ -10,14 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import media
-from annotations import as_id, clip_id
+from annotations import FILM_SUFFIXES, UNWRITABLE, as_id, clip_id
 from utils import UserError
-
-FILM_SUFFIXES = (  # taken for films without a look inside; what has another name is one if it holds images and sound
-    ".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mts", ".m2ts", ".ts", ".3gp", ".3g2", ".flv", ".wmv", ".asf",
-    ".mpg", ".mpeg", ".vob", ".ogv", ".mxf", ".f4v", ".mod", ".tod", ".dv", ".rm", ".rmvb", ".divx",
-)  # fmt: skip
-UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")  # what would break a list of one id per line
 
 
 class Task(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-from annotations import GroundTruth, first_ids
+from annotations import GroundTruth, first_ids, middle_frame
 from dataset import EvaluationPairs, Pair, build_test_set
 from maps import MAP_SIZE, normalize_maps
 from models import Trained, load
@@ -210,7 +210,7 @@ def images_of(pairs: Sequence[Pair]) -> ImageOf:
 
     def image(name: str) -> np.ndarray:
         with as_user_error(ValueError):
-            return np.asarray(load_image(files[name]).resize((MAP_SIZE, MAP_SIZE)))
+            return np.asarray(load_image(middle_frame(files[name])).resize((MAP_SIZE, MAP_SIZE)))
 
     return image
 
