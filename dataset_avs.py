@@ -63,7 +63,7 @@ def read_videos(path: Path, split: str = "test") -> list[Video]:
 def frame_files(
     root: Path, official: Path | None, subset: str, video: Video, number: int, split: str = "test"
 ) -> Files:
-    """Paths of frame 1..5 of a video: in the authors' folder <subset>_data, where there is one, else in the flat layout.
+    """Paths of frame 1..5 of a video, in the authors' folder <subset>_data if there is one, else in the flat layout.
 
     Any format is accepted: the released one first, then the others in order; without a file, the released path.
     """
