@@ -232,6 +232,7 @@ def parse_args():
     group.add_argument("--maps", help="score the maps in this .npz file, of any method, instead of a model")
     group.add_argument("--compare", nargs="+", metavar="RESULTS.JSON", help="score nothing, compare results in a table")
     group.add_argument("--compare_map", help="with --compare: show only this map (default: AUD and IQR)")
+    add_boolean(group, "--common", "with --compare: on the samples that all results have, with their number")
     group = parser.add_argument_group("data")
     add_test_set_flags(group, default="synthetic")
     add_run_data_flags(group)
@@ -273,11 +274,11 @@ def main() -> None:
             raise UserError(
                 "--compare only reads results: --maps, --report, --save_maps, --diagnose, --out_dir are not for it"
             )
-        print(compare(args.compare, args.compare_map))
+        print(compare(args.compare, args.compare_map, args.common))
     elif args.maps is not None:
         score_file(args)
-    elif args.compare_map:
-        raise UserError("--compare_map belongs to --compare")
+    elif args.compare_map or args.common:
+        raise UserError("--compare_map and --common belong to --compare")
     else:
         score_model(args)
 

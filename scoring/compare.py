@@ -50,20 +50,24 @@ class Configuration(NamedTuple):  # runs that differ in their seed only
         return found if all(map(_defined, found)) else []
 
 
-def compare(paths: Sequence[str | Path], map_name: str | None = None) -> str:
+def compare(paths: Sequence[str | Path], map_name: str | None = None, common: bool = False) -> str:
     """Markdown tables of two or more results.json of one test set; the first file's configuration is the baseline.
 
-    map_name: this map only; else AUD and IQR, or a file's first two. UserError names the files and what differs.
+    map_name: this map only; else AUD and IQR, or a file's first two. common: on the samples that all files have, see
+    `on_common`. UserError names the files and what differs.
     """
     _require(len(paths) > 1, f"--compare takes two or more results.json, not {len(paths)}")
     places = [Path(path).resolve() for path in paths]
     _require(len({*places}) == len(places), f"--compare names {max(places, key=places.count)} twice")
     runs = [read_run(path) for path in paths]
+    if common:
+        runs = on_common(runs)
     for run in runs[1:]:
         refuse_different(runs[0], run)
     configurations = configure(runs, map_name)
     results, units = runs[0].results, runs[0].columns["unit"]
     count = f"{len(units)} of {results['pairs'].get('expected')} samples, {len({*units})} images or videos"
+    count += f"; those that all {len(runs)} results have, of {results['pairs']['of']}" if common else ""
     wrap = TextWrapper(WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False).fill
     tables = [*figures_table(configurations), *difference_table(configurations)]
     return "\n".join([f"{results['testset']}, in %: {count}", *tables, "", *map(wrap, footer(configurations))])
@@ -132,6 +136,38 @@ def refuse_different(first: Run, other: Run) -> None:
     for column in ("unit", "area", "has_source"):
         for name, x, y in zip(one["id"], one.get(column, ()), two.get(column, ())):
             _require(x == y, f"{refused} the ground truth differs, {column} of {name} is {x} and {y}")
+
+
+def on_common(runs: Sequence[Run]) -> list[Run]:
+    """The runs on the samples that all of them scored, with their figures anew from per_sample.csv.
+
+    Figures that it does not hold, such as retrieval, are left out.
+    """
+    shared = set.intersection(*({*run.columns["id"]} for run in runs))
+    _require(shared, f"--common: no sample is in all of {', '.join(str(run.path) for run in runs)}")
+    counts = ", ".join(f"{len(run.columns['id']):,}" for run in runs)
+    expected = max(run.results["pairs"].get("expected") or 0 for run in runs)
+    found = []
+    for run in runs:
+        for name in run.results["maps"]:
+            ratios(run, name)  # refuses what is not of one run
+        kept = [name in shared for name in run.columns["id"]]
+        columns = {name: [v for v, keep in zip(values, kept) if keep] for name, values in run.columns.items()}
+        left_out = [name for name in run.columns["id"] if name not in shared]
+        left_out += run.results["pairs"].get("left_out") or []
+        pairs = {
+            **run.results["pairs"],
+            "scored": len(shared),
+            "left_out": left_out,
+            "expected": expected,
+            "of": counts,
+        }
+        given = {name: {"IIoU": None} if "IIoU" in row else {} for name, row in run.results["maps"].items()}
+        results = {**run.results, "pairs": pairs, "retrieval": None, "maps": given}
+        part = run._replace(results=results, columns=columns)
+        figures = {name: {key: ratio.value() for key, ratio in ratios(part, name).items()} for name in given}
+        found.append(part._replace(results={**results, "maps": figures}))
+    return found
 
 
 def ratios(run: Run, name: str) -> dict[str, Ratio]:

@@ -345,6 +345,21 @@ def test_another_number_of_samples_is_refused(tmp_path):
         compare(paths)
 
 
+def test_on_the_samples_that_all_have_the_figures_are_those_by_hand(tmp_path):
+    a = write(tmp_path / "a", {"AUD": [0.9, 0.9, 0.1, 0.1]}, ids=["p", "q", "r", "s"], pairs={"expected": 6})
+    b = write(tmp_path / "b", {"AUD": [0.1, 0.9, 0.9]}, ids=["q", "r", "t"], flags={"lam3": 0.0}, pairs={"expected": 6})
+    with pytest.raises(UserError, match="4 and 3 samples"):
+        compare([a, b])
+    text = compare([a, b], common=True)
+    assert text.startswith("synthetic, in %: 2 of 6 samples, 2 images or videos; those that all 2 results have, of 4, ")
+    figures_of_both, differences = tables(text)
+    assert [(row["cIoU"], row["mAP"]) for row in figures_of_both] == [("50.0", "50.0"), ("50.0", "50.0")]
+    assert differences[0]["cIoU"].startswith("0.0 [")
+    c = write(tmp_path / "c", {"AUD": [0.9]}, ids=["z"])
+    with pytest.raises(UserError, match="no sample is in all of"):
+        compare([a, c], common=True)
+
+
 def test_one_file_or_the_same_twice_is_refused(tmp_path):
     path = write(tmp_path / "a", {"AUD": [0.9, 0.1]})
     with pytest.raises(UserError, match="two or more"):
