@@ -21,6 +21,7 @@ COLOURS = np.array(
 )  # of each second
 TONES = (440, 880, 660, 550, 990, 770, 500, 620)  # Hz of each second
 WIDTH, HEIGHT, SECONDS = 64, 48, 4
+NOISE = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 SPEED = {
     "libx264": {"preset": "ultrafast"}, "libx265": {"preset": "ultrafast", "x265-params": "log-level=none"},
     "libvpx": {"deadline": "realtime", "cpu-used": "8"}, "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"},
@@ -96,11 +97,14 @@ def make_film(
     bit_rate: int | None = None,
     turned: int = 0,
     matrix: str | None = None,
+    loud_from: float = 0.0,
+    sharp_at: int | None = None,
 ) -> None:
     """Write a film. times: of its frames, else one every 1 / fps s; gains: of the channels, else 1 for each.
 
     image_from, sound_from: s from which on there is an image, or sound, on the same clock. tags: primaries, transfer
-    and matrix in FFmpeg's numbers.
+    and matrix in FFmpeg's numbers. loud_from: s before which the sound is a tenth as loud. sharp_at: the second that
+    shows noise.
     """
     times = np.arange(image_from, seconds, 1 / float(fps)) if times is None else times
     with av.open(str(path), "w", format=format, options=options or {}) as film:
@@ -137,6 +141,8 @@ def make_film(
                 frame = picture(
                     COLOURS[min(int(time + 1e-6), seconds - 1) % len(COLOURS)], pix_fmt, *size, transfer, matrix
                 )
+                if sharp_at is not None and int(time + 1e-6) == sharp_at:
+                    frame = av.VideoFrame.from_ndarray(NOISE, "rgb24").reformat(format=pix_fmt)
                 base = images.codec_context.time_base or 1 / Fraction(fps)
                 frame.pts, frame.time_base = round(time / base), Fraction(base)
                 packets += images.encode(frame)
@@ -146,7 +152,7 @@ def make_film(
             loud = np.array(gains or [1.0] * channels)[:, None] * (not (silent_track_first and number == 0))
             resampler = av.AudioResampler(stream.codec_context.format, layout, rate)
             for second in range(seconds):
-                mono = wave(second, rate)
+                mono = wave(second, rate) * (1 if second >= loud_from else 0.1)
                 begin = max(0, round((sound_from - second) * rate))
                 if begin >= rate:
                     continue
