@@ -38,7 +38,7 @@ SHORT_SECONDS = 5.0  # what the model hears
 
 def add_test_set_flags(group, default: str | None) -> None:
     """The flags that name test sets, the same in testing and training."""
-    several = "several separated by commas, or all whose data are present"
+    several = "several separated by commas, or all whose data are present; test_model.py also has synthetic_video"
     group.add_argument("--testset", default=default, help=f"test sets to score: {', '.join(ALL_SETS)}; {several}")
     truth = "ground truth: a JSON of boxes, for flickr the folder of XML files (default: the set's own)"
     group.add_argument("--test_gt_path", help=truth)

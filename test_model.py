@@ -3,6 +3,7 @@
     python test_model.py --checkpoint checkpoints/demo.pth --testset synthetic --gpu cpu
     python test_model.py --model_dir ./checkpoints --experiment_name NAME --testset vggss \\
         --test_data_path /path/to/VGGSound/ --test_gt_path metadata/vggss.json --gpu 0 --save_visualizations
+    python test_model.py --checkpoint checkpoints/demo.pth --testset synthetic_video --gpu cpu
     python test_model.py --maps FILE.npz --testset vggss --test_gt_path metadata/vggss.json
     python test_model.py --compare A/results/vggss/results.json B/results/vggss/results.json
 """
@@ -16,6 +17,8 @@ import torch
 from annotations import first_ids, read_ids
 from dataset import TRAIN_SETS, EvaluationPairs, TrainingPairs, select_training_pairs
 from distributed import any_rank, is_main, own_device, process_group, under_torchrun
+from film.localizer import Localizer
+from film.over_time import ROOT, TRUTH, publish_films, score_films
 from maps import MAP_SIZE
 from models import Trained, load
 from reports.diagnose import check_slots, diagnose
@@ -29,8 +32,9 @@ from scoring.evaluate import Evaluation, OnBatch, evaluate, evaluate_stored, mat
 from scoring.maps_file import MapWriter, StoredMaps
 from scoring.summary import ScoredBatch
 from sets import add_run_data_flags, add_test_set_flags, build_ground_truths, build_test_sets
-from utils import ArgumentParser, UserError, add_boolean, as_user_error, number, run_cli
+from utils import ArgumentParser, UserError, add_boolean, as_user_error, number, pick_device, run_cli
 
+FILMS = "synthetic_video"  # a test set of films, beside those of pairs
 DEFAULT_BATCH = 256  # of training, where a checkpoint does not say
 HEARD_SECONDS = 5.0  # of the audio in the page, where no model says how much it hears
 
@@ -150,6 +154,19 @@ def score_model(args) -> None:
                 batch = training_batch(path, trained, args.seed)
                 for picture in diagnose(model, dataset, device, out_dir / name / "diagnosis", batch, **run):
                     print(f"diagnosis: {picture}")
+
+
+def score_film_set(args) -> None:
+    """Maps over the built-in films, whose truth is known in every frame."""
+    path, device = checkpoint_path(args), pick_device(args.gpu)
+    trained = load(path, device)
+    given = {name: getattr(args, name) for name in trained.inference if getattr(args, name) is not None}
+    localizer = Localizer(trained._replace(inference=trained.inference | given), device)
+    own = "results_last" if args.checkpoint == "latest" else "results"
+    out_dir = make_out_dir(args, path.parent / (own if args.experiment_name else f"{path.stem}_results"))
+    root = Path(args.test_data_path) if args.test_data_path else ROOT
+    results, rows = score_films(localizer, root, RESAMPLES, args.seed)
+    publish_films(results, rows, out_dir / FILMS, testset=FILMS, checkpoint=trained.about)
 
 
 def training_batch(path: Path, trained: Trained, seed: int) -> TrainingPairs | None:
@@ -280,7 +297,15 @@ def main() -> None:
     elif args.compare_map or args.common:
         raise UserError("--compare_map and --common belong to --compare")
     else:
-        score_model(args)
+        names = [name for name in args.testset.split(",") if name != FILMS]
+        films = FILMS in args.testset.split(",") or (args.testset == "all" and (ROOT / TRUTH).is_file())
+        if films and under_torchrun():
+            raise UserError(f"{FILMS} is scored in one process: start it without torchrun")
+        if names:
+            args.testset = ",".join(names)
+            score_model(args)
+        if films:
+            score_film_set(args)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,9 @@ RUN_ELSEWHERE = {
     "python -m experiments.choice --seeds 0 1 2": "tests/test_experiments_choice.py::experiments.choice",
     "make objectives": "tests/test_experiments_objectives.py::--rows",
     "python prepare_data.py clips videos --out pairs": "tests/test_prepare_clips.py::clips",
+    "python test_model.py --checkpoint checkpoints/demo.pth --testset synthetic_video --gpu cpu": (
+        "tests/test_film_over_time.py::synthetic_video"
+    ),
     "python prepare_data.py synthetic --video": "tests/test_synthetic_command.py::--video",
 }
 SCRIPTS = (
