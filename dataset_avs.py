@@ -84,7 +84,7 @@ def frame_files(
 
 def release_folder(root: Path, subset: str) -> Path | None:
     """<subset>_data in the root or, as the authors lay it out, in a folder of it such as Single-source/."""
-    return next((place for place in folders_to(root, 3) if place.name == f"{subset}_data"), None)
+    return next((place for place in folders_to(root, 4) if place.name == f"{subset}_data"), None)
 
 
 def _first_there(place: Path, released: str, suffixes: Sequence[str]) -> Path:
