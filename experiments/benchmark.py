@@ -1,6 +1,6 @@
 """Speed against the way the released code works, as ratios within one run.
 
-    python -m experiments.benchmark step|scaling|input|eval|all
+    python -m experiments.benchmark step|scaling|input|clips|eval|all
 
 The baselines do the work as the released code does; each is timed in alternation with ours, and medians are compared.
 After the table comes one JSON object per figure: name, value, baseline, ratio (baseline / value), unit.
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+import experiments.bench_clips as bench_clips
 import experiments.bench_eval as bench_eval
 import experiments.bench_input as bench_input
 import experiments.bench_step as bench_step
@@ -32,6 +33,7 @@ BENCHES = {
         "the step by batch size, in parts, and of two processes", bench_step.add_scaling_flags, bench_step.run_scaling
     ),
     "input": Bench("reading, decoding and augmenting pairs", bench_input.add_flags, bench_input.run),
+    "clips": Bench("films to pairs", bench_clips.add_flags, bench_clips.run),
     "eval": Bench("scoring stored maps", bench_eval.add_flags, bench_eval.run),
 }
 
