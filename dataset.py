@@ -59,7 +59,7 @@ CPU = torch.device("cpu")
 class Sample(NamedTuple):
     """One item of every data set."""
 
-    image: torch.Tensor  # (3, H, W) float32, ImageNet-normalised
+    image: torch.Tensor  # (3, H, W) float32, ImageNet-normalised; or features (C, h, w) of it, float16
     spectrogram: torch.Tensor  # (1, F, L) float32, log power / 12
     truth: torch.Tensor  # (224, 224) float32 in 0..1; empty (0,) in training
     id: str
@@ -104,6 +104,7 @@ MASK_FOLDERS = ("gt_masks", "gray_masks")  # beside the folder of images
 
 _vggsound, _flickr = partial(SetRow, "vggsound", "VGGSOUND_ROOT"), partial(SetRow, "flickr", "FLICKR_ROOT")
 _built_in = partial(SetRow, "vggsound", "data/synthetic", lists_in_root=True)
+_photographs = partial(SetRow, "vggsound", "data/photographs", lists_in_root=True)  # experiments/photographs.py
 TRAIN_SETS = {
     "vggss": _vggsound(),
     "vggss_10k": _vggsound("vggss_10k.txt", expected=10_000),
@@ -113,6 +114,7 @@ TRAIN_SETS = {
     "flickr_10k": _flickr("flickr_10k.txt", expected=10_000),
     "flickr_144k": _flickr("flickr_144k.txt", expected=144_000),
     "synthetic": _built_in("train.txt", val_ids="val.txt"),
+    "photographs": _photographs("train.txt", val_ids="val.txt"),
     "custom": SetRow("vggsound", "CUSTOM_ROOT"),
 }
 
@@ -138,6 +140,13 @@ TEST_SETS = {
     "synthetic_distractor": _built_in("distractor.txt", "distractor.json"),
     "synthetic_interactive": _built_in("interactive.txt", "interactive.json", interactive=True),
     "synthetic_offscreen": _built_in("offscreen.txt", "offscreen.json"),
+    "photographs": _photographs("test.txt", "test.json"),
+    "photographs_val": _photographs("val.txt", "val.json"),
+    "photographs_distractor": _photographs("distractor.txt", "distractor.json"),
+    "photographs_interactive": _photographs("interactive.txt", "interactive.json", interactive=True),
+    "photographs_offscreen": _photographs("offscreen.txt", "offscreen.json"),
+    "photographs_unseen": _photographs("unseen.txt", "unseen.json"),
+    "photographs_unseen_distractor": _photographs("unseen_distractor.txt", "unseen_distractor.json"),
     "custom": SetRow("vggsound", "CUSTOM_ROOT"),
 }  # fmt: skip
 
@@ -331,6 +340,7 @@ def _rebuilt(value: tuple | list, parts: list) -> tuple | list:
 
 
 TRAIN_POSITIONS = 0.4, 0.6  # where in the slack of a clip training cuts
+NOT_READ = np.empty((0, 0, 3), np.uint8)  # in place of an image of which only features are needed
 
 
 class Decoded(NamedTuple):
@@ -358,7 +368,7 @@ class DecodedPairs(Dataset):
         return finish_one(self.raw(index))
 
     def raw(self, index: int) -> Sample:
-        """The item with `Pixels` as its image and a tuple of `Heard` in place of the spectrogram."""
+        """The item with `Pixels` (or kept features) as its image and a tuple of `Heard` in place of the spectrogram."""
         raise NotImplementedError
 
     def heard(self, index: int) -> tuple[Heard]:
@@ -392,8 +402,11 @@ class TrainingPairs(DecodedPairs):
     """Augmented pairs. Random choices depend on (seed, epoch, index) alone, not on workers or order.
 
     augment: "hard", "plain" or "none" (held-out pairs: as in evaluation). silence: spectrograms are (2, F, L), the
-    second of silence or noise.
+    second of silence or noise. Where `views` holds features of a frozen encoder (training/features.py), one of an
+    image's views stands in the place of the image, (C, h, w) in fp16.
     """
+
+    views: Any = None  # count: views of each image; get(index, view) -> features
 
     def __init__(
         self,
@@ -409,6 +422,9 @@ class TrainingPairs(DecodedPairs):
         self.draw_image = augmentation(image_size, augment)
 
     def _decode(self, pair: Pair) -> Decoded:
+        if self.views:
+            positions = (0.5, 0.5) if self.augment == "none" else TRAIN_POSITIONS
+            return Decoded(NOT_READ, load_sound(pair.audio, self.audio_seconds, positions))
         if self.augment == "none":
             return decode_for_evaluation(pair, self.image_size, self.audio_seconds)
         image = np.array(load_image(self._frame(pair), 2 * self.image_size))
@@ -426,17 +442,21 @@ class TrainingPairs(DecodedPairs):
         pair, (image, sound) = self.pairs[index], self.decoded(index)
         if self.augment == "none":
             heard = (Heard(clip_of(sound, self.audio_seconds)),)
-            return Sample(Pixels(torch.from_numpy(image)), heard, torch.empty(0), pair.id, "")
+            seen = self.views.get(index, 0) if self.views else Pixels(torch.from_numpy(image))
+            return Sample(seen, heard, torch.empty(0), pair.id, "")
         draw = int(np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1)[0])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(draw)  # torch.manual_seed would reseed CUDA as well
             clip = clip_of(sound, self.audio_seconds, 0.4 + 0.2 * float(torch.rand(())))
             sizes = N_BINS, num_frames(self.audio_seconds)
             heard = [Heard(clip, draw_bands(*sizes)) if self.augment == "hard" else Heard(clip)]
-            pixels = Pixels(torch.from_numpy(self.draw_image(image)))
+            if self.views:
+                seen = self.views.get(index, int(torch.randint(self.views.count, ())))
+            else:
+                seen = Pixels(torch.from_numpy(self.draw_image(image)))
             if self.silence:  # last, so that it changes no other random choice
                 heard.append(Heard(draw_silence(self.audio_seconds)))
-        return Sample(pixels, tuple(heard), torch.empty(0), pair.id, "")
+        return Sample(seen, tuple(heard), torch.empty(0), pair.id, "")
 
 
 class EvaluationPairs(DecodedPairs):

@@ -75,7 +75,7 @@ class MaxPoolModel(nn.Module):
         }
         frames = num_frames(audio_seconds)
         encoders = build_encoders(image_encoder, audio_encoder, dim, image_size, frames, standardise, token_shift)
-        self.imgnet, self.audnet = encoders.image, encoders.audio
+        self.imgnet, self.audnet, self.infer_image_size = encoders.image, encoders.audio, image_size
 
     @property
     def config(self) -> dict[str, Any]:

@@ -371,6 +371,7 @@ class JointSlotModel(nn.Module):
         encoders = build_encoders(image_encoder, audio_encoder, dim, image_size, frames, standardise, token_shift)
         self.imgnet, self.audnet, side, steps = encoders
         self.slot_attn = JointSlotAttention(dim, num_slots, iterations)
+        self.infer_image_size = image_size  # in tests; decoders, which have no part in maps, know that of training only
         self.tokens = side * side, steps  # N, T
         self.img_decoder = MlpDecoder(side, side, dim)
         self.aud_decoder = MlpDecoder(1, steps, dim)

@@ -16,6 +16,7 @@ import torch
 
 from model_maxpool import MaxPoolModel
 from model_slot import JointSlotModel
+from resnet import Encoder, load_image_weights, weights_digest
 from utils import UserError, check_weights, load_checkpoint
 
 Model = JointSlotModel | MaxPoolModel
@@ -24,6 +25,7 @@ MODELS: dict[str, type[Model]] = {
     "maxpool": MaxPoolModel,
 }  # every other objective: the paper's
 OLD_OBJECTIVES = {"joint_slot": "paper", "maxpool_contrastive": "maxpool"}  # their names in older checkpoints
+TRUNK = "imgnet."  # before the names of the image encoder's weights
 PAPERS_INFERENCE = {"infer_sharpening": 0.1, "infer_smoothing": 0.0}
 
 
@@ -72,9 +74,37 @@ def _restore(path: Path, state: Mapping[str, Any]) -> Model:
     except (TypeError, ValueError) as error:
         raise UserError(f"the settings of the checkpoint {path} build no model: {error}") from error
     weights = {key.removeprefix("module."): value for key, value in state["model"].items()}
+    if reference := state.get("frozen_weights"):
+        weights |= _frozen_weights(path, model.imgnet, reference)
     check_weights(weights, model.state_dict(), path)
     model.load_state_dict(weights)
+    model.infer_image_size = training_flags(state).get("infer_image_size") or model.infer_image_size
     return model
+
+
+def _frozen_weights(path: Path, encoder: Encoder, reference: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """What a checkpoint does not hold but refers to: {name in the model: value} of the image encoder's trunk.
+
+    reference: encoder (its name), source ("auto" or a file) and sha256 (`weights_digest`). A file that is not where it
+    was is looked for beside the checkpoint. UserError where the weights are not to be had, or are others.
+    """
+    source = reference["source"]
+    beside = path.with_name(Path(source).name)
+    if source != "auto" and not Path(source).is_file() and beside.is_file():
+        source = str(beside)
+    try:
+        load_image_weights(encoder, reference["encoder"], source)
+    except ValueError as error:
+        raise UserError(
+            f"{path} refers to the frozen weights of its image encoder, {reference['source']} (sha256 of the weights "
+            f"{reference['sha256']}), which are not there; {beside} is looked for, too: {error}"
+        ) from error
+    found = encoder.trunk_state()
+    if weights_digest(found) != reference["sha256"]:
+        raise UserError(
+            f"{source} holds other weights than those with which {path} was trained (sha256 {reference['sha256']})"
+        )
+    return {f"{TRUNK}{key}": value for key, value in found.items()}
 
 
 def with_encoders(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ however that is started: a flag beats the recipe, and so does NAME=VALUE after -
 """
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,12 @@ PAPER = {  # Kim et al., CVPR 2025, sections 3 and 4, for the sets of 10k pairs
     "audio_encoder": None,  # that of the images
     "dim": None,  # of the encoder
     "image_weights": "auto",
+    "freeze_image": False,
+    "cached_views": None,  # CACHED_VIEWS with freeze_image
+    "unfreeze_last": 0,
+    "unfrozen_lr": 0.1,  # rate of unfrozen stages, as a share of --lr
+    "cache_by": "date",  # what tells image files apart: path, size and time of change, or contents
+    "frozen_weights": "stored",  # in checkpoints: or by reference to their file
     "image_size": 224,
     "audio_seconds": 5.0,
     "num_slots": 2,
@@ -38,32 +44,44 @@ PAPER = {  # Kim et al., CVPR 2025, sections 3 and 4, for the sets of 10k pairs
     "clip": 0.0,  # largest gradient norm; 0: no clipping
     "eval_every": 1,
     "decode_once": "false",
+    "infer_image_size": None,  # that of training
     "infer_sharpening": 0.1,
     "infer_smoothing": 0.0,
+}
+CACHED_VIEWS = 4
+SMALL = PAPER | {  # minutes on a CPU
+    "image_encoder": "small",
+    "image_weights": "none",
+    "image_size": 112,
+    "audio_seconds": 1.6,
+    "iterations": 3,
+    "augment": "plain",
+    "tau": 0.05,
+    "reciprocal_k": 0,
+    "epochs": 10,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "lr_schedule": "cosine",
+    "lr_warmup": 0.06,
+    "clip": 5.0,
+    "eval_every": 0,
+    "decode_once": "auto",
+    "infer_sharpening": 0.02,
+}
+FROZEN = SMALL | {  # learns from photographs in minutes on a CPU: its image encoder has seen ImageNet
+    "image_encoder": "timm:tf_efficientnet_lite0",
+    "audio_encoder": "small",
+    "dim": 144,
+    "image_weights": "auto",
+    "freeze_image": True,
+    "infer_image_size": 448,
+    "epochs": 22,
 }
 RECIPES = {
     "paper": PAPER,
     "paper_144k": PAPER | {"epochs": 50, "infer_sharpening": 1.0},
-    "small": PAPER  # minutes on a CPU
-    | {
-        "image_encoder": "small",
-        "image_weights": "none",
-        "image_size": 112,
-        "audio_seconds": 1.6,
-        "iterations": 3,
-        "augment": "plain",
-        "tau": 0.05,
-        "reciprocal_k": 0,
-        "epochs": 10,
-        "batch_size": 64,
-        "lr": 1e-3,
-        "lr_schedule": "cosine",
-        "lr_warmup": 0.06,
-        "clip": 5.0,
-        "eval_every": 0,
-        "decode_once": "auto",
-        "infer_sharpening": 0.02,
-    },
+    "small": SMALL,
+    "frozen": FROZEN,
 }
 RECIPE_OF = {  # training sets with another recipe than `paper`
     "vggss_144k": "paper_144k",
@@ -71,8 +89,24 @@ RECIPE_OF = {  # training sets with another recipe than `paper`
     "flickr_144k": "paper_144k",
     "synthetic": "small",
 }
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """An argparse type: one of these words."""
+
+    def parse(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"{text!r}: choose {' or '.join(words)}")
+        return text
+
+    return parse
+
+
 WITHOUT_FLAG = {  # settings that NAME=VALUE after --recipe changes
     "dim": number(int, low=2),
+    "unfrozen_lr": number(float, above=0),
+    "cache_by": one_of("date", "contents"),
+    "frozen_weights": one_of("stored", "reference"),
     "weight_decay": number(float, low=0),
     "clip": number(float, low=0),
     "lr_warmup": number(float, low=0, high=1),
@@ -80,7 +114,7 @@ WITHOUT_FLAG = {  # settings that NAME=VALUE after --recipe changes
     "infer_sharpening": number(float, above=0),
     "infer_smoothing": number(float, low=0, high=1 / 3),
 }
-INFERENCE = {"infer_sharpening", "infer_smoothing"}  # how maps are computed in tests
+INFERENCE = {"infer_image_size", "infer_sharpening", "infer_smoothing"}  # how maps are computed in tests
 
 PAPER_WEIGHTS = {"info_nce": 1.0, "reconstruction": 0.1, "slot_divergence": 0.1, "attention_matching": 100.0}
 MAXPOOL_WEIGHTS = {"info_nce": 1.0}
@@ -137,10 +171,18 @@ def _data_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
+def add_infer_image_size(group, default: str) -> None:
+    group.add_argument(
+        "--infer_image_size", type=number(int, low=16), metavar="PX",
+        help=f"side of the images in tests, in pixels: larger ones give finer maps (default: {default})",
+    )  # fmt: skip
+
+
 def _test_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
     """What is scored while training."""
     group = parser.add_argument_group(TESTS)
     add_test_set_flags(group, default=None)
+    add_infer_image_size(group, "that of training, unless the recipe says otherwise")
     group.add_argument(
         "--eval_every", type=number(int, low=0), help="epochs between two scorings of --testset; 0: only at the end"
     )
@@ -175,6 +217,20 @@ def _model_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--image_weights", "--imagenet_weights", metavar="auto|none|FILE",
         help="initial weights of the image encoder: auto (download), none (random), or a file (pth, safetensors)",
+    )  # fmt: skip
+    add_boolean(
+        group, "--freeze_image", "keep the image encoder's weights, but for its last projection, as they are; its "
+        "features are computed once and kept in CACHE_ROOT (default: cache/)",
+    )  # fmt: skip
+    group.add_argument(
+        "--cached_views", type=number(int, low=0), metavar="N",
+        help="with --freeze_image: kept views of each image, the whole one and N - 1 augmented ones; 0: keep none, "
+        f"augment in every epoch (default: {CACHED_VIEWS})",
+    )  # fmt: skip
+    group.add_argument(
+        "--unfreeze_last", type=number(int, low=0), metavar="N",
+        help="with --freeze_image: train the last N stages of the encoder, too, at a rate of their own (see --recipe); "
+        "no features are kept then",
     )  # fmt: skip
     return group
 
@@ -306,7 +362,8 @@ def add_flags(parser: ArgumentParser) -> dict[str, str]:
 def roles() -> dict[str, str]:
     """{setting: group of its flag}; those without a flag count as "optimisation", those of inference as "test data"."""
     found = add_flags(ArgumentParser())
-    return dict.fromkeys(WITHOUT_FLAG, OPTIMISATION) | dict.fromkeys(INFERENCE, TESTS) | found | {"recipe": RUN}
+    storage = dict.fromkeys(("cache_by", "frozen_weights", "recipe"), RUN)
+    return dict.fromkeys(WITHOUT_FLAG, OPTIMISATION) | dict.fromkeys(INFERENCE, TESTS) | found | storage
 
 
 # ---------------------------------------------------------------- values
@@ -332,6 +389,12 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> argparse
     parser.set_defaults(**{key: value for key, value in settings.items() if key not in WITHOUT_FLAG})
     args = parser.parse_args(argv)
     vars(args).update({key: settings[key] for key in WITHOUT_FLAG}, recipe=name)
+    if args.cached_views is not None and not args.freeze_image:
+        raise UserError("--cached_views: without --freeze_image no features are kept")
+    if args.cached_views is None:
+        args.cached_views = CACHED_VIEWS if args.freeze_image else 0
+    if not args.unfreeze_last:
+        args.unfrozen_lr = 0.0
     args.audio_encoder = args.audio_encoder or own_audio_encoder(args.image_encoder)
     if args.image_size is None:
         with as_user_error(ValueError):

@@ -257,6 +257,10 @@ class Encoder(nn.Module):
     def trunk(self, image: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
+    def tokens_along(self, size: int) -> int:
+        """Tokens along a side of `size` pixels. ValueError where there are none."""
+        raise NotImplementedError
+
     def stage_parameters(self) -> list[list[nn.Parameter]]:
         """The trunk's parameters by stage, the stem and first stage first."""
         raise NotImplementedError
@@ -305,7 +309,7 @@ class ImageEncoder(Encoder, ImageTrunk):
 
     def __init__(self, arch: str, dim: int, standardise: bool = False) -> None:
         ImageTrunk.__init__(self, arch)
-        design = get_architecture(arch)
+        self.arch, design = arch, get_architecture(arch)
         self.channels, self.stride = design.widths[-1], design.stride
         self.proj = nn.Conv2d(self.channels, dim, 1)
         self.standardise = Standardise(self.channels) if standardise else None
@@ -313,6 +317,11 @@ class ImageEncoder(Encoder, ImageTrunk):
 
     def trunk(self, image: torch.Tensor) -> torch.Tensor:
         return ImageTrunk.forward(self, image)
+
+    def tokens_along(self, size: int) -> int:
+        if tokens := tokens_along(size, self.arch):
+            return tokens
+        raise ValueError(f"images of {size} px leave the encoder {self.arch} no token: enlarge them")
 
     def stage_parameters(self) -> list[list[nn.Parameter]]:
         stem = [*self.conv1.parameters(), *self.bn1.parameters()]
@@ -348,7 +357,7 @@ class TimmImageEncoder(Encoder):
         return self.timm(bordered)[:, :, first : first + h, first : first + w]
 
     def tokens_along(self, size: int) -> int:
-        """Tokens along a side of `size` pixels. ValueError where they do not divide it: maps would be drawn amiss."""
+        """As above. ValueError also where they do not divide it: maps would be drawn amiss."""
         tokens = size // self.stride
         if size % self.stride or not tokens:
             near = " or ".join(str(self.stride * n) for n in (tokens, tokens + 1) if n)

@@ -21,6 +21,7 @@ from film.localizer import Localizer
 from film.over_time import ROOT, TRUTH, publish_films, score_films
 from maps import MAP_SIZE
 from models import Trained, load
+from recipes import add_infer_image_size
 from reports.diagnose import check_slots, diagnose
 from reports.page import Gallery
 from reports.pictures import Drawer, images_of
@@ -133,7 +134,11 @@ def score_model(args) -> None:
         model = trained.model.to(memory_format=torch.channels_last)  # rounds as in training
         if args.diagnose:
             check_slots(model)
-        test_sets = build_test_sets(args, model.shape["image_size"], model.shape["audio_seconds"])
+        if args.infer_image_size:
+            model.infer_image_size = args.infer_image_size
+        with as_user_error(ValueError):
+            model.imgnet.tokens_along(model.infer_image_size)
+        test_sets = build_test_sets(args, model.infer_image_size, model.shape["audio_seconds"])
         given = {name: getattr(args, name) for name in trained.inference if getattr(args, name) is not None}
         settings = trained.inference | given | {"alpha": 0.6 if args.alpha is None else args.alpha}
         settings |= {"saliency": load_saliency(args.imagenet_weights, device), "resamples": RESAMPLES}
@@ -194,7 +199,7 @@ def score_file(args) -> None:
     of_models = {"--experiment_name": args.experiment_name, "--diagnose": args.diagnose, "--save_maps": args.save_maps,
                  "--alpha": args.alpha is not None, "--infer_sharpening": args.infer_sharpening,
                  "--infer_smoothing": args.infer_smoothing is not None, "--checkpoint": args.checkpoint != "best",
-                 "--compare_map": args.compare_map}  # fmt: skip
+                 "--infer_image_size": args.infer_image_size, "--compare_map": args.compare_map}  # fmt: skip
     wrong = [flag for flag, given in of_models.items() if given]
     if wrong:
         raise UserError(f"{', '.join(wrong)}: not with --maps, which scores a file and no model")
@@ -255,6 +260,7 @@ def parse_args():
     add_run_data_flags(group)
     group.add_argument("--num_workers", type=number(int, low=0), default=2, help="data-loading workers per process")
     group = parser.add_argument_group("maps of a model")
+    add_infer_image_size(group, "as the model was trained for")
     group.add_argument("--alpha", type=number(float, low=0, high=1), help="weight of AUD in IQR and OGL (default: 0.6)")
     sharpening = "factor on the attention logits of maps (default: as the model was trained for, else the paper's 0.1)"
     group.add_argument("--infer_sharpening", type=number(float, above=0), help=sharpening)

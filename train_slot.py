@@ -23,11 +23,12 @@ from dataset import TrainingPairs, hold_out, select_training_pairs
 from distributed import barrier, own_device, process_group, world_size
 from models import MODELS, Model
 from recipes import OUR_LOSSES, add_flags, parse
-from resnet import load_image_weights
+from resnet import Encoder, load_image_weights, weights_digest
 from scoring.threshold import universal_threshold
 from sets import ALL_SETS, SAME_VIDEO, build_test_sets, overlap_with_tests, parse_testsets, undecodable
 from training.alignment import align
 from training.decoded import keep_decoded
+from training.features import STANDARDISED, cache_features, standardise
 from training.resume import RunFolder, RunState, StopFlag, fingerprints, should_resume
 from training.run import score_sets, train_one_epoch, validate
 from training.step import Optimisation, choose_amp, lr_factor, with_sync_bn
@@ -65,6 +66,10 @@ def check_args(args) -> None:
             raise UserError(f"{', '.join(ignored)}: --objective maxpool would ignore it, leave it out")
     if args.num_slots == 1 and ours:
         raise UserError(f"{', '.join(ours)}: one slot has every token to itself, --num_slots 2 or more")
+    if args.unfreeze_last and not args.freeze_image:
+        raise UserError("--unfreeze_last: without --freeze_image every stage is trained")
+    if args.frozen_weights == "reference" and (args.unfreeze_last or args.image_weights == "none"):
+        raise UserError("--recipe frozen_weights=reference: only weights of a file or download that stay as they are")
     if args.testset:
         parse_testsets(args.testset)
     if args.resume != "false" and args.overwrite:
@@ -89,25 +94,33 @@ def build_model(args, device: torch.device) -> Model:
     kind = MODELS.get(args.objective, MODELS["paper"])
     names = inspect.signature(kind).parameters
     with as_user_error(ValueError):
-        model = kind(**{name: value for name, value in vars(args).items() if name in names})
+        settings = {name: value for name, value in vars(args).items() if name in names}
+        model = kind(**settings, standardise=args.freeze_image)
         if args.image_weights != "none":
             load_image_weights(model.imgnet, args.image_encoder, args.image_weights)
         align(model.imgnet, args.image_size)
+        model.infer_image_size = args.infer_image_size or args.image_size
+        model.imgnet.tokens_along(model.infer_image_size)
     if args.sync_bn:
         model = with_sync_bn(model, device)
     return model.to(device, memory_format=torch.channels_last)
 
 
 def build_optimisation(args, model: Model, device: torch.device) -> Optimisation:
+    """Freezes the image encoder first, where that is asked for."""
+    with as_user_error(ValueError):
+        unfrozen = model.imgnet.freeze(args.unfreeze_last) if args.freeze_image else []
     return Optimisation(
         model,
         device,
         args.lr,
         args.weight_decay,
         args.clip,
-        choose_amp(args.amp, device, args.image_encoder),
+        choose_amp(args.amp, device, args.audio_encoder if args.freeze_image else args.image_encoder),
         args.micro_batch,
         all_weights=bool(args.mask_ratio and args.weights.get("reconstruction") and not args.warmup),
+        slower=unfrozen,
+        slower_by=args.unfrozen_lr,
     )
 
 
@@ -169,6 +182,25 @@ def tested(args, ids: Sequence[str], what: str) -> set[str]:
     return {i for shared in overlap.values() for i in shared} if args.exclude_test_overlap else set()
 
 
+def prepare_features(args, encoder: Encoder, data: TrainingData, device: torch.device) -> None:
+    """Features of a frozen image encoder, and the mean and deviation that its projection sees them with."""
+    if not args.freeze_image:
+        return
+    if args.cached_views and not (args.unfreeze_last or args.dry_run):
+        sets = [(data.train, args.cached_views), (data.held_out, 1)]
+        print(cache_features(encoder, sets, device, args.num_workers, args.cache_by == "contents"))
+    standardise(encoder, data.train, device, args.batch_size if args.dry_run else STANDARDISED)
+
+
+def referred_weights(args, encoder: Encoder) -> dict[str, dict[str, str]]:
+    """What checkpoints say in place of frozen weights, where they are to refer to them."""
+    if not args.freeze_image or args.frozen_weights == "stored":
+        return {}
+    source = args.image_weights if args.image_weights == "auto" else str(Path(args.image_weights).absolute())
+    digest = weights_digest(encoder.trunk_state())
+    return {"frozen_weights": {"encoder": args.image_encoder, "source": source, "sha256": digest}}
+
+
 # ---------------------------------------------------------------- what is printed
 
 
@@ -183,7 +215,7 @@ def print_start(args, data: TrainingData, test_sets, optimisation: Optimisation)
     print("training pairs: " + ", ".join(f"{count} {name}" for name, count in data.counts.items()))
     for name, dataset in test_sets.items():
         print(f"test set {name}: {len(dataset)} of {dataset.ground_truth.expected} pairs")
-    if device.type == "cpu" and args.image_encoder == "resnet18":
+    if device.type == "cpu" and args.image_encoder == "resnet18" and not args.freeze_image:
         print("the full-size network is made for GPUs: on a CPU, --recipe small trains a small one")
 
 
@@ -259,13 +291,17 @@ def main() -> None:
         seed_everything(args.seed)
         data = build_training_data(args)
         model = build_model(args, device)
-        test_sets = build_test_sets(args, args.image_size, args.audio_seconds) if args.testset else {}
+        test_sets = build_test_sets(args, model.infer_image_size, args.audio_seconds) if args.testset else {}
         optimisation, state = build_optimisation(args, model, device), RunState()
         selected_by, measure = chosen_by(args, data, model, test_sets)
         marks = fingerprints(data.train.pairs, data.held_out.pairs, optimisation.amp)
+        if args.freeze_image:
+            marks["frozen weights"] = weights_digest(model.imgnet.trunk_state())[:12]
         about = {"model_config": model.config, "args": vars(args), "marks": marks, "selected_by": selected_by}
+        about |= referred_weights(args, model.imgnet)
         folder = RunFolder(path, optimisation, state, about)
         print_start(args, data, test_sets, optimisation)
+        prepare_features(args, model.imgnet, data, device)
         often = [data.train, data.held_out, *(test_sets.values() if args.eval_every else ())]
         print(keep_decoded(often, "false" if args.dry_run else args.decode_once))
 

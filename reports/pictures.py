@@ -254,7 +254,7 @@ def side_by_side_on_synthetic(checkpoints: Mapping[str, Path], root: Path, path:
     checkpoints: {name under its maps: file}; UserError for one that cannot be read.
     """
     trained = {label: load(file) for label, file in checkpoints.items()}
-    shape = next(iter(trained.values())).model.shape
-    size = shape["image_size"], shape["audio_seconds"]
+    model = next(iter(trained.values())).model
+    size = model.infer_image_size, model.shape["audio_seconds"]
     dataset = build_test_set("synthetic_interactive", str(root), None, "metadata", *size)
     side_by_side(trained, dataset, [pair.id for pair in dataset.pairs[: 2 * images]], path)

@@ -24,7 +24,7 @@ COLUMNS = (
     "both_pointing", "AP", "max_F1",
 )  # fmt: skip
 DIFFERENCES = ("cIoU", "mAP", "pointing", "mIoU", "IIoU")
-SETTINGS = ("alpha", "infer_sharpening", "infer_smoothing", "interpolation")
+SETTINGS = ("alpha", "infer_image_size", "infer_sharpening", "infer_smoothing", "interpolation")
 
 
 class Run(NamedTuple):  # one results.json and the per_sample.csv beside it
@@ -104,7 +104,9 @@ def read_run(path: str | Path) -> Run:
         fits = all(isinstance(part, dict) and isinstance(part.get(key, kind()) or kind(), kind) for part in parts)
         _require(fits, f"{path}: `{key}` is not what test_model.py writes")
     if results.get("checkpoint"):
-        results["settings"].setdefault("infer_smoothing", 0.0)  # what older code did
+        settings = results["settings"]
+        settings.setdefault("infer_smoothing", 0.0)  # what older code did
+        settings.setdefault("infer_image_size", (results["checkpoint"].get("training") or {}).get("image_size"))
     names, *rows = [row for row in lines if row] or [[]]
     lacking = [name for name in ("id", "unit", "area") if name not in names]
     _require(not lacking, f"{table} has no column {', '.join(lacking)}: test again to write it anew")

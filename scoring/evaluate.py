@@ -174,7 +174,7 @@ def evaluate(
     with as_user_error(ValueError):  # embeddings that are not finite
         results = scores.summary(dataset.missing, resamples, seed)
         results["retrieval"] = _retrieval(dataset, scores.ids, *map(torch.cat, zip(*embeddings, strict=True)))
-    settings = {"alpha": alpha, **asked_with, "interpolation": "bicubic"}
+    settings = {"alpha": alpha, "infer_image_size": dataset.image_size, **asked_with, "interpolation": "bicubic"}
     results |= {
         "settings": settings | _protocol(seed, resamples),
         "wrong_sounds_of_same_class": paired.same_label,

@@ -64,7 +64,7 @@ def universal_threshold(
     taken = [pairs[i] for i in sorted(order)]
     shape = model.shape
     dataset = WithNegativeAudio(
-        TrainingPairs(taken, shape["image_size"], shape["audio_seconds"], "none"), seed, class_of
+        TrainingPairs(taken, model.infer_image_size, shape["audio_seconds"], "none"), seed, class_of
     )
     with count_undecodable(taken, workers):
         largest = largest_shares(model, dataset, device, batch_size, workers, between)

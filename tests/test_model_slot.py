@@ -404,6 +404,12 @@ def test_a_batch_gives_the_maps_of_its_samples():
     assert torch.allclose(together.image_map[1], alone.image_map[0], atol=1e-6)
 
 
+def test_a_model_of_224_px_takes_images_of_448_and_its_maps_are_14_by_14():
+    model = JointSlotModel(audio_seconds=1.0).eval()
+    maps = model.localize(torch.rand(1, 3, 448, 448), torch.rand(1, 1, 257, 101))
+    assert maps.audio_map.shape == maps.image_map.shape == (1, 14, 14)
+
+
 @pytest.mark.parametrize("arch, dim, size, seconds, slots", [("small", 6, 50, 0.7, 1), ("resnet18", 32, 96, 1.1, 3)])
 def test_no_size_is_fixed(arch, dim, size, seconds, slots):
     model = JointSlotModel(arch, dim, slots, image_size=size, audio_seconds=seconds)

@@ -19,11 +19,11 @@ def run(cli):
     return lambda *arguments: cli("test_model", "--gpu", "cpu", "--num_workers", "0", *arguments)
 
 
-def test_there_are_at_most_25_flags_and_each_boolean_may_stand_alone(monkeypatch):
+def test_there_are_at_most_30_flags_and_each_boolean_may_stand_alone(monkeypatch):
     booleans = "--allow_missing", "--save_visualizations", "--save_maps", "--report", "--diagnose"
     monkeypatch.setattr(sys, "argv", ["test_model.py", *booleans, "--save_maps", "false"])
     args = vars(command.parse_args())
-    assert len(args) <= 25
+    assert len(args) <= 30
     assert [args[flag.removeprefix("--")] for flag in booleans] == [True, True, False, True, True]
 
 
@@ -95,6 +95,22 @@ def test_saved_maps_score_exactly_as_they_did(checkpoint, synthetic_root, tmp_pa
     run("--checkpoint", checkpoint, *where, "--out_dir", tmp_path / "model", "--imagenet_weights", "none")
     assert not (folder / "maps.npz").exists()  # maps of other settings do not stay beside new figures
     assert "confidence_map" in (tmp_path / "file" / "synthetic_interactive" / "per_sample.csv").read_text()
+
+
+def test_the_tested_size_is_apart_from_the_trained_one_and_recorded(checkpoint, synthetic_root, tmp_path, run):
+    """checkpoint: of 64 px, whose tokens have 16."""
+    where = ("--checkpoint", checkpoint, "--testset", "synthetic", "--test_data_path", synthetic_root)
+    where += ("--imagenet_weights", "none", "--save_maps")
+    for name, flags, side in [("own", (), 4), ("larger", ("--infer_image_size", "128"), 8)]:
+        done = run(*where, *flags, "--out_dir", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        folder = tmp_path / name / "synthetic"
+        assert json.loads((folder / "results.json").read_text())["settings"]["infer_image_size"] == 16 * side
+        assert np.load(folder / "maps.npz")["AUD"].shape == (20, side, side)
+    compared = run("--compare", *(tmp_path / name / "synthetic" / "results.json" for name in ("own", "larger")))
+    assert "NOTE infer_image_size: 64" in compared.stdout and "128" in compared.stdout
+    done = run("--checkpoint", checkpoint, "--testset", "synthetic", "--infer_image_size", "15")
+    assert done.returncode == 2 and "at least 16" in done.stderr
 
 
 def test_the_page_and_the_diagnosis_are_written_for_a_model_and_the_page_for_stored_maps(

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from dataset import Pair
 from distributed import all_gather_object, any_rank, is_main, under_torchrun, world_size
+from models import TRUNK
 from recipes import DATA, INFERENCE, RUN, TESTS, modern, roles
 from scoring.retrieval import within_one_error
 from training.log import RunLog
@@ -225,7 +226,8 @@ def lock_folder(folder: Path):
 class RunFolder:
     """What a run writes to disk and resumes from. Only the first process writes, and a dry run writes nothing.
 
-    about: what else a checkpoint says about its run: `model_config`, `args`, `marks`, `selected_by`.
+    about: what else a checkpoint says about its run: `model_config`, `args`, `marks`, `selected_by`, and, where it is
+    to hold no weights of the frozen image encoder, `frozen_weights`, which says where they are (models.py).
     """
 
     def __init__(self, path: Path, optimisation: Optimisation, state: RunState, about: Mapping[str, Any]) -> None:
@@ -267,6 +269,9 @@ class RunFolder:
         state = self.optimisation.state_dict() | self.state.state_dict() | self.about
         state |= {"processes": world_size(), "launch": launch_name(), "random": random_states()}
         state |= {"lines": self.log.lines, "wandb_run": self.log.run_id} | more
+        if "frozen_weights" in self.about:
+            frozen = self._frozen()
+            state["model"] = {key: value for key, value in state["model"].items() if key not in frozen}
         save_checkpoint(self.path / f"{name}.pth", state, [self.path / f"{other}.pth" for other in also])
 
     @contextmanager
@@ -282,6 +287,12 @@ class RunFolder:
                 self.save("latest")
             raise
 
+    def _frozen(self) -> dict[str, torch.Tensor]:
+        """The weights that checkpoints only refer to; their sha256 is among the marks, so no attempt has others."""
+        if "frozen_weights" not in self.about:
+            return {}
+        return {f"{TRUNK}{name}": value for name, value in self.optimisation.model.imgnet.trunk_state().items()}
+
     def end(self, choose_threshold: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
         """Load best.pth into the model -> what the file holds; latest.pth and best.pth get their universal threshold.
 
@@ -293,7 +304,7 @@ class RunFolder:
         self.save("latest", *(["best"] if is_last else []), **about)
         if is_last:
             return best | about
-        model.load_state_dict(best["model"])
+        model.load_state_dict(self._frozen() | best["model"])
         best |= about | {"threshold": choose_threshold()}
         if self.log:
             save_checkpoint(self.path / "best.pth", best)
@@ -344,7 +355,7 @@ class RunFolder:
             mend = "give the old ones to continue as before, or --resume force to continue with these"
             raise UserError(f"{path} was trained with other settings: {listed} ({mend})")
         with as_user_error(RuntimeError, ValueError, KeyError):
-            self.optimisation.load_state_dict(state)
+            self.optimisation.load_state_dict(state | {"model": self._frozen() | state["model"]})
         restore_random_states(state["random"])
         self.state.load_state_dict(state)
         if different:

@@ -5,7 +5,7 @@ of them, however they are divided: over processes (`distributed.gather_rows`), o
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -100,11 +100,20 @@ class Optimisation:
         amp: torch.dtype | None = None,
         micro_batch: int | None = None,
         all_weights: bool = True,
+        slower: Collection[nn.Parameter] = (),
+        slower_by: float = 1.0,
     ) -> None:
-        """all_weights: whether every step gives every weight a gradient; then DDP need not search for unused ones."""
+        """all_weights: whether every step gives every weight a gradient; then DDP need not search for unused ones.
+
+        Weights that are frozen are left out. slower: those whose rate is slower_by times --lr.
+        """
         self.model, self.device, self.lr, self.clip, self.amp = model, device, lr, clip, amp
         self.micro_batch = micro_batch
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
+        own = {id(parameter) for parameter in slower}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [{"params": [p for p in trained if id(p) not in own], "share": 1.0}]
+        groups += [{"params": [p for p in trained if id(p) in own], "share": slower_by}] * bool(own)
+        self.optimizer = torch.optim.AdamW(groups, lr, weight_decay=weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         self.parallel: nn.Module = model
         if world_size() > 1:
@@ -119,7 +128,7 @@ class Optimisation:
         """
         before = self._what_a_forward_changes()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * lr_factor
+            group["lr"] = self.lr * lr_factor * group.get("share", 1.0)  # older checkpoints bring no share
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.backward(inputs, weights)
         self.scaler.unscale_(self.optimizer)
