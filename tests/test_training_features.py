@@ -134,13 +134,15 @@ def fill(encoder, pairs, results):
 def test_two_runs_at_once_share_the_work_and_no_row_is_spoilt(cache, pairs, encoder):
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    runs = [context.Process(target=fill, args=(encoder, part, results)) for part in (pairs[:9], pairs[3:])]
+    sets = pairs[:9], pairs[3:], pairs[:9]
+    runs = [context.Process(target=fill, args=(encoder, part, results)) for part in sets]
     for run in runs:
         run.start()
-    counts = [results.get(timeout=60) for _ in runs]
+    counts = sorted(results.get(timeout=60) for _ in runs)
     for run in runs:
         run.join()
-    assert sum(counts) == 24 and [run.exitcode for run in runs] == [0, 0]
+    assert [run.exitcode for run in runs] == [0, 0, 0]
+    assert counts[0] == 0 and 24 <= sum(counts) <= 36  # one of two with the same images had nothing to do
     train, alone = training_pairs(pairs), training_pairs(pairs)
     assert computed(cache_features(encoder, [(train, 2)], CPU, 0)) == 0
     of_both = all_views(train)

@@ -50,9 +50,9 @@ class Store:
         self.row_bytes = 2 * int(np.prod(shape))
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """One process at a time adds rows; another one waits, and then finds them."""
-        lock = FileLock(self.folder / "lock")
+    def locked(self, name: str) -> Iterator[None]:
+        """Of all processes with this name, one at a time; another one waits."""
+        lock = FileLock(self.folder / f"lock_{name}")
         try:
             lock.acquire(timeout=1)
         except TimeoutError:
@@ -188,8 +188,10 @@ def cache_features(
     views = [view for of_set in of_sets for view in of_set]
     keys, computed = [key for *_, key in views], 0
     if is_main():
-        with store.locked():
+        with store.locked("rows"):
             store.add(keys)
+        # runs with the same images wait for each other; those with others may compute a shared row twice, alike
+        with store.locked(hashlib.sha256(b"".join(sorted({*keys}))).hexdigest()[:12]):
             computed = _share(encoder, store, views, size, augment, device, workers)
     else:
         computed = _share(encoder, store, views, size, augment, device, workers)
