@@ -298,3 +298,17 @@ def test_rows_of_one_file_in_several_pairs_are_computed_once(cache, pairs, encod
     assert computed(cache_features(encoder, [(twice, 1)], CPU, 0)) == 12
     assert np.array_equal(twice.views.rows[:12], twice.views.rows[12:])
     assert isinstance(twice.views, CachedViews)
+
+
+def test_views_of_a_folder_of_frames_show_other_frames_than_the_middle_one(cache, pairs, encoder, tmp_path):
+    folder = tmp_path / "film"
+    folder.mkdir()
+    for number, pair in enumerate(pairs[:5]):
+        shutil.copy(pair.image, folder / f"{number:03d}.jpg")
+    film = pairs[0]._replace(image=str(folder))
+    assert features.frame_of(film, 0).endswith("002.jpg")
+    assert len({features.frame_of(film, view) for view in range(8)}) > 2
+    train = training_pairs([film, *pairs[1:]])
+    assert computed(cache_features(encoder, [(train, 3)], CPU, 0)) == 36
+    shutil.copy(pairs[7].image, folder / "002.jpg")
+    assert computed(cache_features(encoder, [(train, 3)], CPU, 0)) in (1, 2, 3)  # as many as show that frame

@@ -22,7 +22,8 @@ from filelock import FileLock
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dataset import Pair, Pixels, TrainingPairs, frames_in, make_loader, middle_frame
+from annotations import frames_in, middle_frame
+from dataset import Pair, Pixels, TrainingPairs, make_loader
 from distributed import barrier, hidden_bar, is_main, shard
 from resnet import Encoder, weights_digest
 from sets import count_undecodable
@@ -282,7 +283,6 @@ def standardise(encoder: Encoder, train: TrainingPairs, device: torch.device, im
     was_training = encoder.training
     encoder.eval()
     with count_undecodable(train.pairs):
-        encoder.standardise.fit(
-            trunk_features(encoder, image, device) for image, _ in make_loader(views, BATCH, 0, device=device)
-        )
+        loader = make_loader(views, BATCH, 0, device=device)
+        encoder.standardise.fit(trunk_features(encoder, image, device) for image, _ in loader)
     encoder.train(was_training)
