@@ -21,6 +21,20 @@ def test_skipped_steps_are_logged_and_lower_no_average(synthetic_root, tmp_path,
     assert line["skipped_steps"] == 1 and line["grad_norm"] == pytest.approx(2.0)
 
 
+def test_lost_steps_have_no_part_in_the_averages(synthetic_root, tmp_path, train, monkeypatch):
+    step, count = Optimisation.step, iter(range(100))
+
+    def sometimes(self, *arguments):
+        found = step(self, *arguments) | {"loss": 3.0, "grad_norm": 2.0}
+        lost = {"grad_norm": 0.0, "skipped_steps": 1.0, "lost_steps": 1.0}
+        return lost if next(count) % 4 == 3 else found
+
+    monkeypatch.setattr(Optimisation, "step", sometimes)
+    assert train(synthetic_root, tmp_path, "--epochs", "1").returncode == 0
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert (line["skipped_steps"], line["loss"], line["grad_norm"]) == (1, pytest.approx(3.0), pytest.approx(2.0))
+
+
 def test_a_loss_that_is_not_finite_keeps_the_state_before_the_step(synthetic_root, tmp_path, train, monkeypatch):
     count, matching = iter(range(1000)), Optimisation.backward
 

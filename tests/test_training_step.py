@@ -1,5 +1,7 @@
 """One step: gradients of a batch in parts and over processes, schedule, precision."""
 
+import contextlib
+
 import pytest
 import torch
 from processes import CPU, PAIRS, WITH_MAPS, WITHOUT_RECONSTRUCTION, gradients, max_pool
@@ -122,6 +124,31 @@ def test_a_scaler_that_finds_no_scale_ends_the_run(monkeypatch):
     with pytest.raises(NotFinite, match="grad_norm inf"):
         for _ in range(20):
             optimisation.step(inputs, PAPER_WEIGHTS, 1.0)
+
+
+def test_a_loss_that_overflows_in_fp16_skips_the_step_a_few_times_in_a_row(monkeypatch):
+    """Nothing of the step stays: weights, batch-norm statistics and moments are as before, and training goes on."""
+    model = JointSlotModel("small", 16, 2, 3, 32, 0.4, reciprocal_k=0).train()
+    inputs = Inputs(torch.randn(2, 3, 32, 32), torch.randn(2, 1, 257, 41), model.draw_masks(2))
+    optimisation = Optimisation(model, CPU, 1e-3, amp=torch.float16)
+    optimisation.step(inputs, PAPER_WEIGHTS, 1.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(optimisation, "_autocast", lambda: contextlib.nullcontext())
+    loud = inputs._replace(image=inputs.image * float("inf"))
+    for _ in range(2):
+        found = optimisation.step(loud, PAPER_WEIGHTS, 1.0)
+        assert found == {"grad_norm": 0.0, "skipped_steps": 1.0, "lost_steps": 1.0}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert optimisation.step(inputs, PAPER_WEIGHTS, 1.0)["skipped_steps"] == 0
+    for _ in range(4):
+        optimisation.step(loud, PAPER_WEIGHTS, 1.0)
+    again = Optimisation(model, CPU, 1e-3, amp=torch.float16)
+    again.load_state_dict(optimisation.state_dict())
+    again.step(loud, PAPER_WEIGHTS, 1.0)
+    with pytest.raises(NotFinite, match="info_nce nan"):
+        again.step(loud, PAPER_WEIGHTS, 1.0)
+    with pytest.raises(NotFinite):
+        Optimisation(model, CPU, 1e-3).step(loud, PAPER_WEIGHTS, 1.0)  # not in fp32: there it is no accident
 
 
 @pytest.mark.parametrize(

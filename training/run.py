@@ -26,7 +26,7 @@ from training.resume import RunFolder
 from training.step import Inputs, NotFinite, Optimisation
 from utils import UserError, as_user_error, peak_memory_gib, random_states
 
-UNAVERAGED = ("seconds", "waiting", "skipped_steps")  # among the sums of an epoch
+UNAVERAGED = ("seconds", "waiting", "skipped_steps", "lost_steps")  # among the sums of an epoch
 
 
 def train_one_epoch(
@@ -80,10 +80,12 @@ def train_one_epoch(
             if after_step:
                 after_step()
     broadcast_buffers(model.buffers())
-    averages = {name: value / state.step for name, value in state.sums.items() if name not in UNAVERAGED}
-    if skipped := state.sums["skipped_steps"]:
+    skipped, lost = (state.sums.get(name, 0.0) for name in ("skipped_steps", "lost_steps"))
+    counted = max(state.step - lost, 1)
+    averages = {name: value / counted for name, value in state.sums.items() if name not in UNAVERAGED}
+    if skipped:
         averages["skipped_steps"] = skipped
-        averages["grad_norm"] *= state.step / max(state.step - skipped, 1)
+        averages["grad_norm"] *= counted / max(state.step - skipped, 1)
     place = {"lr": optimisation.lr * lr_factor(first_step + state.step - 1), "steps": state.step}
     return averages | place | _speed(state, batch_size) | {"memory_gib": peak_memory_gib(optimisation.device)}
 

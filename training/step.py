@@ -19,6 +19,7 @@ from model_slot import TokenMasks
 from models import Model
 from utils import UserError, bf16_is_fast
 
+LOST_IN_A_ROW = 5  # steps whose loss overflows in fp16: more of them are no accident
 LR_DECAY = 0.9  # of schedule `step`, per epoch (paper)
 SURROGATE = "surrogate"  # what sends the gradient of the losses over a batch through a part of it
 
@@ -115,6 +116,7 @@ class Optimisation:
         groups += [{"params": [p for p in trained if id(p) in own], "share": slower_by}] * bool(own)
         self.optimizer = torch.optim.AdamW(groups, lr, weight_decay=weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+        self.lost_in_a_row = 0  # steps up to now whose loss overflowed
         self.parallel: nn.Module = model
         if world_size() > 1:
             devices = [device.index] if device.type == "cuda" else None
@@ -123,8 +125,9 @@ class Optimisation:
     def step(self, inputs: Inputs, weights: Mapping[str, float], lr_factor: float) -> dict[str, float]:
         """One step on this process's rows of a batch -> losses by name, `loss`, `grad_norm`, `skipped_steps`.
 
-        weights: of the losses by name. The fp16 scaler leaves out a step whose scaled gradient overflows, which counts
-        as skipped and has no norm. Raises NotFinite, on every process alike, also when no scale above 1 helps.
+        weights: of the losses by name. In fp16 a step whose scaled gradient overflows is left out: it counts as skipped
+        and has no norm. So is one whose loss overflows, LOST_IN_A_ROW times in a row: it has no losses either, and
+        counts as `lost_steps` as well. Raises NotFinite, on every process alike, also when no scale above 1 helps.
         """
         before = self._what_a_forward_changes()
         for group in self.optimizer.param_groups:
@@ -141,13 +144,20 @@ class Optimisation:
         figures = losses | {"loss": weighted(losses, weights)}
         values = dict(zip(figures, average(torch.stack([*figures.values()])).tolist(), strict=True))
         norm = norm.item()
-        overflow = self.scaler.is_enabled() and not math.isfinite(norm) and self.scaler.get_scale() > 1
-        if not (math.isfinite(values["loss"]) and (math.isfinite(norm) or overflow)):
+        lost = not math.isfinite(values["loss"])
+        lost_in_a_row = self.lost_in_a_row + 1 if lost else 0
+        overflow = lost or not math.isfinite(norm)
+        bearable = lost_in_a_row <= LOST_IN_A_ROW if lost else self.scaler.get_scale() > 1
+        if overflow:
             before()
+        if overflow and not (self.scaler.is_enabled() and bearable):
             raise NotFinite(", ".join(f"{name} {value:.4g}" for name, value in {**values, "grad_norm": norm}.items()))
-        self.scaler.step(self.optimizer)
+        self.lost_in_a_row = lost_in_a_row
+        if not lost:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
-        return values | {"grad_norm": 0.0 if overflow else norm, "skipped_steps": float(overflow)}
+        counts = {"skipped_steps": float(overflow), "lost_steps": float(lost)}
+        return ({} if lost else values) | {"grad_norm": 0.0 if overflow else norm} | counts
 
     def backward(self, inputs: Inputs, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
         """Add the batch's gradients to the weights' and return its losses, of which the mean over processes counts."""
@@ -219,6 +229,7 @@ class Optimisation:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "lost_in_a_row": self.lost_in_a_row,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -228,6 +239,7 @@ class Optimisation:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
+        self.lost_in_a_row = state.get("lost_in_a_row", 0)  # older code had none
         for group in self.optimizer.param_groups:  # the command line's, which --resume force may have changed
             group["weight_decay"] = weight_decay
 
