@@ -209,6 +209,11 @@ def info_nce_loss(
     return contrast_both_ways(image_target @ audio_target.T / tau, keep)
 
 
+def info_nce_chance(keep: torch.Tensor) -> torch.Tensor:
+    """`info_nce_loss` where all pairs are alike, with the negatives that `keep` (B, B) leaves; itself no loss."""
+    return keep.sum(0).float().log().mean() + keep.sum(1).float().log().mean()
+
+
 def contrast_both_ways(logits: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
     """Scores (B, B), images by audio clips -> cross entropy of each image's own audio plus that of each clip's image.
 
@@ -464,6 +469,8 @@ class JointSlotModel(nn.Module):
         keep = self._keep_mask(image_target.detach(), audio_target.detach())
         with torch.autocast(image_target.device.type, enabled=False):
             losses = {"info_nce": info_nce_loss(image_target, audio_target, self.tau, keep)}
+            if keep is not None:  # without the rule it is 2 log B
+                losses["info_nce_chance"] = info_nce_chance(keep)
             if "image_keys" in batch:
                 shares = shares_of_others(batch["audio_query"], batch["image_keys"])
                 losses["share_contrast"] = share_contrast_loss(shares, keep)

@@ -131,13 +131,18 @@ def _released_config(path: Path) -> dict[str, Any]:
 def describe_checkpoint(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     """Where the weights come from, how they were chosen and trained, as far as the checkpoint says."""
     flags, threshold = training_flags(state), own_threshold(state)
-    return {
-        "path": str(path),
-        "epoch": state.get("epoch", "unknown"),
-        "selected_by": how_it_came_about(state),
-        "trained_on": flags.get("trainset", "unknown"),
-        "training": flags,
-    } | ({"threshold": threshold} if threshold else {})
+    warning = (state.get("lines") or [{}])[-1].get("warning")
+    return (
+        {
+            "path": str(path),
+            "epoch": state.get("epoch", "unknown"),
+            "selected_by": how_it_came_about(state),
+            "trained_on": flags.get("trainset", "unknown"),
+            "training": flags,
+        }
+        | ({"threshold": threshold} if threshold else {})
+        | ({"warning": warning} if warning else {})
+    )
 
 
 def how_it_came_about(state: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@
     python test_model.py --compare A/results/vggss/results.json B/results/vggss/results.json
 """
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from maps import MAP_SIZE
 from models import Trained, load
 from recipes import add_infer_image_size
 from reports.diagnose import check_slots, diagnose
+from reports.own_files import note_own, remove_own
 from reports.page import Gallery
 from reports.pictures import Drawer, images_of
 from reports.table import publish, training_overlap
@@ -77,16 +77,14 @@ class Keepsakes:
 
     def __init__(self, args, folder: Path, dataset: EvaluationPairs | None, count: int) -> None:
         self.drawer = self.gallery = self.writer = None
-        names = ["report.html", "report_files", "samples", "contact_sheet.png", "diagnosis"]
-        names += [] if args.maps else ["maps.npz"]  # else it may be what is scored
-        self.stale = [folder / name for name in names]
+        self.folder, self.scored = folder, Path(args.maps).resolve() if args.maps else None
         self.on_batch: list[OnBatch] = []
         if dataset:
             self.audio_of = {pair.id: Path(pair.audio) for pair in dataset.pairs}
             self.image_of = images_of(dataset.pairs)
-        if args.save_visualizations:
-            sheet, overlays = folder / "contact_sheet.png", folder / "samples"
-            self.drawer = Drawer(sheet, dataset.ground_truth, count, self.image_of, overlays)
+        if args.save_visualizations or args.save_overlays:
+            sheet, overlays = folder / "contact_sheet.png", folder / "samples" if args.save_overlays else None
+            self.drawer = Drawer(sheet, dataset.ground_truth, count, self.image_of, overlays, args.num_workers)
             self.on_batch.append(self.drawer)
         if args.report:
             self.gallery = Gallery(folder, seconds=dataset.audio_seconds)
@@ -105,21 +103,22 @@ class Keepsakes:
         self.writer.add(batch.ids, batch.raw | batch.scalars)
 
     def clear(self) -> None:
-        """Remove what an earlier run left here, as it does not belong to the new results."""
-        for path in self.stale:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        """Remove what an earlier test left here, as it does not belong to the new results; not what is scored."""
+        remove_own(self.folder, keep=self.scored)
 
     def finish(self, evaluation: Evaluation) -> None:
+        files = []
         if self.drawer:
-            print(f"pictures: {self.drawer.finish()}, {self.drawer.overlays}")
+            files += self.drawer.finish()
+            print("pictures: " + ", ".join(map(str, [files[0], *([self.drawer.overlays] if len(files) > 1 else [])])))
         if self.gallery:
             print(f"report: {self.gallery.finish(evaluation.results, evaluation.rows)}")
+            files += self.gallery.written
         if self.writer:
             settings = evaluation.results["settings"]
-            print(f"maps: {self.writer.finish(interpolation=settings['interpolation'], alpha=settings['alpha'])}")
+            files.append(self.writer.finish(interpolation=settings["interpolation"], alpha=settings["alpha"]))
+            print(f"maps: {files[-1]}")
+        note_own(self.folder, files)
 
 
 # ---------------------------------------------------------------- the two ways of scoring
@@ -157,8 +156,9 @@ def score_model(args) -> None:
             keepsakes.finish(evaluation)
             if args.diagnose:
                 batch = training_batch(path, trained, args.seed)
-                for picture in diagnose(model, dataset, device, out_dir / name / "diagnosis", batch, **run):
-                    print(f"diagnosis: {picture}")
+                pictures = diagnose(model, dataset, device, out_dir / name / "diagnosis", batch, **run)
+                note_own(out_dir / name, pictures)
+                print("\n".join(f"diagnosis: {picture}" for picture in pictures))
 
 
 def score_film_set(args) -> None:
@@ -206,14 +206,15 @@ def score_file(args) -> None:
     if args.testset == "all":
         raise UserError("--maps needs the test set whose ids its maps have: --testset NAME")
     stored, truths = StoredMaps(args.maps), build_ground_truths(args)
-    datasets = build_test_sets(args, MAP_SIZE, HEARD_SECONDS) if args.save_visualizations or args.report else {}
+    drawn = args.save_visualizations or args.save_overlays or args.report
+    datasets = build_test_sets(args, MAP_SIZE, HEARD_SECONDS) if drawn else {}
     for name, dataset in datasets.items():
         seen = {pair.id for pair in dataset.pairs}
         blind = [i for i in stored.ids if i in truths[name].ids and i not in seen]
         if blind:
             raise UserError(
-                f"{len(blind)} maps have no image to be drawn on: {first_ids(blind)}; leave --report and "
-                "--save_visualizations out, or give all images as --test_data_path"
+                f"{len(blind)} maps have no image to be drawn on: {first_ids(blind)}; leave --report, "
+                "--save_visualizations and --save_overlays out, or give all images as --test_data_path"
             )
     for name, ground_truth in truths.items():
         match_ids(stored, ground_truth, args.allow_missing)  # of all sets before the first is scored
@@ -279,7 +280,8 @@ def parse_args():
     out_dir = "folder of results (default: results/ in the run's folder, results_last/ for --checkpoint latest, else "
     out_dir += "beside --checkpoint PATH or --maps FILE)"
     group.add_argument("--out_dir", help=out_dir)
-    add_boolean(group, "--save_visualizations", help="a contact sheet, and an overlay of every sample's maps")
+    add_boolean(group, "--save_visualizations", help="a contact sheet: the maps of 16 samples over their images")
+    add_boolean(group, "--save_overlays", help="the contact sheet, and samples/: an overlay of every sample's maps")
     add_boolean(group, "--save_maps", help="maps.npz: the maps of all samples, which --maps can score again")
     add_boolean(group, "--report", help="report.html: a page for a browser that shows every sample with its audio")
     add_boolean(

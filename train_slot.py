@@ -232,7 +232,7 @@ def test_command(args) -> str:
     command = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(roots) if name in os.environ]
     python = Path(sys.executable)
     here = str(python.relative_to(Path.cwd())) if python.is_relative_to(Path.cwd()) else "python"
-    command += [here, "test_model.py", "--save_visualizations", "true"]
+    command += [here, "test_model.py", "--save_overlays", "true"]
     has_prior = args.image_encoder == "resnet18" and args.image_weights != "none"
     command += ["--imagenet_weights", "none"] * (not has_prior)
     data = "testset", "test_data_path", "test_gt_path", "test_list", "metadata"
@@ -242,7 +242,9 @@ def test_command(args) -> str:
     return " ".join(command + ["--allow_missing true"] * args.allow_missing)
 
 
-def print_end(args, path: Path) -> None:
+def print_end(args, path: Path, warning: str | None = None) -> None:
+    if warning:
+        print(f"warning: {warning}")
     print(f"in {path}: best.pth, latest.pth, log.jsonl, curves.png" + ", results/" * bool(args.testset))
     if args.testset:
         print(f"test it again, with a picture of every sample:\n  {test_command(args)}")
@@ -341,7 +343,7 @@ def main() -> None:
             best = folder.end(partial(choose_threshold, model, data, device, **settings))
             print(f"best.pth: epoch {best['epoch']} of {state.epoch}, chosen by {best['selected_by']}")
             folder.finish(test(on_batch=[stop.leave_alone], chosen=best, last=last), last)
-            print_end(args, path)
+            print_end(args, path, folder.log.warning if folder.log else None)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,15 @@ import platform
 import random
 import re
 import resource
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
@@ -319,17 +319,25 @@ def provenance() -> dict[str, str]:
 
 @contextmanager
 def atomic_path(path: str | Path):
-    """Yield a temporary path beside `path` that replaces it when the block ends without an error."""
+    """Yield a temporary path beside `path` that replaces it when the block ends without an error.
+
+    UserError where it cannot be written: a full disk, a folder that may only be read.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    os.chmod(name, 0o644)
+    name = path.with_name(f".{path.stem:.100}.{secrets.token_hex(4)}{path.suffix}")
     try:
-        yield Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the user's umask takes away
+        yield name
         os.replace(name, path)
+    except OSError as error:
+        if error.filename not in (None, name, str(name), str(path), str(path.parent)):
+            raise  # of another file
+        kept = "; the one before is kept" if path.exists() else ""
+        raise UserError(f"{path} cannot be written ({error.strerror or error}){kept}") from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        with suppress(OSError):
+            name.unlink(missing_ok=True)
 
 
 def cache_folder(kind: str) -> Path:
@@ -388,7 +396,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], also: Iterable[str 
                 os.fsync(file.fileno())
             for name in also:
                 _link(temporary, Path(name))
-    except (OSError, RuntimeError) as error:  # torch.save reports some of the first as the second
+    except RuntimeError as error:  # torch.save reports some errors of the disk so
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         kept = "; the one before is kept" if Path(path).exists() else ""
         raise UserError(f"the checkpoint {path} cannot be written ({reason}){kept}") from error

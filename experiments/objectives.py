@@ -142,7 +142,7 @@ def export(source: Path, target: Path) -> None:
 def draw_samples(checkpoint: Path, target: Path, each: int = 2) -> None:
     """A sheet of the first samples of every split, as the exported model scores them."""
     folder = CHECKPOINTS / "demo_results"
-    flags = ["--imagenet_weights", "none", "--save_visualizations", "true", "--out_dir", str(folder), "--gpu", "cpu"]
+    flags = ["--imagenet_weights", "none", "--save_overlays", "true", "--out_dir", str(folder), "--gpu", "cpu"]
     call(sys.executable, "test_model.py", "--checkpoint", str(checkpoint), "--testset", ",".join(DEMO_SPLITS), *flags)
     samples = [path for split in DEMO_SPLITS for path in sorted((folder / split / "samples").glob("*.png"))[:each]]
     contact_sheet([np.array(load_image(path)) for path in samples], target)

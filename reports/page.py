@@ -45,6 +45,7 @@ class Gallery:
         self.folder, self.maps, self.seconds = Path(folder), maps, seconds
         self.shown: list[str] = []
         self.files: dict[str, tuple[str, str | None]] = {}
+        self.written: list[Path] = []
         self.draft = self.folder / f"{FILES}.part"
         shutil.rmtree(self.draft, ignore_errors=True)
         self.draft.mkdir(parents=True)
@@ -76,16 +77,24 @@ class Gallery:
         return name
 
     def finish(self, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path:
-        """Write the page; it and its files replace older ones.
+        """Write the page; it and its files, which `written` then names, replace older ones of the same names.
 
         results, rows: see `page_data`. The old page is removed first, so that a page never shows files of two runs.
         """
         page, files = self.folder / PAGE, self.folder / FILES
         write_page(results, rows, self.draft / PAGE, self.shown, self.files)
+        before = page.read_text(encoding="utf-8", errors="ignore") if page.is_file() else ""
         page.unlink(missing_ok=True)
-        shutil.rmtree(files, ignore_errors=True)
-        os.replace(self.draft, files)
-        os.replace(files / PAGE, page)
+        files.mkdir(exist_ok=True)
+        for file in list(files.iterdir()):
+            if f'"{file.name}"' in before:  # of the old page, and nobody else's
+                file.unlink()
+        drawn = [file for file in self.draft.iterdir() if file.name != PAGE]
+        for file in drawn:
+            os.replace(file, files / file.name)
+        os.replace(self.draft / PAGE, page)
+        self.draft.rmdir()
+        self.written = [page, *(files / file.name for file in drawn)]
         return page
 
 

@@ -5,6 +5,7 @@ An image is an RGB uint8 array (H, W, 3); a heat map is (H, W) in 0..1; G is the
 
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import cv2
 import numpy as np
 import torch
 from matplotlib.font_manager import findfont
+from pebble import ProcessPool
 from PIL import Image, ImageDraw, ImageFont
 
 from annotations import GroundTruth, first_ids, middle_frame
@@ -170,16 +172,26 @@ def _write(canvas: np.ndarray, text: str, corner: tuple[int, int], size: int, wi
 class Drawer:
     """Draws while a set is scored: a contact sheet of some samples spread over it, an overlay of each if wanted.
 
-    Files appear only at `finish`: a run that breaks off leaves no incomplete set of pictures.
+    overlays: the folder of the overlays, which `workers` processes draw (0: this one). Files appear only at `finish`: a
+    run that breaks off leaves no incomplete set of pictures.
     """
 
     def __init__(
-        self, sheet: Path, ground_truth: GroundTruth, count: int, image_of: ImageOf, overlays: Path | None = None
+        self,
+        sheet: Path,
+        ground_truth: GroundTruth,
+        count: int,
+        image_of: ImageOf,
+        overlays: Path | None = None,
+        workers: int = 0,
     ):
         self.sheet, self.truth, self.image_of, self.overlays = sheet, ground_truth, image_of, overlays
-        self.seen, self.panels = 0, []
-        self.drafts = tempfile.TemporaryDirectory()
+        self.seen, self.panels, self.files = 0, [], [sheet]
         self.on_sheet = {round(i * (count - 1) / (SHEET_SAMPLES - 1)) for i in range(SHEET_SAMPLES)}
+        if overlays:
+            self.drafts, self.under_way = tempfile.TemporaryDirectory(), deque()
+            self.most = 4 * workers  # that wait: their maps are in memory
+            self.pool = ProcessPool(workers, initializer=torch.set_num_threads, initargs=(1,)) if workers else None
 
     def __call__(self, batch: ScoredBatch) -> None:
         drawn = [name for name in DRAWN_MAPS if name in batch.maps] or list(batch.maps)[:3]
@@ -187,21 +199,43 @@ class Drawer:
             if self.overlays or self.seen in self.on_sheet:
                 maps = {m: batch.maps[m][i].cpu().numpy() for m in drawn}
                 title = f"{name}   {self.truth.class_of.get(name, '')}".strip()
-                panel = sample_panel(self.image_of(name), batch.truth[i].numpy(), maps, title)
+                sample = self.image_of(name), batch.truth[i].numpy(), maps, title
                 if self.overlays:
-                    contact_sheet([panel], Path(self.drafts.name) / f"{name}.png")
+                    self._draw_overlay(Path(self.drafts.name) / f"{name}.png", *sample)
                 if self.seen in self.on_sheet:
-                    self.panels.append(panel)
+                    self.panels.append(sample_panel(*sample))
             self.seen += 1
 
-    def finish(self) -> Path:
+    def _draw_overlay(self, path: Path, *sample: Any) -> None:
+        self.files.append(self.overlays / path.name)
+        if not self.pool:
+            draw_overlay(path, *sample)
+            return
+        self.under_way.append(self.pool.schedule(draw_overlay, (path, *sample)))
+        if len(self.under_way) > self.most:
+            self.under_way.popleft().result()
+
+    def finish(self) -> list[Path]:
+        """Write the files -> all of them, the contact sheet first."""
         header = f"{self.truth.name}: {len(self.panels)} of {self.seen} samples, outline = ground truth"
         contact_sheet(self.panels, self.sheet, header)
         if self.overlays:
-            shutil.rmtree(self.overlays, ignore_errors=True)
-            shutil.copytree(self.drafts.name, self.overlays)
-        self.drafts.cleanup()
-        return self.sheet
+            while self.under_way:
+                self.under_way.popleft().result()
+            if self.pool:
+                self.pool.close()
+                self.pool.join()
+            self.overlays.mkdir(parents=True, exist_ok=True)
+            for file in self.files[1:]:
+                with atomic_path(file) as temporary:
+                    shutil.copyfile(Path(self.drafts.name) / file.name, temporary)
+            self.drafts.cleanup()
+        return self.files
+
+
+def draw_overlay(path: Path, *sample: Any) -> None:
+    """`sample_panel` of one sample as a file."""
+    contact_sheet([sample_panel(*sample)], path)
 
 
 def images_of(pairs: Sequence[Pair]) -> ImageOf:

@@ -145,6 +145,8 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
     if checkpoint:
         epoch, selected_by = checkpoint.get("epoch", "?"), checkpoint.get("selected_by", "?")
         lines.append(f"checkpoint: {checkpoint.get('path', '?')}, epoch {epoch}, selected by {selected_by}")
+    if warning := results.get("training_warning") or (checkpoint or {}).get("warning"):
+        lines.append(f"warning: in training {warning}")
     if last := results.get("last_epoch"):
         lines.append(_last_epoch(last, (checkpoint or {}).get("epoch"), [*maps]))
     if checkpoint and "threshold" in checkpoint:
@@ -184,7 +186,8 @@ def _last_epoch(last: Mapping[str, Any], chosen: Any, names: Sequence[str]) -> s
 def publish(evaluation: Evaluation, folder: Path, **about: Any) -> None:
     """Add to a set's figures where they come from, write results.json and per_sample.csv, print the table.
 
-    about: `testset`, and what is known of `checkpoint`, `training_test_overlap` and `last_epoch`.
+    about: `testset`, and what is known of `checkpoint`, `training_test_overlap`, `last_epoch` and
+    `training_warning`.
     """
     results = evaluation.results
     results.update(about, provenance=provenance())

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import sys
 
@@ -56,8 +57,49 @@ def test_the_command_writes_results_rows_and_pictures_and_reads_the_checkpoint_o
     assert {"IIoU", "IAUC", "both_pointing"} <= interactive["maps"]["AUD"].keys()
     assert interactive["retrieval"] == {}  # a picture stands there twice, with a sound of another class each time
     assert (tmp_path / "synthetic" / "contact_sheet.png").stat().st_size > 10_000
-    assert len(list((tmp_path / "synthetic" / "samples").glob("*.png"))) == 20
+    assert not (tmp_path / "synthetic" / "samples").exists(), "overlays of all samples are asked for apart"
     assert "listening" in done.stdout and "ceiling" in done.stdout
+
+
+def test_a_test_removes_what_an_earlier_one_wrote_and_nothing_else(checkpoint, synthetic_root, tmp_path, run):
+    """Folders of the user's may have the names of ours; what is written has the mode that the umask asks for."""
+    folder = tmp_path / "out" / "synthetic"
+    theirs = [folder / name for name in ("samples/mine.png", "diagnosis/notes.txt", "report_files/a.jpg", "maps.npz")]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+    test = (
+        "--checkpoint", checkpoint, "--testset", "synthetic", "--test_data_path", synthetic_root,
+        "--out_dir", tmp_path / "out", "--imagenet_weights", "none",
+    )  # fmt: skip
+    before = os.umask(0o027)
+    try:
+        done = run(*test, "--save_overlays", "--report")
+    finally:
+        os.umask(before)
+    assert done.returncode == 0, done.stderr
+    ours = [path for path in folder.rglob("*") if path.is_file() and path not in theirs]
+    assert {path.stat().st_mode & 0o777 for path in ours} == {0o640}
+    names = {path.relative_to(folder).as_posix() for path in ours}
+    assert {"contact_sheet.png", "samples/test_000007.png", "report.html", "report_files/00019.jpg"} <= names
+    assert run(*test).returncode == 0
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert left == {"results.json", "per_sample.csv", ".written", *(p.relative_to(folder).as_posix() for p in theirs)}
+    assert all(path.read_bytes() == b"mine" for path in theirs)
+
+
+def test_overlays_are_the_same_from_several_processes(checkpoint, synthetic_root, tmp_path, cli):
+    drawn = []
+    for workers in (0, 2):
+        done = cli(
+            "test_model", "--checkpoint", checkpoint, "--testset", "synthetic", "--test_data_path", synthetic_root,
+            "--out_dir", tmp_path / str(workers), "--imagenet_weights", "none", "--gpu", "cpu", "--save_overlays",
+            "--num_workers", workers,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        samples = tmp_path / str(workers) / "synthetic" / "samples"
+        drawn.append({path.name: path.read_bytes() for path in samples.iterdir()})
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 20
 
 
 def test_the_object_prior_adds_its_three_maps(checkpoint, synthetic_root, tmp_path, run):
@@ -134,7 +176,7 @@ def test_real_pairs_are_scored_and_drawn(checkpoint, tmp_path, run):
     clips = shared_folder("clips")
     done = run(
         "--checkpoint", checkpoint, "--testset", "custom", "--test_data_path", clips, "--test_list", clips / "test.csv",
-        "--test_gt_path", clips / "annotations.json", "--out_dir", tmp_path, "--save_visualizations", "true",
+        "--test_gt_path", clips / "annotations.json", "--out_dir", tmp_path, "--save_overlays", "true",
         "--imagenet_weights", "none",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from conftest import ROOT
 from wandb.proto.wandb_internal_pb2 import Record
 
 from reports.pictures import SHEET_SAMPLES, Drawer
-from training.log import RunLog, best_figures
+from training.log import RunLog, best_figures, stuck
 from utils import provenance
 
 LINES = [
@@ -141,6 +141,30 @@ def test_a_checkpoint_within_the_first_epoch_leaves_no_files_of_later_ones(tmp_p
 def test_only_figures_of_test_sets_have_a_best():
     line = {"epoch": 3, "loss": 1.0, "val/retrieval_score": 0.5, "a/IQR/cIoU": None, "a/IQR/tied_half": 4}
     assert best_figures([line, line | {"a/AUD/listening": -0.25, "a/AUD/images": 7}]) == {"best/a/AUD/listening": -0.25}
+
+
+def at_chance(count, loss=8.31, score=0.5, **more):
+    return [{"epoch": i + 1, "info_nce": loss, "val/retrieval_score": score, **more} for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "lines, warns",
+    [
+        (at_chance(4), True),  # 2 log 64 = 8.318
+        (at_chance(3), False),  # the first is of the warm-up
+        (at_chance(4, loss=8.0), False),
+        (at_chance(4, score=0.56), False),
+        (at_chance(4, score=0.0), True),  # collapsed
+        (at_chance(4, loss=7.4), False),
+        (at_chance(4, loss=7.4, info_nce_chance=7.42), True),  # half of the negatives are left out
+        ([*at_chance(3), {**at_chance(4)[3], "info_nce": 5.0}], False),  # it has begun to learn
+        ([{"epoch": i + 1, "info_nce": 8.31} for i in range(4)], True),  # no pairs held out
+    ],
+)
+def test_a_training_that_learns_nothing_is_told_from_one_that_does(lines, warns):
+    told = stuck(lines, 1, 64, 400)
+    assert (told is not None) is warns
+    assert not told or "from epoch 2 to 4" in told
 
 
 def test_without_wandb_nothing_of_it_is_imported_and_a_resumed_id_is_kept(tmp_path):

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from scoring.retrieval import Ranks
 from training.step import Optimisation
 from utils import load_checkpoint
 
@@ -19,6 +21,22 @@ def test_skipped_steps_are_logged_and_lower_no_average(synthetic_root, tmp_path,
     assert train(synthetic_root, tmp_path, "--epochs", "1").returncode == 0
     line = json.loads((tmp_path / "run" / "log.jsonl").read_text())
     assert line["skipped_steps"] == 1 and line["grad_norm"] == pytest.approx(2.0)
+
+
+def test_a_training_that_is_stuck_says_so_in_the_log_the_summary_and_the_results(
+    synthetic_root, tmp_path, train, monkeypatch, cli
+):
+    step = Optimisation.step
+    monkeypatch.setattr(Optimisation, "step", lambda self, *a: step(self, *a) | {"info_nce": 7.0, "info_nce_chance": 6})
+    monkeypatch.setattr("training.run.ranks_both_ways", lambda *_: Ranks(*[torch.arange(1, 11)] * 2))
+    done = train(synthetic_root, tmp_path, "--epochs", "3", "--testset", "synthetic", "--eval_every", "0")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert ["warning" in line for line in lines] == [False, False, True]
+    results = json.loads((tmp_path / "run" / "results" / "synthetic" / "results.json").read_text())
+    assert results["training_warning"] == results["checkpoint"]["warning"] == lines[2]["warning"]
+    assert "from epoch 1 to 3 the contrastive loss is at chance (7.000, chance 6.000)" in lines[2]["warning"]
+    assert done.stdout.count("warning: nothing is learnt") == 2 and "warning: in training nothing" in done.stdout
 
 
 def test_lost_steps_have_no_part_in_the_averages(synthetic_root, tmp_path, train, monkeypatch):

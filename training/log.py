@@ -14,6 +14,33 @@ from utils import provenance, strict_json, write_text
 COUNTS = ("samples", "empty", "images", "tied_half", "tied_adaptive")  # counts of a test set, which are not scores
 
 
+STUCK_EPOCHS = 3
+AT_CHANCE = 0.99  # of the loss of a model that knows nothing
+CHANCE_SPREAD = 12**-0.5  # standard deviation of a percentile rank that is drawn at random
+
+
+def stuck(lines: Sequence[Mapping[str, Any]], warm: float, batch_size: int, held_out: int) -> str | None:
+    """A warning where the last epochs after the warm-up have learnt nothing: one line; else None.
+
+    That is: the contrastive loss is at chance, for the negatives that were used, and retrieval on the held-out pairs
+    no better than chance by two standard errors, in each of STUCK_EPOCHS epochs. warm: epochs of the warm-up.
+    """
+    last = lines[-STUCK_EPOCHS:]
+    if len(last) < STUCK_EPOCHS or last[0]["epoch"] <= warm or any("info_nce" not in line for line in last):
+        return None
+    chances = [line.get("info_nce_chance", 2 * math.log(batch_size)) for line in last]
+    limit = 0.5 + 2 * CHANCE_SPREAD / max(held_out, 1) ** 0.5
+    at_chance = all(line["info_nce"] >= AT_CHANCE * chance for line, chance in zip(last, chances, strict=True))
+    if not at_chance or any(line.get("val/retrieval_score", 0.0) > limit for line in last):
+        return None
+    found = f", held-out retrieval {last[-1]['val/retrieval_score']:.2f}" if "val/retrieval_score" in last[-1] else ""
+    return (
+        f"nothing is learnt: from epoch {last[0]['epoch']} to {last[-1]['epoch']} the contrastive loss is at chance "
+        f"({last[-1]['info_nce']:.3f}, chance {chances[-1]:.3f}){found}; try another --lr, a larger --batch_size or "
+        "--tau, and check that images and audio of an id belong together"
+    )
+
+
 class RunLog:
     """The log of a run: log.jsonl, curves.png and, if wanted, wandb.
 
@@ -56,6 +83,11 @@ class RunLog:
         self._log(line | best_figures(self.lines) | self._pictures("maps"), step)
         self.sheets = {}
 
+    @property
+    def warning(self) -> str | None:
+        """That of the last epoch."""
+        return self.lines[-1].get("warning") if self.lines else None
+
     def add_sheet(self, name: str, path: Path) -> None:
         """Add heat maps of a test set's fixed samples, which go to wandb with the next line or at the end."""
         self.sheets[name] = path
@@ -66,6 +98,7 @@ class RunLog:
         last: the scores of the last epoch, where another one was chosen; they stand there as `last/set/map/metric`.
         """
         if self.wandb:
+            scores = {**scores, **({"warning": self.warning} if self.warning else {})}
             self._log(self._pictures("chosen_maps"), self.lines[-1]["step"] if self.lines else 0)
             self.wandb.summary.update({**scores, **{f"last/{name}": value for name, value in last.items()}})
             self.wandb.finish()

@@ -20,7 +20,7 @@ from distributed import all_gather_object, any_rank, is_main, under_torchrun, wo
 from models import TRUNK
 from recipes import DATA, INFERENCE, RUN, TESTS, modern, roles
 from scoring.retrieval import within_one_error
-from training.log import RunLog
+from training.log import RunLog, stuck
 from training.step import Optimisation
 from utils import (
     UserError,
@@ -320,8 +320,13 @@ class RunFolder:
         stop.leave_alone()  # told to while the file was written
 
     def write(self, line: dict[str, Any], step: int) -> None:
-        """One epoch's numbers; step: optimisation steps of the run so far."""
+        """One epoch's numbers; step: optimisation steps of the run so far. A run that is stuck is told so."""
         if self.log:
+            args, held_out = self.about["args"], int(self.about["marks"]["held-out pairs"].split()[0])
+            warm = max(args["warmup"], args["lr_warmup"] * args["epochs"])
+            if warning := stuck([*self.log.lines, line], warm, args["batch_size"], held_out):
+                line = line | {"warning": warning}
+                print(f"warning: {warning}", flush=True)
             self.log.write(line, step)
 
     def last_is_chosen(self) -> bool:

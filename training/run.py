@@ -184,6 +184,8 @@ def score_sets(
             path = folder.path / "best.pth"
             about = training_overlap(path, dataset.ground_truth, [pair.id for pair in dataset.pairs])
             about["checkpoint"] = describe_checkpoint(path, chosen)
+            if folder.log.warning:
+                about["training_warning"] = folder.log.warning
             about["last_epoch"] = {"epoch": folder.state.epoch, "maps": by_map(last or scores, name)}
             publish(evaluation, results, testset=name, **about)
     return scores
