@@ -599,7 +599,8 @@ class Streams(Media):
                     self.lost["image"].add(packet.dts)
                     continue
                 if time >= whole_from:
-                    self.gaps["image"][lost_from - self._origin] = whole_from - self._origin
+                    if whole_from > lost_from:  # stamps of a damaged file may go back
+                        self.gaps["image"][lost_from - self._origin] = whole_from - self._origin
                     lost_from = whole_from = np.inf
                 if time <= before:  # stamps that go back: shown after the one before all the same
                     time = before + seconds
