@@ -1,6 +1,7 @@
 """The log of a training run: files of the checkpoint's epochs, and a wandb run that is read back from its disk."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,12 +10,13 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import pytest
+import wandb
 from conftest import ROOT
 from wandb.proto.wandb_internal_pb2 import Record
 
 from reports.pictures import SHEET_SAMPLES, Drawer
 from training.log import RunLog, best_figures, stuck
-from utils import provenance
+from utils import UserError, provenance
 
 LINES = [
     {"epoch": 1, "loss": 2.0, "syn/IQR/cIoU": 0.5, "syn/IQR/mAP": float("nan"), "syn/IQR/samples": 20},
@@ -141,6 +143,23 @@ def test_a_checkpoint_within_the_first_epoch_leaves_no_files_of_later_ones(tmp_p
 def test_only_figures_of_test_sets_have_a_best():
     line = {"epoch": 3, "loss": 1.0, "val/retrieval_score": 0.5, "a/IQR/cIoU": None, "a/IQR/tied_half": 4}
     assert best_figures([line, line | {"a/AUD/listening": -0.25, "a/AUD/images": 7}]) == {"best/a/AUD/listening": -0.25}
+
+
+def test_an_empty_variable_counts_as_none_and_what_wandb_refuses_is_one_line(tmp_path, monkeypatch):
+    class Refused(Exception):
+        pass
+
+    def init(mode, **_):
+        raise Refused if mode == "offline" and "WANDB_MODE" not in os.environ else AssertionError(mode)
+
+    monkeypatch.setenv("WANDB_MODE", "")
+    monkeypatch.setattr(type(wandb.api), "api_key", None)
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(Refused):
+        RunLog(tmp_path, "true", "mine", {})
+    monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(wandb.Error("no\nentry")))
+    with pytest.raises(UserError, match=r"wandb does not start \(no entry\): --wandb offline"):
+        RunLog(tmp_path, "offline", "mine", {})
 
 
 def at_chance(count, loss=8.31, score=0.5, **more):

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from reports.curves import plot_curves
-from utils import provenance, strict_json, write_text
+from utils import UserError, provenance, strict_json, write_text
 
 COUNTS = ("samples", "empty", "images", "tied_half", "tied_adaptive")  # counts of a test set, which are not scores
 
@@ -146,16 +146,20 @@ def _start_wandb(folder: Path, mode: str, name: str, config: Mapping[str, Any], 
     if mode == "true" and not wandb.api.api_key and os.environ.get("WANDB_MODE") is None:
         print("wandb: nobody is logged in, so the run is recorded offline (wandb login, then wandb sync sends it)")
         mode = "offline"
-    run = wandb.init(
-        project="joint-slot-attention",
-        name=name,
-        id=run_id,
-        resume="allow" if run_id else None,
-        dir=str(folder),
-        config={**config, **provenance()},
-        mode="offline" if mode == "offline" else None,
-        settings=wandb.Settings(silent=True),
-    )
+    try:
+        run = wandb.init(
+            project="joint-slot-attention",
+            name=name,
+            id=run_id,
+            resume="allow" if run_id else None,
+            dir=str(folder),
+            config={**config, **provenance()},
+            mode="offline" if mode == "offline" else None,
+            settings=wandb.Settings(silent=True),
+        )
+    except (wandb.Error, ValueError) as error:  # the second: a setting or a variable of the environment
+        reason = " ".join(str(error).split())
+        raise UserError(f"wandb does not start ({reason:.200}): --wandb offline records here, false without") from error
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
     return run
