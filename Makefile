@@ -6,12 +6,13 @@ VENV := .venv
 export OMP_WAIT_POLICY ?= PASSIVE
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo demo-table objectives test test-slow clean
+.PHONY: help setup web demo demo-table objectives test test-slow clean
 
 help:
 	@echo "make demo        set up, make the built-in data, train two objectives, score, draw (minutes on 2 cores)"
 	@echo "make test        set up, run ruff and all but the heavy checks"
 	@echo "make test-slow   the heavy proofs"
+	@echo "make web         a page in the browser: try models on clips, images and sounds of your own"
 	@echo "make demo-table  the demo with seeds 0, 1 and 2: its table in docs/, checkpoints/demo.pth and docs/demo.png"
 	@echo "make objectives  train every objective, seeds 0, 1 and 2 (an hour): its tables and docs/objectives.png"
 	@echo "make setup       the virtual environment alone"
@@ -27,6 +28,9 @@ setup: $(VENV)/.ready
 
 demo: setup
 	$(RUN) -m experiments.objectives --demo
+
+web: setup
+	$(RUN) -m web.app
 
 demo-table: setup
 	$(RUN) -m experiments.objectives --demo --seeds 0 1 2 --export checkpoints/demo.pth

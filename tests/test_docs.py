@@ -38,6 +38,7 @@ RUN_ELSEWHERE = {
     "make demo": "tests/test_experiments_objectives.py::--demo",
     "make demo-table": "tests/test_experiments_objectives.py::--demo",
     "python -m experiments.choice --seeds 0 1 2": "tests/test_experiments_choice.py::experiments.choice",
+    "make web": "tests/test_web_app.py::web.app",
     "make objectives": "tests/test_experiments_objectives.py::--rows",
     "python prepare_data.py clips videos --out pairs": "tests/test_prepare_clips.py::clips",
     "python test_model.py --checkpoint checkpoints/demo.pth --testset synthetic_video --gpu cpu": (
@@ -49,6 +50,7 @@ SCRIPTS = (
     "train_slot",
     "test_model",
     "scoring.threshold",
+    "web.app",
     "experiments.objectives",
     "experiments.choice",
     "experiments.benchmark",
@@ -436,6 +438,7 @@ ROOMS = {  # room: what else than the core it may import
     "prepare": set(),
     "synthetic": {"scoring"},
     "film": {"scoring", "reports"},
+    "web": {"film", "synthetic"},
     "experiments": {"training", "scoring", "reports", "prepare", "synthetic"},
 }
 ENTRY_POINTS = {"train_slot", "test_model", "prepare_data", "localize"}

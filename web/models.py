@@ -1,0 +1,40 @@
+"""The checkpoints that the page offers, by name: a name that is not among them reaches no file."""
+
+from functools import lru_cache
+from pathlib import Path
+
+from film.localizer import Localizer
+from utils import UserError
+
+ENDINGS = ("*.pth", "*/best.pth", "*/latest.pth")
+
+
+class Models:
+    """Checkpoints below a folder; at most two are held in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        found = [path for ending in ENDINGS for path in sorted(folder.glob(ending)) if path.is_file()]
+        self.files = {str(path.relative_to(folder)): path for path in found}
+        if not self.files:
+            raise UserError(f"{folder} holds no checkpoint: train one, or name another folder with --model_dir")
+        self._load = lru_cache(maxsize=2)(Localizer)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.files)
+
+    def load(self, name: str) -> Localizer:
+        """UserError for an unknown name, and for a file that cannot be read."""
+        if name not in self.files:
+            raise UserError("there is no such model here")
+        return self._load(self.files[name])
+
+    def describe(self, name: str) -> str:
+        """What a model has learnt from, in a sentence."""
+        about = self.load(name).trained.about
+        if about["trained_on"] == "synthetic":
+            return (
+                "This model knows the ten kinds of drawn objects of the built-in data and their sounds, nothing else: "
+                "what it shows on photographs and recordings means nothing."
+            )
+        return f"Trained on {about['trained_on']}, {about['selected_by']}."
