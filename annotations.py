@@ -39,6 +39,12 @@ class GroundTruth(NamedTuple):
     masks: bool = False  # G are masks: AVSBench's mIoU and F are defined
     interactive: bool = False  # entries of one image share the id up to the last underscore
     sources: Mapping[str, tuple[str, str]] = {}  # id: names of its image and its audio, where these are not the id
+    siblings: Mapping[str, Sequence[str]] = {}  # id: ids of all sources of its image, in sets of several sources
+    seen: Mapping[str, frozenset[str]] = {}  # id: classes in view, silent ones too, where they are more than its class
+    heard: Mapping[str, frozenset[str]] = {}  # id: classes in its audio, where they are more than its class
+    parts: Mapping[str, frozenset[str]] = {}  # part of the set that has figures of its own: its ids
+    robust: bool = False  # AVSBench-Robust: masks, and always negative audio
+    notes: Sequence[str] = ()  # what a reader of the figures should know
 
 
 # ---------------------------------------------------------------- lists
@@ -435,3 +441,176 @@ def mask_map(path: str | Path) -> torch.Tensor:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot decode the mask {path}: {error}") from error
     return torch.from_numpy((np.array(resized).astype(np.int32) > threshold).astype(np.float32))
+
+
+# ---------------------------------------------------------------- several sources
+
+
+class Source(NamedTuple):
+    """One thing that sounds in an image."""
+
+    class_name: str
+    boxes: list[list[float]]  # [xmin, ymin, xmax, ymax] each, in 0..1
+
+
+def load_music(path: str | Path) -> tuple[dict[str, list[Source]], int]:
+    """MUSIC-Solo's or MUSIC-Duet's JSON -> {frame: its sources}, and how many boxes are empty if read as corners.
+
+    The boxes in it are [x, y, width, height] in 0..1: only so does every one lie within its image.
+    """
+    frames: dict[str, list[Source]] = {}
+    lost = 0
+    for number, entry in enumerate(read_entries(path)):
+        try:
+            name = check_id(str(entry["file"]), path)
+            ends = [key.removeprefix("bbox") for key in entry if key.startswith("bbox")]
+            drawn = [(str(entry[f"class{end}"]), [float(v) for v in entry[f"bbox{end}"]]) for end in sorted(ends)]
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UserError(f"entry {number} of {path} is not {{file, class, bbox}}: {entry!s:.80}") from error
+        if not drawn or any(len(box) != 4 or not np.isfinite(box).all() for _, box in drawn):
+            raise UserError(f"{path}: a box of {name} is not four numbers")
+        if any(min(box) < 0 or box[0] + box[2] > 1.01 or box[1] + box[3] > 1.01 for _, box in drawn):
+            raise UserError(f"{path}: a box of {name} leaves its image: give [x, y, width, height] in 0..1")
+        if name in frames:
+            raise UserError(f"{path}: {name} is listed twice")
+        lost += sum(box[2] <= box[0] or box[3] <= box[1] for _, box in drawn)
+        frames[name] = [Source(kind, [[x, y, x + width, y + height]]) for kind, (x, y, width, height) in drawn]
+    if not frames:
+        raise UserError(f"the annotation {path} holds no list of entries {{file, class, bbox}}")
+    return frames, lost
+
+
+def read_duets(path: str | Path) -> dict[str, tuple[str, str]]:
+    """VGGSound-Duet's list (id, class, id, class a line) -> {first id: (first, second)}."""
+    lines = [line for line in csv.reader(read_text(path, "list").splitlines()) if line]
+    if any(len(line) != 4 for line in lines) or not lines:
+        raise UserError(f"{path} must hold lines of id, class, id, class")
+    pairs = [tuple(check_id(line[i].strip(), path) for i in (0, 2)) for line in lines]
+    if len({first for first, _ in pairs}) < len(pairs):
+        twice = repeated([first for first, _ in pairs])
+        raise UserError(f"{path} names {len(twice)} ids first twice: {first_ids(twice)}")
+    return {first: (first, second) for first, second in pairs}
+
+
+class Labels(NamedTuple):
+    """What VGGSounder says of a video: classes that can be seen, and classes that can be heard."""
+
+    seen: frozenset[str]
+    heard: frozenset[str]
+
+
+def read_labels(path: str | Path) -> dict[str, Labels]:
+    """VGGSounder's list of labels with their modality (A audible, V visible, AV both) -> {id: Labels}."""
+    rows = read_rows(path)
+    if not rows or not {"video_id", "label", "modality"} <= rows[0].keys():
+        raise UserError(f"{path} has no rows of columns video_id, label, modality")
+    found: dict[str, tuple[set, set]] = {}
+    for row in rows:
+        if row["modality"] not in ("A", "V", "AV"):
+            raise UserError(f"{path}: the modality of {row['video_id']} is {row['modality']!r}, not A, V or AV")
+        seen, heard = found.setdefault(row["video_id"], (set(), set()))
+        for sense, known in (("V", seen), ("A", heard)):
+            if sense in row["modality"]:
+                known.add(row["label"])
+    return {name: Labels(*map(frozenset, known)) for name, known in found.items()}
+
+
+# ---------------------------------------------------------------- frames of videos
+
+
+class FrameTruth(NamedTuple):
+    """What AVATAR says of one frame of a video, for one task."""
+
+    video: str
+    frame: str
+    task: str  # in small letters
+    category: str  # of what sounds; empty where the file does not say
+    boxes: list[list[float]]  # [xmin, ymin, xmax, ymax] each, in 0..1; empty where the source is off screen
+    seconds: float | None  # in its video, where the file says so
+
+
+class _Note(NamedTuple):
+    """One annotation of a frame, in pixels."""
+
+    task: str
+    category: str
+    box: list[float]  # as it stands there
+    outline: np.ndarray  # (n, 2) points of its polygons
+
+
+OFF_SCREEN = "off-screen"
+
+
+def load_avatar(folder: str | Path) -> tuple[dict[str, FrameTruth], list[str]]:
+    """AVATAR's <folder>/<video>/<frame>.json -> {id: FrameTruth}, and what was noticed, in words.
+
+    An id is <video>_<frame>, and _<task> after it where a frame has annotations of several tasks.
+    """
+    frames: dict[tuple[str, str], tuple[list[float], float | None, list[_Note]]] = {}
+    for path in sorted(Path(folder).glob("*/*.json")):
+        try:
+            entry = json.loads(read_text(path, "annotation"))
+            size = [float(entry[key]) for key in ("original_width", "original_height")]
+            notes = [_read_note(note) for note in entry["annotations"]]
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            wanted = "{original_width, original_height, annotations: [{bbox, task}]}"
+            raise UserError(f"{path} is not AVATAR's {wanted}: {error!r:.80}") from error
+        if not min(size) > 0:
+            raise UserError(f"{path}: an image of {size[0]:g} x {size[1]:g} pixels")
+        times = [float(entry[key]) for key in ("time", "timestamp") if isinstance(entry.get(key), int | float)]
+        frames[check_id(path.parent.name, path), check_id(path.stem, path)] = size, next(iter(times), None), notes
+    if not any(notes for _, _, notes in frames.values()):
+        raise Absent(f"{folder} holds no AVATAR annotation <video>/<frame>.json")
+    corners, how = _holds_corners([(size, note) for size, _, notes in frames.values() for note in notes], folder)
+    found: dict[str, FrameTruth] = {}
+    for (video, frame), (size, time, notes) in frames.items():
+        tasks = list(dict.fromkeys(note.task for note in notes))
+        for task in tasks:
+            own = [note for note in notes if note.task == task]
+            boxes = [_in_image(note.box, size, corners) for note in own if note.box and task != OFF_SCREEN]
+            name = f"{video}_{frame}" + (f"_{task}" if len(tasks) > 1 else "")
+            category = ", ".join(sorted({note.category for note in own} - {""}))
+            found[name] = FrameTruth(video, frame, task, category, boxes, time)
+    bare = sum(not notes for _, _, notes in frames.values())
+    return found, [how] + [f"{bare} frames without any annotation are left out"] * bool(bare)
+
+
+def _read_note(note: Mapping) -> _Note:
+    task = "-".join(str(note["task"]).lower().replace("_", " ").replace("-", " ").split())
+    box = [float(v) for v in note.get("bbox") or ()]
+    if (len(box) != 4 and task != OFF_SCREEN) or not np.isfinite(box).all():
+        raise ValueError(f"bbox {note.get('bbox')}")
+    outline = note.get("segmentation")
+    rings = outline if isinstance(outline, list) and outline and isinstance(outline[0], list) else [outline]
+    flat = [float(v) for ring in rings if isinstance(ring, list) and len(ring) % 2 == 0 for v in ring]
+    category = next((str(note[key]) for key in ("category", "class", "label") if note.get(key)), "")
+    return _Note(task, category, box if len(box) == 4 else [], np.array(flat).reshape(-1, 2))
+
+
+def _holds_corners(notes: Sequence[tuple[Sequence[float], _Note]], folder: str | Path) -> tuple[bool, str]:
+    """Whether boxes are corners rather than [x, y, width, height], as COCO's are: what fits all images and polygons."""
+    drawn = [(size, note) for size, note in notes if note.box and note.task != OFF_SCREEN]
+    fits, errors = [], []
+    for corners in (False, True):
+        read = [(size, _pixels(note.box, corners), note.outline) for size, note in drawn]
+        inside = [
+            box[2] > box[0] and box[3] > box[1] and min(box[:2]) > -2 and box[2] < size[0] + 2 and box[3] < size[1] + 2
+            for size, box, _ in read
+        ]
+        fits.append(all(inside))
+        ends = [(box, [*points.min(0), *points.max(0)]) for _, box, points in read if len(points)]
+        away = [float(np.abs(np.subtract(box, around)).max()) for box, around in ends]
+        errors.append(float(np.median(away)) if away else 0.0)
+    if not any(fits):
+        raise UserError(f"{folder}: boxes leave their images, read as [x, y, width, height] as well as read as corners")
+    corners = errors[1] < errors[0] if all(fits) else fits[1]
+    unsure = " (corners would fit as well)" if all(fits) and errors[0] == errors[1] else ""
+    return corners, f"boxes were read as {'corners' if corners else '[x, y, width, height]'}{unsure}"
+
+
+def _pixels(box: Sequence[float], corners: bool) -> list[float]:
+    return [*box[:2], *(box[2:] if corners else (box[0] + box[2], box[1] + box[3]))]
+
+
+def _in_image(box: Sequence[float], size: Sequence[float], corners: bool) -> list[float]:
+    return [value / side for value, side in zip(_pixels(box, corners), (*size, *size), strict=True)]

@@ -6,6 +6,7 @@ F = 257 frequency bins, L frames of 10 ms. This is the only file that knows 512 
 import io
 import os
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -77,6 +78,43 @@ def load_sound(path: str | Path, seconds: float, positions: tuple[float, float] 
     if too_loud:
         raise ValueError(f"the audio {path} is so loud that its spectrogram is not finite: samples must be in -1..1")
     return sound
+
+
+def load_heard(path: str | Path | Sequence[str], seconds: float, at: float | None = None) -> Sound:
+    """What a model hears of an audio file: its middle, or around second `at`; of several files the sum of that.
+
+    ValueError, naming the file, as `load_sound`, and for stored spectrograms where waveforms are needed.
+    """
+    if isinstance(path, str | Path) and at is None:
+        return load_sound(path, seconds)
+    length, heard = num_samples(seconds), []
+    for file in (path,) if isinstance(path, str | Path) else path:
+        refuse_stored(file)
+        sound = load_sound(file, seconds, (0.5, 0.5) if at is None else (0.0, 1.0))
+        slack = sound.total / SAMPLE_RATE - seconds
+        position = 0.5 if at is None or slack <= 0 else min(max((at - seconds / 2) / slack, 0.0), 1.0)
+        heard.append(as_float(cut(sound, length, position)))
+    return Sound(heard[0] if len(heard) == 1 else np.sum(heard, axis=0), 0, length)
+
+
+def refuse_stored(path: str | Path) -> None:
+    if str(path).endswith(".npy"):
+        raise ValueError(f"{path} is a stored spectrogram: a waveform is needed to mix, to add noise or to cut by time")
+
+
+def with_noise(sound: Sound, path: str | Path | Sequence[str], seconds: float, snr: float) -> Sound:
+    """The part of the sound that a model hears, with white noise `snr` dB below it; silence stays silence.
+
+    The noise is drawn by what is heard, so that the same audio gets the same noise everywhere. ValueError for a stored
+    spectrogram.
+    """
+    for file in (path,) if isinstance(path, str | Path) else path:
+        refuse_stored(file)
+    waveform = as_float(cut(sound, num_samples(seconds)))
+    draw = np.random.default_rng(zlib.crc32(np.ascontiguousarray(waveform).tobytes()))
+    level = np.sqrt(np.mean(np.square(waveform, dtype=np.float64)) * 10 ** (-snr / 10))
+    noise = draw.standard_normal(len(waveform), np.float32)
+    return Sound(waveform + np.float32(level) * noise, 0, len(waveform))
 
 
 def _load_waveform(path: str | Path, length: int | None, positions: tuple[float, float]) -> Sound:

@@ -4,11 +4,13 @@ An id names one pair. H x W image, F bins, L frames; ground truth is a (224, 224
 """
 
 import atexit
+import json
 import multiprocessing.queues
 import os
 import signal
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,18 +38,25 @@ from annotations import (
     own_name,
     pixel_map,
     read_ids,
+    read_labels,
     read_silent_pairs,
+    read_text,
 )
 from audio_io import (
     N_BINS,
     Heard,
     Sound,
+    as_float,
     clip_of,
     collate_heard,
+    cut,
     draw_silence,
+    load_heard,
     load_sound,
     num_frames,
+    num_samples,
     spectrograms_of,
+    with_noise,
 )
 from maps import MAP_SIZE
 from transforms import augmentation, draw_bands, load_image, normalise, resize_whole
@@ -68,8 +77,8 @@ class Sample(NamedTuple):
 
 class Pair(NamedTuple):
     id: str
-    image: str  # path of the image file, or of a folder of frames
-    audio: str  # path of the audio file
+    image: str | tuple[str, ...]  # path of the image file, or of a folder of frames; several stand side by side
+    audio: str | tuple[str, ...]  # path of the audio file; several sound at once
 
 
 class SetRow(NamedTuple):
@@ -85,6 +94,7 @@ class SetRow(NamedTuple):
     silent: str | None = None  # list of further pairs, whose image does not show the source
     lists_in_root: bool = False  # lists and annotation are in the data's root, not in metadata/
     interactive: bool = False  # entries of one image share the id up to the last underscore
+    labels: str | None = None  # VGGSounder's list: only pairs whose class can be seen and heard, and all their classes
 
 
 PLAIN = (("frames", "audio"), ("images", "audio"))
@@ -94,6 +104,7 @@ LAYOUTS = {  # pairs of folders (images, audio): all that exist below the root a
     "vggsound_extended": (*PLAIN, ("VGGSound_img", "VGGSound_aud"), ("extend_frames", "extend_audio")),
     "flickr": FLICKR,
     "flickr_extended": (*FLICKR, ("extend_frames", "extend_audio")),
+    "music": PLAIN,
     "is3": (("images", "audio_wav"), ("visual_frames", "audio_wav")),
     "vpo_ss": (("images", "audio_wav"), ("visual_frames", "audio_wav"), ("COCO_AV/visual_frames", "COCO_AV/audio_wav")),
     "vpo_ms": (
@@ -122,6 +133,7 @@ TEST_SETS = {
     "vggss": _vggsound(None, "vggss.json", 5_158),
     "vggss_heard": _vggsound("vggss_heard_test.csv", "vggss.json", 2_564),
     "vggss_unheard": _vggsound("vggss_unheard_test.csv", "vggss.json", 2_575),
+    "vggss_clean": _vggsound(None, "vggss.json", labels="vggsounder.csv"),
     "vggss_plus_silent": SetRow(
         "vggsound_extended", "VGGSOUND_ROOT", None, "vggss.json", 10_316, silent="vggss_test_plus_silent.csv"
     ),
@@ -379,7 +391,9 @@ class DecodedPairs(Dataset):
 
     def decoded(self, index: int) -> Decoded:
         """Raises Undecodable, naming the file."""
-        store = None if os.path.isdir(self.pairs[index].image) else self.store  # each epoch draws another frame
+        store = (
+            None if any(map(os.path.isdir, files_of(self.pairs[index].image))) else self.store
+        )  # each epoch draws another frame
         kept = store and store.get(index)
         if kept is None:
             with as_user_error(ValueError, kind=Undecodable):
@@ -392,10 +406,15 @@ class DecodedPairs(Dataset):
         raise NotImplementedError
 
 
-def decode_for_evaluation(pair: Pair, image_size: int, audio_seconds: float) -> Decoded:
-    """The whole image resized, and the middle of the audio."""
-    image = load_image(middle_frame(pair.image))
-    return Decoded(resize_whole(image, image_size), load_sound(pair.audio, audio_seconds))
+def decode_for_evaluation(pair: Pair, image_size: int, audio_seconds: float, at: float | None = None) -> Decoded:
+    """The whole image resized, each of several as large as one; the middle of the audio, or around second `at`."""
+    images = [resize_whole(load_image(middle_frame(path)), image_size) for path in files_of(pair.image)]
+    return Decoded(images[0] if len(images) == 1 else np.hstack(images), load_heard(pair.audio, audio_seconds, at))
+
+
+def files_of(paths: str | tuple[str, ...]) -> tuple[str, ...]:
+    """One path or several, of a pair."""
+    return (paths,) if isinstance(paths, str) else paths
 
 
 class TrainingPairs(DecodedPairs):
@@ -462,6 +481,10 @@ class TrainingPairs(DecodedPairs):
 class EvaluationPairs(DecodedPairs):
     """Pairs with their ground truth; missing: ids of the set that are not among them."""
 
+    at: Mapping[str, float] = {}  # id: the second of its audio around which is heard, in place of the middle
+    alone: Mapping[str, str] = {}  # id: the audio of its source alone, where the pair's is a mixture
+    snr: float | None = None  # dB of the noise that is added to all audio
+
     def __init__(
         self,
         pairs: Sequence[Pair],
@@ -479,15 +502,51 @@ class EvaluationPairs(DecodedPairs):
         pairs = [pair for pair in self.pairs if pair.id not in broken]
         if not pairs:
             raise UserError(f"no pair of {self.ground_truth.name} can be decoded: {next(iter(broken.values()))}")
-        missing = [*self.missing, *broken]
-        return EvaluationPairs(pairs, self.ground_truth, missing, self.image_size, self.audio_seconds)
+        fewer = EvaluationPairs(pairs, self.ground_truth, [*self.missing, *broken], self.image_size, self.audio_seconds)
+        fewer.at, fewer.alone, fewer.snr = self.at, self.alone, self.snr
+        return fewer
+
+    def noisy(self, snr: float) -> "EvaluationPairs":
+        """The same set with white noise in all audio, `snr` dB below it."""
+        other = copy(self)
+        other.snr = snr
+        return other
 
     def _decode(self, pair: Pair) -> Decoded:
-        return decode_for_evaluation(pair, self.image_size, self.audio_seconds)
+        return decode_for_evaluation(pair, self.image_size, self.audio_seconds, self.at.get(pair.id))
+
+    def sound(self, index: int) -> Sound:
+        """A pair's audio as it is heard, with noise where the set has some."""
+        pair = self.pairs[index]
+        with as_user_error(ValueError, kind=Undecodable):
+            kept = self.decoded(index).sound if self.store else None
+            sound = kept or load_heard(pair.audio, self.audio_seconds, self.at.get(pair.id))
+            return self._noisy(sound, pair.audio)
+
+    def _noisy(self, sound: Sound, path: str | tuple[str, ...]) -> Sound:
+        return sound if self.snr is None else with_noise(sound, path, self.audio_seconds, self.snr)
+
+    def heard(self, index: int) -> tuple[Heard]:
+        return (Heard(clip_of(self.sound(index), self.audio_seconds)),)
+
+    def heard_alone(self, index: int) -> tuple[Heard]:
+        """Of the pair's own source without the others, where `alone` knows it."""
+        path = self.alone[self.pairs[index].id]
+        with as_user_error(ValueError, kind=Undecodable):
+            sound = self._noisy(load_heard(path, self.audio_seconds), path)
+        return (Heard(clip_of(sound, self.audio_seconds)),)
+
+    def waveform(self, name: str) -> np.ndarray | None:
+        """What is heard with an id: (samples,) in -1..1 at 16 kHz; None of a stored spectrogram."""
+        index = next(i for i, pair in enumerate(self.pairs) if pair.id == name)
+        if any(path.endswith(".npy") for path in files_of(self.pairs[index].audio)):
+            return None
+        return as_float(cut(self.sound(index), num_samples(self.audio_seconds)))
 
     def raw(self, index: int) -> Sample:
         pair, (image, sound) = self.pairs[index], self.decoded(index)
-        heard = (Heard(clip_of(sound, self.audio_seconds)),)
+        with as_user_error(ValueError, kind=Undecodable):
+            heard = (Heard(clip_of(self._noisy(sound, pair.audio), self.audio_seconds)),)
         truth = self.ground_truth.truth_of(pair.id)
         return Sample(Pixels(torch.from_numpy(image)), heard, truth, pair.id, self.class_names[index])
 
@@ -572,6 +631,12 @@ def build_ground_truth(
     if row.silent and not test_list:
         sources = read_silent_pairs(Path(metadata) / row.silent)
         ids, silent = [*ids, *sources], silent | set(sources)
+    seen, heard, notes = in_view(folder, ids) if row.lists_in_root else {}, {}, []
+    if row.labels:
+        labels, of = read_labels(Path(metadata) / row.labels), len(ids)
+        ids = [i for i in ids if i in labels and class_of[i] in labels[i].seen & labels[i].heard]
+        seen, heard = {i: labels[i].seen for i in ids}, {i: labels[i].heard for i in ids}
+        notes = [f"{len(ids):,} of {of:,} pairs: those whose class can be seen and heard, by {row.labels}"]
     return GroundTruth(
         name,
         ids,
@@ -583,7 +648,22 @@ def build_ground_truth(
         masks=row.kind == "masks",
         interactive=row.interactive,
         sources=sources,
+        seen=seen,
+        heard=heard,
+        notes=notes,
     )
+
+
+def in_view(folder: Path, ids: Sequence[str]) -> dict[str, frozenset[str]]:
+    """{id: kinds of all objects in its image, silent ones too}, of built-in data; empty where no file says so."""
+    path = folder / "objects.json"
+    if not path.is_file():
+        return {}
+    try:
+        objects = json.loads(read_text(path, "list of objects"))
+        return {i: frozenset(thing["kind"] for thing in objects[i]) for i in ids if i in objects}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"cannot read {path}, which names the objects in view: {error!r:.80}") from error
 
 
 def read_annotation(row: SetRow, path: Path, root: Path) -> tuple[dict, Callable[[str], torch.Tensor], dict[str, str]]:

@@ -16,8 +16,8 @@ ABSOLUTE = "AUD_share"
 CONSTANT_RANGE = 1e-6  # a map whose range is at most this share of its largest magnitude is constant
 
 
-def upsample_maps(maps: Tensor, size: int = MAP_SIZE, interpolation: str = "bicubic") -> Tensor:
-    """Enlarge (B, h, w) maps to (B, size, size).
+def upsample_maps(maps: Tensor, size: int | tuple[int, int] = MAP_SIZE, interpolation: str = "bicubic") -> Tensor:
+    """Enlarge (B, h, w) maps to (B, H, W), H x W the size: a number where both are the same.
 
     "bicubic" (this method) has align_corners=False and no antialiasing; "bilinear" (LVS, EZ-VSL, FNAC, SSLalignment)
     has align_corners=True. Half-precision maps become float32. ValueError for another interpolation.
@@ -26,10 +26,11 @@ def upsample_maps(maps: Tensor, size: int = MAP_SIZE, interpolation: str = "bicu
         raise ValueError(f"interpolation must be bicubic or bilinear, not {interpolation!r}")
     if maps.dtype not in (torch.float32, torch.float64):
         maps = maps.float()
-    if maps.shape[1:] == (size, size):
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if maps.shape[1:] == size:
         return maps
     align_corners = interpolation == "bilinear"
-    return F.interpolate(maps[:, None], (size, size), mode=interpolation, align_corners=align_corners)[:, 0]
+    return F.interpolate(maps[:, None], size, mode=interpolation, align_corners=align_corners)[:, 0]
 
 
 def smooth_maps(maps: Tensor, smoothing: float) -> Tensor:
@@ -80,20 +81,22 @@ def mix_maps(audio_map: Tensor, *rest: Tensor, alpha: float = 0.6) -> Tensor:
     return normalize_maps(mixed)
 
 
-def enlarge_absolute(maps: Tensor) -> Tensor:
+def enlarge_absolute(maps: Tensor, size: int | tuple[int, int] = MAP_SIZE) -> Tensor:
     """Absolute maps (B, h, w) -> (B, 224, 224), bilinear with aligned corners: no value leaves the range of the map."""
-    return upsample_maps(maps, interpolation="bilinear")
+    return upsample_maps(maps, size, "bilinear")
 
 
-def enlarge(raw: Mapping[str, Tensor], interpolation: str, alpha: float | None) -> dict[str, Tensor]:
+def enlarge(
+    raw: Mapping[str, Tensor], interpolation: str, alpha: float | None, size: int | tuple[int, int] = MAP_SIZE
+) -> dict[str, Tensor]:
     """Maps (B, h, w) by name -> (B, 224, 224) in 0..1; with alpha also the sums IQR, OGL, IQR_OGL that they allow.
 
-    An absolute map keeps its own range, and is enlarged as `enlarge_absolute` does it.
+    size: of another ground truth. An absolute map keeps its own range, and is enlarged as `enlarge_absolute` does it.
     """
     maps = {
-        name: enlarge_absolute(values)
+        name: enlarge_absolute(values, size)
         if name == ABSOLUTE
-        else normalize_maps(upsample_maps(values, interpolation=interpolation))
+        else normalize_maps(upsample_maps(values, size, interpolation))
         for name, values in raw.items()
     }
     if alpha is None or "AUD" not in maps:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -26,13 +27,30 @@ from annotations import (
     read_silent_pairs,
 )
 from audio_io import HOP, SAMPLE_RATE, load_audio, load_power, load_spectrogram
-from dataset import TEST_SETS, EvaluationPairs, Pair, build_ground_truth, build_test_set
-from dataset_avs import AVS_SETS, build_avs_set, build_avs_truth, read_videos
+from dataset import TEST_SETS, EvaluationPairs, Pair, build_ground_truth, build_test_set, files_of
+from dataset_avs import (
+    AVS_SETS,
+    FRAME_SETS,
+    SOURCE_SETS,
+    build_avs_set,
+    build_avs_truth,
+    build_frame_set,
+    build_source_set,
+    build_source_truth,
+    read_frames,
+    read_videos,
+)
 from distributed import hidden_bar
 from transforms import load_image
 from utils import Absent, Undecodable, UserError, add_boolean
 
-ALL_SETS = TEST_SETS | AVS_SETS
+ALL_SETS = TEST_SETS | AVS_SETS | SOURCE_SETS | FRAME_SETS
+BUILDERS = {
+    **dict.fromkeys(TEST_SETS, build_test_set),
+    **dict.fromkeys(AVS_SETS, build_avs_set),
+    **dict.fromkeys(SOURCE_SETS, build_source_set),
+    **dict.fromkeys(FRAME_SETS, build_frame_set),
+}
 SHORT_SECONDS = 5.0  # what the model hears
 
 
@@ -80,20 +98,20 @@ def build_test_sets(args, image_size: int, audio_seconds: float) -> dict[str, Ev
 
 def build_pairs(name: str, args, image_size: int, audio_seconds: float, allow_missing: bool) -> EvaluationPairs:
     """One set of the table by name."""
-    make = build_avs_set if name in AVS_SETS else build_test_set
     paths = args.test_data_path, args.test_gt_path, args.metadata
-    return make(name, *paths, image_size, audio_seconds, args.test_list, allow_missing)
+    return BUILDERS[name](name, *paths, image_size, audio_seconds, args.test_list, allow_missing)
 
 
 def build_ground_truths(args) -> dict[str, GroundTruth]:
     """What the sets that --testset names ask for; their images and audio need not be there."""
 
     def build(name: str) -> GroundTruth:
+        paths = args.test_data_path, args.test_gt_path, args.metadata, args.test_list
         if name in AVS_SETS:
-            return build_avs_truth(
-                name, args.test_data_path, args.test_gt_path, args.metadata, args.test_list, args.allow_missing
-            )
-        return build_ground_truth(name, args.test_data_path, args.test_gt_path, args.metadata, args.test_list)
+            return build_avs_truth(name, *paths, args.allow_missing)
+        if name in FRAME_SETS:
+            return read_frames(name, args.test_data_path, args.test_gt_path, args.test_list)[1]
+        return (build_source_truth if name in SOURCE_SETS else build_ground_truth)(name, *paths)
 
     return build_each(args, build)
 
@@ -137,22 +155,31 @@ class _Inspected(Dataset):
     def __getitem__(self, index: int) -> Facts:
         pair = self.pairs[index]
         try:
-            for frame in frames_in(pair.image) if os.path.isdir(pair.image) else ():
-                load_image(frame)
-            image = load_image(middle_frame(pair.image))
+            content, heard, lengths = b"", [], []
+            for path in files_of(pair.image):
+                for frame in frames_in(path) if os.path.isdir(path) else ():
+                    load_image(frame)
+                content += load_image(middle_frame(path)).tobytes()
             if self.truth_of:
                 self.truth_of(pair.id)
-            if pair.audio.endswith(".npy"):
-                heard = load_power(pair.audio)
-                seconds = (heard.shape[2] - 1) * HOP / SAMPLE_RATE
-            else:
-                heard = load_audio(pair.audio)
-                seconds = len(heard) / SAMPLE_RATE
-            load_spectrogram(pair.audio, SHORT_SECONDS)
-            content = image.tobytes() + heard.tobytes()  # the pixels and samples, without file headers and metadata
+            for path in files_of(pair.audio):
+                values, seconds = _whole_audio(path)
+                content += values.tobytes()  # the pixels and samples, without file headers and metadata
+                heard.append(values.any())
+                lengths.append(seconds)
+                load_spectrogram(path, SHORT_SECONDS)
         except (ValueError, OSError, UserError) as error:
             return Facts(" ".join(str(error).split()), False, math.nan, "")
-        return Facts("", not heard.any(), seconds, hashlib.sha1(content).hexdigest())
+        return Facts("", not any(heard), min(lengths), hashlib.sha1(content).hexdigest())
+
+
+def _whole_audio(path: str) -> tuple[np.ndarray, float]:
+    """Samples, or a stored spectrogram, and their length in seconds."""
+    if path.endswith(".npy"):
+        power = load_power(path)
+        return power, (power.shape[2] - 1) * HOP / SAMPLE_RATE
+    waveform = load_audio(path)
+    return waveform, len(waveform) / SAMPLE_RATE
 
 
 def inspect_pairs(pairs: Sequence[Pair], workers: int = 0, truth_of: Callable | None = None) -> list[Facts]:

@@ -8,12 +8,13 @@
     python test_model.py --compare A/results/vggss/results.json B/results/vggss/results.json
 """
 
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from annotations import first_ids, read_ids
+from annotations import GroundTruth, first_ids, read_ids
 from dataset import TRAIN_SETS, EvaluationPairs, TrainingPairs, select_training_pairs
 from distributed import any_rank, is_main, own_device, process_group, under_torchrun
 from film.localizer import Localizer
@@ -31,6 +32,8 @@ from scoring.bootstrap import RESAMPLES
 from scoring.compare import compare
 from scoring.evaluate import Evaluation, OnBatch, evaluate, evaluate_stored, match_ids
 from scoring.maps_file import MapWriter, StoredMaps
+from scoring.negatives import NEGATIVES
+from scoring.questions import Negatives
 from scoring.summary import ScoredBatch
 from sets import add_run_data_flags, add_test_set_flags, build_ground_truths, build_test_sets
 from utils import ArgumentParser, UserError, add_boolean, as_user_error, number, pick_device, run_cli
@@ -80,7 +83,7 @@ class Keepsakes:
         self.folder, self.scored = folder, Path(args.maps).resolve() if args.maps else None
         self.on_batch: list[OnBatch] = []
         if dataset:
-            self.audio_of = {pair.id: Path(pair.audio) for pair in dataset.pairs}
+            self.audio_of = dataset.waveform
             self.image_of = images_of(dataset.pairs)
         if args.save_visualizations or args.save_overlays:
             sheet, overlays = folder / "contact_sheet.png", folder / "samples" if args.save_overlays else None
@@ -97,10 +100,11 @@ class Keepsakes:
         for i, name in enumerate(batch.ids):
             maps = {key: values[i].cpu().numpy() for key, values in batch.maps.items()}
             with as_user_error(ValueError):
-                self.gallery.add(name, self.image_of(name), batch.truth[i].numpy(), maps, self.audio_of[name])
+                self.gallery.add(name, self.image_of(name), batch.truth[i].numpy(), maps, self.audio_of(name))
 
     def add_maps(self, batch: ScoredBatch) -> None:
-        self.writer.add(batch.ids, batch.raw | batch.scalars)
+        asked = {f"{name}_{kind}": maps for name, own in batch.negatives.items() for kind, maps in own.items()}
+        self.writer.add(batch.ids, batch.raw | batch.scalars | asked)
 
     def clear(self) -> None:
         """Remove what an earlier test left here, as it does not belong to the new results; not what is scored."""
@@ -116,7 +120,10 @@ class Keepsakes:
             files += self.gallery.written
         if self.writer:
             settings = evaluation.results["settings"]
-            files.append(self.writer.finish(interpolation=settings["interpolation"], alpha=settings["alpha"]))
+            chosen = evaluation.results.get("negatives", {}).get("thresholds", {})
+            numbers = {f"{name}_threshold": threshold["value"] for name, threshold in chosen.items()}
+            same = {"interpolation": settings["interpolation"], "alpha": settings["alpha"]}
+            files.append(self.writer.finish(**same, **numbers))
             print(f"maps: {files[-1]}")
         note_own(self.folder, files)
 
@@ -141,13 +148,15 @@ def score_model(args) -> None:
         given = {name: getattr(args, name) for name in trained.inference if getattr(args, name) is not None}
         settings = trained.inference | given | {"alpha": 0.6 if args.alpha is None else args.alpha}
         settings |= {"saliency": load_saliency(args.imagenet_weights, device), "resamples": RESAMPLES}
+        settings["threshold"] = trained.threshold
         run = {"batch_size": args.batch_size, "workers": args.num_workers, "seed": args.seed}
         own = "results_last" if args.checkpoint == "latest" else "results"
         out_dir = make_out_dir(args, path.parent / (own if args.experiment_name else f"{path.stem}_results"))
         for name, dataset in test_sets.items():
             keepsakes = Keepsakes(args, out_dir / name, dataset, len(dataset)) if is_main() else None
             on_batch = keepsakes.on_batch if keepsakes else ()
-            evaluation = evaluate(model, dataset, device, **settings, **run, on_batch=on_batch)
+            asked = negatives_of(args, trained, path, dataset.ground_truth)
+            evaluation = evaluate(model, dataset, device, **settings, **run, on_batch=on_batch, negatives=asked)
             if evaluation is None:
                 continue
             keepsakes.clear()
@@ -172,6 +181,18 @@ def score_film_set(args) -> None:
     root = Path(args.test_data_path) if args.test_data_path else ROOT
     results, rows = score_films(localizer, root, RESAMPLES, args.seed)
     publish_films(results, rows, out_dir / FILMS, testset=FILMS, checkpoint=trained.about)
+
+
+def negatives_of(args, trained: Trained, path: Path, truth: GroundTruth) -> Negatives | None:
+    """The negative audio that a set is asked with: what the flag says, all of it for the page and robust sets."""
+    kinds = args.negatives or (NEGATIVES if args.report or truth.robust else ())
+    if not kinds or trained.threshold is not None:
+        return Negatives(tuple(kinds), args.negative_seeds) if kinds else None
+    mend = f"{path} has no universal threshold: python -m scoring.threshold {path} PAIRS chooses one"
+    if args.negatives or truth.robust:
+        raise UserError(f"negative audio: {mend}")
+    print(f"no negative audio in the page: {mend}")
+    return None
 
 
 def training_batch(path: Path, trained: Trained, seed: int) -> TrainingPairs | None:
@@ -199,7 +220,8 @@ def score_file(args) -> None:
     of_models = {"--experiment_name": args.experiment_name, "--diagnose": args.diagnose, "--save_maps": args.save_maps,
                  "--alpha": args.alpha is not None, "--infer_sharpening": args.infer_sharpening,
                  "--infer_smoothing": args.infer_smoothing is not None, "--checkpoint": args.checkpoint != "best",
-                 "--infer_image_size": args.infer_image_size, "--compare_map": args.compare_map}  # fmt: skip
+                 "--infer_image_size": args.infer_image_size, "--compare_map": args.compare_map,
+                 "--negatives": args.negatives, "--negative_seeds": args.negative_seeds != 1}  # fmt: skip
     wrong = [flag for flag, given in of_models.items() if given]
     if wrong:
         raise UserError(f"{', '.join(wrong)}: not with --maps, which scores a file and no model")
@@ -243,6 +265,14 @@ def make_out_dir(args, default: Path) -> Path:
     return out_dir
 
 
+def negative_kinds(text: str) -> tuple[str, ...]:
+    """An argparse type: kinds of negative audio, separated by commas."""
+    kinds = text.split(",")
+    if unknown := [kind for kind in kinds if kind not in NEGATIVES]:
+        raise ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(NEGATIVES)}")
+    return tuple(kind for kind in NEGATIVES if kind in kinds)
+
+
 def parse_args():
     parser = ArgumentParser(description="Score a trained model, or maps of any method, on test sets; compare results.")
     group = parser.add_argument_group("what is scored")
@@ -268,6 +298,12 @@ def parse_args():
     smoothing = "smoothing of the token maps: kernel (s, 1-2s, s) along both axes (default: as the model was trained "
     smoothing += "for, else the paper's 0)"
     group.add_argument("--infer_smoothing", type=number(float, low=0, high=1 / 3), help=smoothing)
+    group = parser.add_argument_group("harder questions")
+    negatives = f"ask every image also with negative audio: {', '.join(NEGATIVES)}, several separated by commas "
+    negatives += "(default: all with --report, else none); files of --maps hold maps of it, see docs/protocols.md"
+    group.add_argument("--negatives", type=negative_kinds, metavar="KIND,KIND", help=negatives)
+    seeds = "seeds of noise and off-screen audio, each of which costs a pass over the set; published tables have 10"
+    group.add_argument("--negative_seeds", type=number(int, low=1), default=1, metavar="N", help=seeds)
     group = parser.add_argument_group("run")
     group.add_argument(
         "--gpu", default="0", help="number of a CUDA device, or cpu; torchrun gives every process its own"

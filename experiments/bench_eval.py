@@ -23,7 +23,7 @@ from experiments.timing import Timing, add_rounds, alternate
 from maps import enlarge
 from scoring.bootstrap import RESAMPLES
 from scoring.metrics import area_under_success, consensus_iou, region_fixed, success
-from scoring.summary import in_parts
+from scoring.parts import in_parts
 from utils import UserError, number
 
 VGGSS_PAIRS = 5158

@@ -7,7 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from annotations import HUGE, first_ids, read_entries
-from dataset import LAYOUTS, TRAIN_SETS, EvaluationPairs, Pair, SetRow, data_root, find_files, select_training_pairs
+from dataset import (
+    LAYOUTS,
+    TRAIN_SETS,
+    EvaluationPairs,
+    Pair,
+    SetRow,
+    data_root,
+    files_of,
+    find_files,
+    select_training_pairs,
+)
 from maps import MAP_SIZE
 from sets import ALL_SETS, SHORT_SECONDS, Facts, build_each, build_pairs, inspect_pairs, overlap_with_tests
 from utils import Absent, UserError, number
@@ -70,7 +80,7 @@ def left_over(row: SetRow, root: str | None, pairs: Sequence[Pair], missing: Seq
     if row.layout not in LAYOUTS:
         return {}
     found = find_files(data_root(row, root, "the data's root"), row.layout)
-    used = {path for pair in pairs for path in (pair.image, pair.audio)}
+    used = {path for pair in pairs for path in (*files_of(pair.image), *files_of(pair.audio))}
     unused = {name for files in (found.images, found.audio) for name, path in files.items() if path not in used}
     suffixes = Counter(Path(name).suffix or "no suffix" for name in found.others)
     return {

@@ -33,7 +33,7 @@ class Source(NamedTuple):
     sha256: str
     bytes: int
     entries: int
-    by_hand: str  # how a user gets it, where there is no address
+    by_hand: str  # how a user gets it, where there is no address, or another way than by it
 
 
 class NotFetched(Exception):
@@ -86,7 +86,7 @@ def origin_of(source: Source, args: Namespace) -> str:
     if args.from_folder:
         origin = args.from_folder / source.name
         if not origin.is_file():
-            raise (NotFetched if source.url else ByHand)(f"{origin} does not exist. {source.by_hand}".strip())
+            raise (ByHand if source.by_hand else NotFetched)(f"{origin} does not exist. {source.by_hand}".strip())
         return str(origin)
     if args.base_url:
         return f"{args.base_url.rstrip('/')}/{source.name}"

@@ -20,7 +20,6 @@ import soundfile
 from PIL import Image
 
 from audio_io import SAMPLE_RATE, crop_or_tile, load_audio, num_samples
-from maps import MAP_SIZE
 from reports.pictures import draw_truth, overlay
 from scoring.metrics import RULES, success_steps
 from utils import as_user_error, strict_json, write_text
@@ -51,12 +50,17 @@ class Gallery:
         self.draft.mkdir(parents=True)
 
     def add(
-        self, id: str, image: np.ndarray, truth: np.ndarray, maps: Mapping[str, np.ndarray], audio: Path | None
+        self,
+        id: str,
+        image: np.ndarray,
+        truth: np.ndarray,
+        maps: Mapping[str, np.ndarray],
+        audio: Path | np.ndarray | None,
     ) -> None:
         """Draw one sample: image (H, W, 3) uint8 of any shape, truth and every map (224, 224) in 0..1.
 
-        audio: an audio file; a stored spectrogram (.npy) or None cannot be played. ValueError for an id that was there
-        before or a map that is missing, UserError for audio that cannot be decoded.
+        audio: an audio file, or (samples,) at 16 kHz as heard; a stored spectrogram (.npy) or None cannot be played.
+        ValueError for an id that was there before or a map that is missing, UserError for audio that cannot be decoded.
         """
         if id in self.files:
             raise ValueError(f"{id} is in the gallery already")
@@ -66,11 +70,12 @@ class Gallery:
         strip.save(self.draft / f"{name}.jpg", quality=JPEG_QUALITY)
         self.files[id] = (f"{name}.jpg", self._write_audio(name, audio))
 
-    def _write_audio(self, name: str, audio: Path | None) -> str | None:
-        if audio is None or Path(audio).suffix == ".npy":
+    def _write_audio(self, name: str, audio: Path | np.ndarray | None) -> str | None:
+        if audio is None or (not isinstance(audio, np.ndarray) and Path(audio).suffix == ".npy"):
             return None
         with as_user_error(ValueError):
-            heard = crop_or_tile(load_audio(audio), num_samples(self.seconds))
+            heard = audio if isinstance(audio, np.ndarray) else load_audio(audio)
+            heard = crop_or_tile(heard, num_samples(self.seconds))
         kind = audio_format()
         name = f"{name}.{kind.lower()}"
         soundfile.write(self.draft / name, heard, SAMPLE_RATE, format=kind)
@@ -108,11 +113,10 @@ def shown_maps(given: Mapping[str, Any], wanted: Sequence[str] | None = None) ->
 def sample_strip(image: np.ndarray, truth: np.ndarray, maps: Mapping[str, np.ndarray]) -> np.ndarray:
     """Side by side the image and each map over it, all with the outline of G.
 
-    image (H, W, 3) uint8, squeezed to a square as the model sees it; truth and maps (224, 224) in 0..1 ->
+    image (H, W, 3) uint8, squeezed to the size of truth and maps, (224, 224) in 0..1, as the model sees it ->
     (224, 224 (1 + maps), 3) uint8.
     """
-    square = Image.fromarray(image).resize((MAP_SIZE, MAP_SIZE), Image.Resampling.BICUBIC)
-    square = np.asarray(square)
+    square = np.asarray(Image.fromarray(image).resize(truth.shape[::-1], Image.Resampling.BICUBIC))
     return np.hstack([draw_truth(tile, truth) for tile in (square, *(overlay(square, heat) for heat in maps.values()))])
 
 

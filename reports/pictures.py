@@ -19,7 +19,7 @@ from pebble import ProcessPool
 from PIL import Image, ImageDraw, ImageFont
 
 from annotations import GroundTruth, first_ids, middle_frame
-from dataset import EvaluationPairs, Pair, build_test_set
+from dataset import EvaluationPairs, Pair, build_test_set, files_of
 from maps import MAP_SIZE, normalize_maps
 from models import Trained, load
 from scoring.evaluate import evaluate
@@ -239,12 +239,13 @@ def draw_overlay(path: Path, *sample: Any) -> None:
 
 
 def images_of(pairs: Sequence[Pair]) -> ImageOf:
-    """id -> the pair's image as a model sees it, squeezed to (224, 224, 3) uint8."""
-    files = {pair.id: pair.image for pair in pairs}
+    """id -> the pair's image as a model sees it, squeezed to (224, 224, 3) uint8; several side by side."""
+    files = {pair.id: files_of(pair.image) for pair in pairs}
 
     def image(name: str) -> np.ndarray:
         with as_user_error(ValueError):
-            return np.asarray(load_image(middle_frame(files[name])).resize((MAP_SIZE, MAP_SIZE)))
+            images = [load_image(middle_frame(path)) for path in files[name]]
+            return np.hstack([np.asarray(image.resize((MAP_SIZE, MAP_SIZE))) for image in images])
 
     return image
 

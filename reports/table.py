@@ -10,6 +10,7 @@ from typing import Any
 from tabulate import SEPARATING_LINE, tabulate
 
 from annotations import GroundTruth, read_ids
+from reports.harder import harder_lines, percent
 from scoring.evaluate import Evaluation
 from scoring.threshold import describe_threshold
 from sets import trained_on
@@ -39,11 +40,11 @@ COLUMNS = {  # key of a summary: head of its column
     "presence_AP": "presence_AP",
 }
 SOMETIMES = [*COLUMNS][[*COLUMNS].index("pointing") + 1 :]  # in a table of their own, where any is defined
-MAPS = ("AUD", "AUD_wrong", "AUD_share", "IMG_QUERY", "IQR", "OBJ_PRIOR", "OGL", "IQR_OGL")
+MAPS = ("AUD", "AUD_wrong", "AUD_alone", "AUD_share", "IMG_QUERY", "IQR", "OBJ_PRIOR", "OGL", "IQR_OGL")
 REFERENCES = {"ceiling": "ceiling", "whole_frame": "whole frame", "centred_disc": "centred disc"}
 FIRST_KEYS = (
-    "testset", "test_list", "maps", "intervals", "references", "retrieval", "pairs", "settings", "checkpoint",
-    "maps_file",
+    "testset", "test_list", "maps", "intervals", "references", "negatives", "snr", "parts", "retrieval", "pairs",
+    "notes", "settings", "checkpoint", "maps_file",
 )  # fmt: skip
 LAST_KEYS = ("by_size", "by_class")
 
@@ -68,17 +69,18 @@ def results_table(results: Mapping[str, Any]) -> str:
     lines = [f"{results.get('testset', '?')}, in %", "", *_block(rows, bars, always)]
     for name, scores in rows.items():
         if "listening" in scores:
-            span = f" ({_cell(intervals[name]['listening'])})" if intervals else ""
+            span = f" ({percent(intervals[name]['listening'])})" if intervals else ""
             meaning = f"cIoU({name}) - cIoU({name}_wrong); near 0 the map is saliency"
-            lines.append(f"listening of {name}: {_cell(scores['listening'], sign=True)}{span} = {meaning}")
+            lines.append(f"listening of {name}: {percent(scores['listening'], sign=True)}{span} = {meaning}")
     lines += ["", *_block(rows, bars, sometimes)] if sometimes else []
+    lines += harder_lines(results)
     lines += ["", *_by_size(results.get("by_size", {}), names), *_retrieval(results.get("retrieval", {}))]
     return "\n".join([*lines, *_provenance(results)]) + "\n"
 
 
 def _block(rows: Mapping[str, Mapping], bars: Mapping[str, Mapping], columns: Sequence[str]) -> list[str]:
     """A table of some columns: the maps above, the references below."""
-    of_maps, of_bars = ([[name, *(_cell(scores.get(key)) for key in columns)] for name, scores in part.items()]
+    of_maps, of_bars = ([[name, *(percent(scores.get(key)) for key in columns)] for name, scores in part.items()]
                         for part in (rows, bars))  # fmt: skip
     head, sides = ["map", *(COLUMNS[key] for key in columns)], ["left", *["right"] * len(columns)]
     lines = of_maps + [SEPARATING_LINE] * bool(bars) + of_bars
@@ -89,7 +91,7 @@ def _by_size(sizes: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     shown = [name for name in ("AUD", "IQR") if name in names] or names[:2]
     return [
         f"size {size:19} {group['samples']:6} samples  "
-        + "  ".join(f"{name} cIoU {_cell(group['maps'][name].get('cIoU')):>5}" for name in shown)
+        + "  ".join(f"{name} cIoU {percent(group['maps'][name].get('cIoU')):>5}" for name in shown)
         for size, group in sizes.items()
     ]
 
@@ -98,18 +100,11 @@ def _defined(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _cell(value: Any, sign: bool = False) -> str:
-    """A fraction, or a pair of them, in percent."""
-    if isinstance(value, list | tuple):
-        return f"{_cell(value[0])} to {_cell(value[1])}"
-    return f"{100 * value:{'+' if sign else ''}.1f}" if _defined(value) else "-"
-
-
 def _retrieval(retrieval: Mapping[str, Any]) -> list[str]:
     lines = []
     for by, directions in retrieval.items():
         for direction, recalls in (directions or {}).items():
-            cells = "  ".join(f"{k} {_cell(value):>5}" for k, value in recalls.items())
+            cells = "  ".join(f"{k} {percent(value):>5}" for k, value in recalls.items())
             lines.append(f"retrieval {by.replace('_', ' '):8}  {direction.replace('_', ' '):14}  {cells}")
     return lines
 
@@ -126,7 +121,7 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
         if unknown := pairs.get("unknown_ids_in_file"):
             lines.append(f"ids: {len(unknown)} of the file are not of this set and were passed over")
     if empty := max((scores.get("empty", 0) for scores in maps.values()), default=0):
-        sounding = ", ".join(f"{name} {_cell(scores.get('cIoU_sounding'))}" for name, scores in maps.items())
+        sounding = ", ".join(f"{name} {percent(scores.get('cIoU_sounding'))}" for name, scores in maps.items())
         lines.append(
             f"empty: {empty} pairs have an empty ground truth, a miss in cIoU; without them cIoU is {sounding}"
         )
@@ -151,6 +146,7 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
         lines.append(_last_epoch(last, (checkpoint or {}).get("epoch"), [*maps]))
     if checkpoint and "threshold" in checkpoint:
         lines.append(describe_threshold(checkpoint["threshold"]))
+    lines += [f"note: {note}" for note in results.get("notes", ())]
     if test_list := results.get("test_list"):
         lines.append(f"list: {test_list}, in place of the set's own")
     if maps_file := results.get("maps_file"):
@@ -176,7 +172,7 @@ def _last_epoch(last: Mapping[str, Any], chosen: Any, names: Sequence[str]) -> s
     if last["epoch"] == chosen:
         return f"last epoch: {chosen}, the selected one"
     cells = [
-        f"{name} cIoU {_cell(last['maps'][name].get('cIoU'))}, pointing {_cell(last['maps'][name].get('pointing'))}"
+        f"{name} cIoU {percent(last['maps'][name].get('cIoU'))}, pointing {percent(last['maps'][name].get('pointing'))}"
         for name in names
         if name in last["maps"] and name in ("AUD", "IQR")
     ]

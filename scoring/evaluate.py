@@ -3,7 +3,7 @@
 B batch, K slots, D channels, h x w image grid; maps are scored at 224 x 224, in fp32.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,21 +13,24 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from annotations import GroundTruth, check_finite, first_ids, repeated
-from audio_io import Heard
-from dataset import EvaluationPairs, Sample, finish_one, in_order, make_loader
+from dataset import EvaluationPairs, in_order, make_loader
 from distributed import gather_in_order, hidden_bar, is_main, shard
-from maps import ABSOLUTE, smooth_maps
-from models import Model
+from maps import ABSOLUTE, enlarge_absolute, smooth_maps
+from models import Model, rows_of
 from resnet import ObjectSaliency
-from scoring.maps_file import StoredMaps
+from scoring.maps_file import MapBatch, StoredMaps
 from scoring.metrics import RULES, THRESHOLD
-from scoring.retrieval import derangement, retrieval_recall
-from scoring.summary import WRONG, Result, ScoredBatch, SetScores, in_parts
+from scoring.negative_audio import WithNegativeAudio, silence
+from scoring.negatives import NEGATIVES, third_quartile
+from scoring.parts import on_device
+from scoring.questions import BAR, Negatives, Questions, WithWrongAudio, further_seeds, joined
+from scoring.retrieval import retrieval_recall, shared_labels
+from scoring.summary import ScoredBatch, SetScores
 from sets import count_undecodable
 from utils import UserError, as_user_error, full_precision
 
+OF_THIS_SET = "third quartile of the largest values under the negative audio of this very set, so not universal"
 NOT_SCORED = "image, audio or mask not found or not decodable"
-BAR = {"leave": False, "unit": "batch"}
 
 
 class Evaluation(NamedTuple):
@@ -41,32 +44,6 @@ OnBatch = Callable[[ScoredBatch], None]
 # ---------------------------------------------------------------- a model's maps
 
 
-class WithWrongAudio(Dataset):
-    """Every item of a set, with the spectrogram of a pair of another class (of any other pair if they are unknown)."""
-
-    def __init__(self, dataset: EvaluationPairs, seed: int) -> None:
-        self.dataset = dataset
-        if len(dataset) < 2:
-            raise UserError(f"a test set of {len(dataset)} pair has no wrong audio to test with: give it two or more")
-        files = [pair.audio for pair in dataset.pairs]  # the frames of a video share one
-        labels = dataset.class_names if all(dataset.class_names) else files
-        order = np.argsort([pair.id for pair in dataset.pairs])  # the order of the list changes no partner
-        with as_user_error(ValueError):
-            drawn = derangement([labels[i] for i in order], seed)
-        self.partner = np.empty(len(dataset), dtype=int)
-        self.partner[order] = order[drawn.permutation]
-        self.same_label = drawn.same_label if all(dataset.class_names) else None  # None: classes are not known
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Sample, torch.Tensor]:
-        return finish_one(self.raw(index))
-
-    def raw(self, index: int) -> tuple[Sample, tuple[Heard]]:
-        return self.dataset.raw(index), self.dataset.heard(int(self.partner[index]))
-
-
 class Localized(NamedTuple):
     """A model's output for images and audio, on the CPU, before anything is enlarged and scored."""
 
@@ -74,40 +51,34 @@ class Localized(NamedTuple):
     scalars: dict[str, torch.Tensor]  # (B,) each
     image_embedding: torch.Tensor  # (B, D), or (B, n, D) of which the best counts: what retrieval compares
     audio_embedding: torch.Tensor  # (B, D)
-
-
-def on_device(work: Callable[..., Result], device: torch.device, *inputs: torch.Tensor) -> Iterator[Result]:
-    """work(*inputs) without gradient: of the whole batch on a CUDA device, on a CPU in parts, one core each.
-
-    So the numbers of a CPU do not depend on how many cores it has.
-    """
-
-    @torch.no_grad()
-    def run(rows: slice) -> Result:
-        return work(*(x[rows].to(device, non_blocking=True) for x in inputs))
-
-    count = len(inputs[0])
-    return in_parts(run, count) if device.type == "cpu" else iter([run(slice(count))])
+    negatives: dict[str, torch.Tensor]  # (B, h, w) of the absolute map under each negative
 
 
 def localize_batch(
     model: Model,
+    names: Sequence[str],
     image: torch.Tensor,
     spectrogram: torch.Tensor,
-    wrong: torch.Tensor,
+    *asked: torch.Tensor,
     infer_sharpening: float,
     infer_smoothing: float,
     saliency: ObjectSaliency | None,
+    silent: Any = None,
 ) -> Localized:
-    """Maps of images (B, 3, H, W) with their own audio and with the wrong one, spectrograms (B, 1, F, L).
+    """Maps of images (B, 3, H, W) with their own audio and with what else they are asked, spectrograms (B, 1, F, L).
 
-    infer_smoothing: of the model's own relative maps, see `smooth_maps`.
+    names: of what is asked, see `Questions`. infer_smoothing: of the model's own relative maps, see `smooth_maps`;
+    silent: the audio state of silence, where it is asked.
     """
     image_state, grid = model.attend_image(image)
     audio_state = model.attend_audio(spectrogram)
     own = model.maps(image_state, audio_state, grid, infer_sharpening)
-    other = model.maps(image_state, model.attend_audio(wrong), grid, infer_sharpening)
-    raw = {"AUD": own.audio_map, "AUD" + WRONG: other.audio_map}
+    others = {
+        name: model.maps(image_state, model.attend_audio(heard), grid, infer_sharpening)
+        for name, heard in zip(names, asked, strict=True)
+    }
+    raw = {"AUD": own.audio_map}
+    raw |= {f"AUD_{name}": others[name].audio_map for name in ("wrong", "alone") if name in others}
     if own.image_map is not None:
         raw["IMG_QUERY"] = own.image_map
     raw = {name: smooth_maps(values, infer_smoothing) for name, values in raw.items()}
@@ -115,12 +86,14 @@ def localize_batch(
     if saliency is not None:
         raw["OBJ_PRIOR"] = saliency(image)
     scalars = model.confidences(image_state, audio_state, infer_sharpening)
-    raw, scalars = ({name: values.cpu() for name, values in side.items()} for side in (raw, scalars))
-    return Localized(raw, scalars, *(model.embedding(state).cpu() for state in (image_state, audio_state)))
-
-
-def _joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if silent is not None:
+        others["silence"] = model.maps(image_state, rows_of(silent, [0] * len(image)), grid)
+    negatives = {kind: others[kind].share for kind in NEGATIVES if kind in others}
+    raw, scalars, negatives = (
+        {name: values.cpu() for name, values in side.items()} for side in (raw, scalars, negatives)
+    )
+    embeddings = (model.embedding(state).cpu() for state in (image_state, audio_state))
+    return Localized(raw, scalars, *embeddings, negatives)
 
 
 @torch.no_grad()
@@ -139,32 +112,51 @@ def evaluate(
     resamples: int = 0,
     on_batch: Iterable[OnBatch] = (),
     max_batches: int | None = None,
+    threshold: float | None = None,
+    negatives: Negatives | None = None,
 ) -> Evaluation | None:
     """Score every map of a test set in one pass, in fp32; weights, buffers and the model's mode stay as they were.
 
     resamples: of the bootstrap (0: no intervals); on_batch: called with each batch (to draw or keep its maps);
-    max_batches ends the pass early (dry runs). Each of several processes localizes every W-th batch; the first one
-    scores all of them in order, so that its numbers are those of one process, and returns them; the others return None.
+    max_batches ends the pass early (dry runs); threshold: the universal one of the model, without which there are no
+    figures of its absolute map; negatives: what every image is asked with besides, a further pass for each seed after
+    the first. Each of several processes localizes every W-th batch; the first one scores all of them in order, so that
+    its numbers are those of one process, and returns them; the others return None.
     """
+    if negatives and threshold is None:
+        raise UserError("negative audio needs the model's universal threshold, and it has none")
+    kinds = negatives.kinds if negatives else ()
     paired = WithWrongAudio(dataset, seed)
+    classes = dataset.ground_truth.class_of
+    seeded = [WithNegativeAudio(dataset, seed + k, classes) for k in range(negatives.seeds if negatives else 0)]
+    questions = Questions(paired, kinds, seeded[0] if seeded else None)
     batches = in_order(len(paired), batch_size)[:max_batches]
-    loader = counted_batches(make_loader(paired, batch_size, workers, shard(batches), device), dataset, workers)
-    scores, embeddings = SetScores(dataset.ground_truth), []
-    was_training = model.training
+    scores = SetScores(dataset.ground_truth, {} if threshold is None else {ABSOLUTE: threshold})
+    embeddings, was_training = [], model.training
     model.eval()
     try:
+        silent = None
+        if "silence" in kinds:
+            silent = model.attend_audio(silence(dataset.audio_seconds)[None].to(device))
         asked_with = {"infer_sharpening": infer_sharpening, "infer_smoothing": infer_smoothing}
-        ask = partial(localize_batch, model, **asked_with, saliency=saliency)
-        own = (
-            (batch.id, batch.truth, list(on_device(ask, device, batch.image, batch.spectrogram, wrong)))
-            for batch, wrong in loader
-        )
-        everyones = gather_in_order(own, len(batches))
-        for ids, truth, found in tqdm(everyones, "evaluating", len(batches), **BAR, disable=hidden_bar()):
+        ask = partial(localize_batch, model, questions.names, **asked_with, saliency=saliency, silent=silent)
+        further = further_seeds(model, seeded[1:], kinds, device, shard(batches), workers)
+        loader = counted_batches(make_loader(questions, batch_size, workers, shard(batches), device), dataset, workers)
+
+        def localized() -> Iterator[tuple[Sequence[str], torch.Tensor, list[Localized], dict[str, torch.Tensor]]]:
+            for place, (batch, *asked) in enumerate(loader):
+                found = list(on_device(ask, device, batch.image, batch.spectrogram, *asked))
+                first = joined([part.negatives for part in found])
+                more = {kind: [of_seed[place][kind] for of_seed in further if kind in of_seed[place]] for kind in first}
+                shares = {kind: torch.stack([values, *more[kind]], 1) for kind, values in first.items()}
+                yield batch.id, batch.truth, found, shares
+
+        everyones = gather_in_order(localized(), len(batches))
+        for ids, truth, found, shares in tqdm(everyones, "evaluating", len(batches), **BAR, disable=hidden_bar()):
             embeddings += [(part.image_embedding, part.audio_embedding) for part in found]
-            raw, scalars = (_joined([part[side] for part in found]) for side in (0, 1))
+            raw, scalars = (joined([part[side] for part in found]) for side in (0, 1))
             with as_user_error(ValueError):  # maps that are not finite
-                for part in scores.add(ids, truth, raw, scalars, "bicubic", alpha):
+                for part in scores.add(ids, truth, raw, scalars, "bicubic", alpha, {ABSOLUTE: shares}):
                     for show in on_batch:
                         show(part)
     finally:
@@ -180,7 +172,25 @@ def evaluate(
         "wrong_sounds_of_same_class": paired.same_label,
         "pairs": _count_pairs(dataset.ground_truth, scores.ids, dataset.missing, NOT_SCORED),
     }
+    _add_negatives(results, {ABSOLUTE: {"value": threshold}}, kinds, seed, seeded)
     return Evaluation(results, scores.rows())
+
+
+def _add_negatives(
+    results: dict[str, Any],
+    thresholds: Mapping[str, Mapping[str, Any]],
+    kinds: Sequence[str],
+    seed: int | None = None,
+    seeded: Sequence[WithNegativeAudio] = (),
+) -> None:
+    """What the figures of negative audio were measured with; nothing where there are none."""
+    seeds = results.pop("over_seeds", {})
+    if not kinds:
+        return
+    about: dict[str, Any] = {"kinds": [*kinds], "thresholds": dict(thresholds)}
+    if seeded:
+        about |= {"seeds": [seed + k for k in range(len(seeded))], "offscreen": f"audio of {seeded[0].offscreen}"}
+    results["negatives"] = about | ({"over_seeds": seeds} if seeds else {})
 
 
 def counted_batches(batches: Iterable, dataset: EvaluationPairs, workers: int) -> Iterator:
@@ -220,7 +230,9 @@ def _retrieval(dataset: EvaluationPairs, ids: Sequence[str], image: torch.Tensor
     repeats = any(len(set(files)) < len(asked) for files in zip(*(files_of[ids[k]] for k in asked), strict=True))
     retrieval = {}
     if all(classes) and not truth.interactive:
-        retrieval["by_class"] = retrieval_recall(image, audio, classes)
+        seen, heard = ([known.get(ids[k]) for k in asked] for known in (truth.seen, truth.heard))
+        targets = shared_labels(seen, heard) if truth.heard else classes
+        retrieval["by_class"] = retrieval_recall(image, audio, targets)
     if not repeats and not truth.interactive:
         retrieval["by_pair"] = retrieval_recall(image, audio)
     return retrieval
@@ -279,17 +291,15 @@ def evaluate_stored(
     """
     left_out, unknown = match_ids(stored, ground_truth, allow_missing)
     skipped = set(unknown)
-    scores = SetScores(ground_truth)
+    batches = partial(_stored_batches, stored, batch_size, skipped)
+    thresholds = stored_thresholds(stored, batches)
+    scores = SetScores(ground_truth, {name: chosen["value"] for name, chosen in thresholds.items()})
     count = -(-len(stored.ids) // batch_size)
-    for batch in tqdm(stored.batches(batch_size), "scoring", count, **BAR, disable=None):
-        keep = [i for i, name in enumerate(batch.ids) if name not in skipped]
-        if not keep:
-            continue
-        ids = [batch.ids[i] for i in keep]
-        raw, scalars = ({name: values[keep] for name, values in side.items()} for side in (batch.maps, batch.scalars))
-        truth = torch.stack([ground_truth.truth_of(name) for name in ids])
+    for batch in tqdm(batches(), "scoring", count, **BAR, disable=None):
+        truth = torch.stack([ground_truth.truth_of(name) for name in batch.ids])
+        raw = batch.ids, truth, batch.maps, batch.scalars, stored.interpolation, stored.alpha, batch.negatives
         with as_user_error(ValueError):
-            for part in scores.add(ids, truth, raw, scalars, stored.interpolation, stored.alpha):
+            for part in scores.add(*raw):
                 for show in on_batch:
                     show(part)
     results = scores.summary(left_out, resamples, seed)
@@ -301,7 +311,39 @@ def evaluate_stored(
     }
     if unknown:
         results["pairs"]["unknown_ids_in_file"] = unknown
+    kinds = [kind for kind in NEGATIVES if any(kind in own for own in stored.negatives.values())]
+    _add_negatives(results, thresholds, kinds)
     return Evaluation(results, scores.rows())
+
+
+def _stored_batches(stored: StoredMaps, size: int, skipped: Collection[str]) -> Iterator[MapBatch]:
+    """The batches of a file without the ids that are not of the set."""
+    for batch in stored.batches(size):
+        keep = [i for i, name in enumerate(batch.ids) if name not in skipped]
+        if len(keep) == len(batch.ids):
+            yield batch
+        elif keep:
+            maps, scalars = ({name: rows[keep] for name, rows in side.items()} for side in (batch.maps, batch.scalars))
+            asked = {name: {kind: rows[keep] for kind, rows in own.items()} for name, own in batch.negatives.items()}
+            yield MapBatch([batch.ids[i] for i in keep], maps, scalars, asked)
+
+
+def stored_thresholds(stored: StoredMaps, batches: Callable[[], Iterable[MapBatch]]) -> dict[str, dict[str, Any]]:
+    """{absolute map: {"value", "from"}}: the threshold in the file, else that of the negatives in it."""
+    chosen = {name: {"value": value, "from": "the file"} for name, value in stored.thresholds.items()}
+    lacking = [name for name in stored.negatives if name not in chosen]
+    largest: dict[str, list[np.ndarray]] = {name: [] for name in lacking}
+    for batch in batches() if lacking else ():
+        for name in lacking:
+            for maps in batch.negatives[name].values():
+                largest[name].append(enlarge_absolute(maps.flatten(0, 1)).flatten(1).amax(1).numpy())
+    of_set = (
+        "third quartile of the largest values under negative audio on this very set: not universal, give NAME_threshold"
+    )
+    found = {
+        name: {"value": third_quartile(np.concatenate(values)), "from": of_set} for name, values in largest.items()
+    }
+    return {name: (chosen | found)[name] for name in stored.negatives}
 
 
 def match_ids(

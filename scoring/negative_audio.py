@@ -3,15 +3,15 @@
 F bins, L frames.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from audio_io import Heard, log_spectrogram, num_samples
-from dataset import EvaluationPairs, Sample, TrainingPairs, finish_one
-from scoring.retrieval import derangement
+from dataset import EvaluationPairs, Pair, Sample, TrainingPairs, finish_one
+from scoring.retrieval import Derangement, derangement, disjoint_partners
 from utils import UserError, as_user_error
 
 
@@ -33,8 +33,10 @@ def noise_waveform(seconds: float, *seed: int) -> torch.Tensor:
 class WithNegativeAudio(Dataset):
     """Every item of a set, with the spectrograms (1, F, L) of noise and of a pair of another class.
 
-    class_of: {id: class}; where it does not know every pair, the other audio is that of any other id.
-    The order of the pairs changes no partner and no noise. UserError for fewer than two pairs.
+    class_of: {id: class}; where it does not know every pair, the other audio is that of any other id, of another image
+    or video where the set says which share one. Where a set knows more, of what an image shows or a sound holds, the
+    other audio holds nothing of it. The order of the pairs changes no partner and no noise. UserError for fewer than
+    two pairs.
     """
 
     def __init__(
@@ -43,16 +45,27 @@ class WithNegativeAudio(Dataset):
         self.dataset, self.seed = dataset, seed
         if len(dataset) < 2:
             raise UserError(f"{len(dataset)} pair has no off-screen audio to be asked with: give two or more")
-        classes = [(class_of or {}).get(pair.id) for pair in dataset.pairs]
-        self.knows_classes = all(classes)
-        labels = classes if self.knows_classes else [pair.audio for pair in dataset.pairs]
+        classes = {pair.id: (class_of or {}).get(pair.id) for pair in dataset.pairs}
+        self.knows_classes = all(classes.values())
         order = np.argsort([pair.id for pair in dataset.pairs])
         with as_user_error(ValueError):
-            drawn = derangement([labels[i] for i in order], seed)
+            drawn = self._draw([dataset.pairs[i] for i in order], classes)
         self.partner, self.place = (np.empty(len(dataset), dtype=int) for _ in range(2))
         self.partner[order] = order[drawn.permutation]
         self.place[order] = np.arange(len(dataset))
         self.same_class = drawn.same_label if self.knows_classes else None
+
+    def _draw(self, pairs: Sequence[Pair], classes: Mapping[str, str | None]) -> Derangement:
+        truth = getattr(self.dataset, "ground_truth", None)
+        if not self.knows_classes:
+            units = truth.unit_of if truth else {}
+            return derangement([units.get(pair.id, str(pair.audio)) for pair in pairs], self.seed)
+        if not (truth and (truth.seen or truth.heard)):
+            return derangement([classes[pair.id] for pair in pairs], self.seed)
+        heard, seen = (
+            [known.get(pair.id, {classes[pair.id]}) for pair in pairs] for known in (truth.heard, truth.seen)
+        )
+        return disjoint_partners(heard, seen, self.seed)
 
     @property
     def offscreen(self) -> str:
@@ -69,5 +82,10 @@ class WithNegativeAudio(Dataset):
         return finish_one(self.raw(index))
 
     def raw(self, index: int) -> tuple[Sample, tuple[Heard], tuple[Heard]]:
-        drawn = noise_waveform(self.dataset.audio_seconds, self.seed, int(self.place[index]))
-        return self.dataset.raw(index), (Heard(drawn),), self.dataset.heard(int(self.partner[index]))
+        return self.dataset.raw(index), self.noise(index), self.offscreen_audio(index)
+
+    def noise(self, index: int) -> tuple[Heard]:
+        return (Heard(noise_waveform(self.dataset.audio_seconds, self.seed, int(self.place[index]))),)
+
+    def offscreen_audio(self, index: int) -> tuple[Heard]:
+        return self.dataset.heard(int(self.partner[index]))

@@ -12,6 +12,7 @@ Scores are fractions of 1.
     AUC_u    area under the share of samples with that IoU >= x
     F_LOC    harmonic mean of cIoU_u and 1 - pIA;  F_AUC  that of AUC_u and AUC_N
     change_a_b  IoU of the regions A > u under two sounds of one image: 1 where the map stays as it was
+    TN_u     share of the pairs whose source is not in view in which nothing is lit, under the own sound
 
 On sets of masks also AVSBench-Robust's (arXiv 2502.00358), at 0.5 instead of u: mIoU_c and F_c of the map under
 negative c against the mask of the object, which is silent then, and FPR_c, the mean share of the pixels above 0.5.
@@ -91,16 +92,35 @@ def _share_above(maps: Tensor, threshold: float) -> Tensor:
 
 
 def negative_ratios(columns: Mapping[str, np.ndarray], empty: np.ndarray) -> dict[str, Ratio | Combined]:
-    """Every figure of the head of this file that the columns of one map allow; none where it knows no negative.
+    """Every figure of the head of this file that the columns of one map allow; none where it is not absolute.
 
     columns: of `negative_columns`, (N, ...) each; iou_u may be NaN where the source is not in view: such samples are
     left out of cIoU_u and AUC_u. empty (N,) bool: where the mask is.
     """
-    kinds = kinds_of(columns)
-    if not kinds:
+    if "iou_u" not in columns:
         return {}
-    everywhere, sounding = np.ones(len(empty)), np.isfinite(columns["iou_u"])
+    kinds, everywhere, sounding = kinds_of(columns), np.ones(len(empty)), np.isfinite(columns["iou_u"])
     ious = np.where(sounding, columns["iou_u"], 0.0)
+    found: dict[str, Ratio | Combined] = {
+        "cIoU_u": Ratio(ious, sounding),
+        "AUC_u": Ratio(area_under_success(ious) * sounding, sounding),
+    }
+    if not sounding.all():
+        found["TN_u"] = Ratio((columns["lit_own"] == 0) & ~sounding, ~sounding)
+    if kinds:
+        found |= _of_kinds(columns, kinds, found["cIoU_u"], found["AUC_u"])
+    for kind in (OWN, *kinds) if f"jaccard_{OWN}" in columns else ():
+        found[f"mIoU_{kind}"] = Ratio(columns[f"jaccard_{kind}"], everywhere)
+        found[f"F_{kind}"] = Ratio(columns[f"f_{kind}"] * ~empty[:, None], ~empty)
+        found[f"FPR_{kind}"] = Ratio(columns[f"fpr_{kind}"], everywhere)
+    return found
+
+
+def _of_kinds(
+    columns: Mapping[str, np.ndarray], kinds: Sequence[str], inside: Ratio, reached: Ratio
+) -> dict[str, Ratio | Combined]:
+    """The figures that need negatives; inside: cIoU_u, reached: AUC_u."""
+    everywhere = np.ones(len(columns["iou_u"]))
     lit = {kind: columns[f"lit_{kind}"] for kind in kinds}
     dark = {kind: area_within(shares).mean(1) for kind, shares in lit.items()}
     lit = {kind: shares.mean(1) for kind, shares in lit.items()}
@@ -108,16 +128,10 @@ def negative_ratios(columns: Mapping[str, np.ndarray], empty: np.ndarray) -> dic
     found["pIA"] = Ratio(np.mean([*lit.values()], axis=0), everywhere)
     found |= {f"AUC_N_{kind}": Ratio(areas, everywhere) for kind, areas in dark.items()}
     found["AUC_N"] = Ratio(np.mean([*dark.values()], axis=0), everywhere)
-    found["cIoU_u"] = Ratio(ious, sounding)
-    found["AUC_u"] = Ratio(area_under_success(ious) * sounding, sounding)
-    found["F_LOC"] = Combined((found["cIoU_u"], found["pIA"]), lambda inside, lit: harmonic_mean(inside, 1 - lit))
-    found["F_AUC"] = Combined((found["AUC_u"], found["AUC_N"]), harmonic_mean)
+    found["F_LOC"] = Combined((inside, found["pIA"]), lambda right, wrong: harmonic_mean(right, 1 - wrong))
+    found["F_AUC"] = Combined((reached, found["AUC_N"]), harmonic_mean)
     for one, other in combinations((OWN, *kinds), 2):
         found[f"change_{one}_{other}"] = Ratio(columns[f"change_{one}_{other}"].mean(1), everywhere)
-    for kind in (OWN, *kinds) if f"jaccard_{OWN}" in columns else ():
-        found[f"mIoU_{kind}"] = Ratio(columns[f"jaccard_{kind}"], everywhere)
-        found[f"F_{kind}"] = Ratio(columns[f"f_{kind}"] * ~empty[:, None], ~empty)
-        found[f"FPR_{kind}"] = Ratio(columns[f"fpr_{kind}"], everywhere)
     return found
 
 

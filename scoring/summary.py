@@ -5,31 +5,31 @@ B batch, h x w map as given; maps are scored at 224 x 224, in fp32. N samples. F
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from annotations import GroundTruth, check_finite
-from maps import ABSOLUTE, enlarge, normalize_maps
+from maps import ABSOLUTE, enlarge, enlarge_absolute, normalize_maps
 from scoring.bootstrap import Combined, Ratio, intervals_of, values_of
 from scoring.columns import half_steps, map_columns, reference_columns
 from scoring.detection import detect
 from scoring.maps_file import SCALARS
 from scoring.metrics import JACCARD_THRESHOLDS, RULES, area_under_success, success
-from scoring.negatives import negative_ratios
+from scoring.negatives import negative_columns, negative_ratios, over_seeds
+from scoring.parts import in_parts
+from scoring.sources import source_columns, source_ratios
 
-PART = 8  # samples whose enlarged maps are scored at once: more would leave the processor's cache
 WRONG = "_wrong"  # suffix of a map that was computed with the wrong audio
+OVER_SEEDS = ("lit_", "change_")  # columns with a value for each seed of a negative, of which a row has the mean
 TIED_SHARE = 0.01  # more pixels than this share exactly at a cut: the region depends on the ties
 SIZES = {"under 32x32": 32**2, "32x32 to 96x96": 96**2, "96x96 to 144x144": 144**2, "larger": math.inf}
 
 Columns = Mapping[str, np.ndarray]  # name: (N,), or (N, thresholds)
 Groups = dict[str, list[int]]  # image: indices of its samples
-Result = TypeVar("Result")
 
 
 # ---------------------------------------------------------------- a pass over the set
@@ -39,19 +39,11 @@ class ScoredBatch(NamedTuple):
     """What `on_batch` functions receive of each batch, to draw or keep it."""
 
     ids: list[str]
-    truth: Tensor  # (B, 224, 224)
+    truth: Tensor  # (B, H, W): 224 x 224, twice as wide where two images stand side by side
     raw: dict[str, Tensor]  # (B, h, w) each, as the model gives them
     maps: dict[str, Tensor]  # (B, 224, 224) each in 0..1, but an absolute one in its own range
     scalars: dict[str, Tensor]  # (B,) each
-
-
-def in_parts(work: Callable[[slice], Result], count: int) -> Iterator[Result]:
-    """work(slice of PART samples) for all of `count`, in order; parts run in parallel, each on one core."""
-    slices = [slice(start, start + PART) for start in range(0, count, PART)]
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from pool.map(work, slices)
-    torch.set_num_threads(threads)  # what a thread of the pool sets is the default of threads to come
+    negatives: Mapping[str, Mapping[str, Tensor]]  # map: negative: (B, S, h, w), as the model gives them
 
 
 class Table:
@@ -78,6 +70,7 @@ class Samples(NamedTuple):
     empty: np.ndarray  # (N,) bool, where G is
     units: np.ndarray  # (N,) labels: what the bootstrap draws
     groups: Groups | None = None  # of interactive sets
+    images: np.ndarray | None = None  # (N,) labels, of sets of several sources
 
     def take(self, rows: np.ndarray) -> "Samples":
         """Some of the samples, without `groups`: a part of the set may hold only some entries of an image."""
@@ -85,14 +78,18 @@ class Samples(NamedTuple):
             {name: {key: values[rows] for key, values in columns.items()} for name, columns in table.items()}
             for table in (self.maps, self.references)
         )
-        return Samples(*tables, self.empty[rows], self.units[rows])
+        images = None if self.images is None else self.images[rows]
+        return Samples(*tables, self.empty[rows], self.units[rows], images=images)
 
 
 class SetScores:
-    """Collects scalars per sample (for masks two curves, too), never maps, and summarises them."""
+    """Collects scalars per sample (for masks two curves, too), never maps, and summarises them.
 
-    def __init__(self, ground_truth: GroundTruth) -> None:
-        self.ground_truth, self.ids = ground_truth, []
+    thresholds: {absolute map: above it the map says that something sounds}; see `scoring.negatives`.
+    """
+
+    def __init__(self, ground_truth: GroundTruth, thresholds: Mapping[str, float] | None = None) -> None:
+        self.ground_truth, self.thresholds, self.ids = ground_truth, thresholds or {}, []
         self.maps: dict[str, Table] = {}
         self.references: dict[str, Table] = {}
         self.scalars = Table()
@@ -105,22 +102,31 @@ class SetScores:
         scalars: Mapping[str, Tensor],
         interpolation: str = "bicubic",
         alpha: float | None = None,
+        negatives: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> Iterator[ScoredBatch]:
-        """Score ids (B,), truth (B, 224, 224), raw (B, h, w) each, scalars (B,) each, in parts of a few samples.
+        """Score ids (B,), truth (B, H, W), raw (B, h, w) each, scalars (B,) each, in parts of a few samples.
 
-        The parts come as they are taken, in order; names are the same in every call. On the CPU, where sorting is fast.
-        ValueError, with the id, for a value that is not finite.
+        negatives: of absolute maps, {map: {negative: (B, S, h, w)}}. The parts come as they are taken, in order; names
+        are the same in every call. On the CPU, where sorting is fast. ValueError, with the id, for a value that is not
+        finite.
         """
         raw, scalars = ({name: values.detach().cpu() for name, values in side.items()} for side in (raw, scalars))
-        check_finite(ids, {f"map {name}": values for name, values in raw.items()} | scalars)
-        masks = self.ground_truth.masks
+        asked = {f"map {name}_{kind}": maps for name, own in (negatives or {}).items() for kind, maps in own.items()}
+        check_finite(ids, {f"map {name}": values for name, values in raw.items()} | asked | scalars)
+        masks, size = self.ground_truth.masks, tuple(truth.shape[1:])
 
         def score(rows: slice) -> tuple[ScoredBatch, dict, dict]:
             part = [{name: values[rows] for name, values in side.items()} for side in (raw, scalars)]
-            batch = ScoredBatch(ids[rows], truth[rows], part[0], enlarge(part[0], interpolation, alpha), part[1])
+            maps = enlarge(part[0], interpolation, alpha, size)
+            asked = {
+                name: {kind: values[rows] for kind, values in kinds.items()}
+                for name, kinds in (negatives or {}).items()
+            }
+            batch = ScoredBatch(ids[rows], truth[rows], part[0], maps, part[1], asked)
             steps = half_steps(batch.truth)
             relative = batch.maps | {name: normalize_maps(batch.maps[name]) for name in batch.maps if name == ABSOLUTE}
-            columns = {name: map_columns(maps, batch.truth, masks, steps) for name, maps in relative.items()}
+            columns = {name: map_columns(values, batch.truth, masks, steps) for name, values in relative.items()}
+            self._add_columns(columns, batch, relative)
             return batch, columns, reference_columns(batch.truth, masks, steps)
 
         for batch, *tables in in_parts(score, len(ids)):
@@ -131,6 +137,27 @@ class SetScores:
             self.scalars.extend({"area": (batch.truth > 0).flatten(1).sum(1), **batch.scalars})
             yield batch
 
+    def _add_columns(self, columns: dict[str, dict], batch: ScoredBatch, maps: Mapping[str, Tensor]) -> None:
+        """Add what absolute maps have, with the negatives that they were asked with, and what several sources have."""
+        truth, size = self.ground_truth, tuple(batch.truth.shape[1:])
+        for name, threshold in self.thresholds.items():
+            own = enlarge_absolute(batch.raw[name], size)
+            asked = {
+                kind: enlarge_absolute(values.flatten(0, 1), size).unflatten(0, values.shape[:2])
+                for kind, values in batch.negatives.get(name, {}).items()
+            }
+            found = negative_columns(own, asked, batch.truth, threshold, truth.robust)
+            in_view = torch.tensor([i not in truth.silent for i in batch.ids])
+            columns[name] |= found | {"iou_u": found["iou_u"].where(in_view, torch.nan)}
+        if truth.siblings:
+            most = max(map(len, truth.siblings.values()))
+            sources = torch.full((len(batch.ids), most, *size), torch.nan)
+            for row, i in enumerate(batch.ids):
+                for place, sibling in enumerate(truth.siblings[i]):
+                    sources[row, place] = batch.truth[row] if sibling == i else truth.truth_of(sibling)
+            for name, values in maps.items():
+                columns[name] |= source_columns(values, batch.truth, sources)
+
     def _in_order(self) -> tuple[list[str], Samples, Columns]:
         """Ids, samples and scalars, sorted by id: the order of the pass changes nothing."""
         order = np.argsort(self.ids)
@@ -140,7 +167,9 @@ class SetScores:
         )
         scalars = self.scalars.columns(order)
         units = np.array([self.ground_truth.unit_of.get(i, i) for i in ids])
-        return ids, Samples(*tables, scalars["area"] == 0, units), scalars
+        siblings = self.ground_truth.siblings
+        images = np.array([siblings[i][0] for i in ids]) if siblings else None
+        return ids, Samples(*tables, scalars["area"] == 0, units, images=images), scalars
 
     def summary(self, missing: Sequence[str] = (), resamples: int = 0, seed: int = 0) -> dict[str, Any]:
         """maps, intervals, references, by_class and by_size, all by map or reference and then by metric.
@@ -166,6 +195,15 @@ class SetScores:
         known = [name for name in np.unique(classes) if name]
         result["by_class"] = _summarise_parts(samples, classes, known, *resampling)
         result["by_size"] = _summarise_parts(samples, sizes, [*SIZES, "empty"], *resampling)
+        if truth.parts:
+            result["parts"] = {}
+            for part, members in truth.parts.items():
+                inside = np.array([part if i in members else "" for i in ids])
+                result["parts"] |= _summarise_parts(samples, inside, [part], *resampling)
+        if truth.notes:
+            result["notes"] = [*truth.notes]
+        if seeds := {name: found for name in self.thresholds if (found := over_seeds(samples.maps[name]))}:
+            result["over_seeds"] = seeds
         return result
 
     def rows(self) -> list[dict[str, Any]]:
@@ -181,6 +219,11 @@ class SetScores:
         for name, own in samples.maps.items():
             at_half = {"jaccard": own["jaccard"][:, JACCARD_THRESHOLDS.index(0.5)]} if "jaccard" in own else {}
             plain = {column: values for column, values in own.items() if values.ndim == 1} | at_half
+            plain |= {
+                column: values.mean(1)
+                for column, values in own.items()
+                if column.startswith(OVER_SEEDS) and values.ndim == 2
+            }
             columns |= {f"{name}_{column}": values.tolist() for column, values in plain.items()}
         return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
@@ -188,12 +231,15 @@ class SetScores:
 # ---------------------------------------------------------------- figures
 
 
-def ratios_of(columns: Columns, empty: np.ndarray, groups: Groups | None = None) -> dict[str, Ratio | Combined]:
+def ratios_of(
+    columns: Columns, empty: np.ndarray, groups: Groups | None = None, images: Sequence[str] | None = None
+) -> dict[str, Ratio | Combined]:
     """Every metric that the columns of one map allow; empty (N,) bool, where G is; `groups` adds the interactive ones.
 
     Of the rule `fixed`: cIoU, AUC, mean_iou, cIoU_sounding (without the samples whose G is empty; cIoU counts them as
     misses), with groups IIoU and IAUC; of another rule the same names and its suffix. mAP (an empty G counts 0),
-    pointing, with groups both_pointing; AVSBench's mIoU and F; of absolute maps `negative_ratios`.
+    pointing, with groups both_pointing; AVSBench's mIoU and F; of absolute maps `negative_ratios`,
+    with images, labels of each sample's image, `source_ratios`.
     """
     everywhere = np.ones(len(empty))
     ratios = {}
@@ -219,7 +265,8 @@ def ratios_of(columns: Columns, empty: np.ndarray, groups: Groups | None = None)
     if "jaccard" in columns:
         ratios["mIoU"] = Ratio(columns["jaccard"][:, JACCARD_THRESHOLDS.index(0.5)], everywhere)
         ratios["F"] = Ratio(columns["f"] * ~empty[:, None], ~empty)
-    return ratios | negative_ratios(columns, empty)
+    ratios |= negative_ratios(columns, empty)
+    return ratios if images is None else ratios | source_ratios(columns, images)
 
 
 def interactive_groups(ids: Sequence[str], expected: Sequence[str] | None = None) -> Groups:
@@ -262,7 +309,7 @@ def summarise(samples: Samples, resamples: int = 0, seed: int = 0) -> dict[str, 
     A map that was also computed with the wrong audio gets `listening`, the difference of the two cIoU.
     """
     ratios, references = (
-        {name: ratios_of(columns, samples.empty, samples.groups) for name, columns in table.items()}
+        {name: ratios_of(columns, samples.empty, samples.groups, samples.images) for name, columns in table.items()}
         for table in (samples.maps, samples.references)
     )
     for name, own in ratios.items():

@@ -22,9 +22,9 @@ from dataset import LAYOUTS, Pair, TrainingPairs, find_pairs, in_order, make_loa
 from distributed import gather_in_order, hidden_bar, is_main, shard
 from maps import enlarge_absolute
 from models import Model, load, rows_of
-from scoring.evaluate import on_device
 from scoring.negative_audio import WithNegativeAudio, silence
 from scoring.negatives import NEGATIVES, third_quartile
+from scoring.parts import on_device
 from sets import count_undecodable, undecodable
 from utils import (
     Absent,

@@ -1,6 +1,7 @@
 """The one path by which maps are scored, in training and in testing."""
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
@@ -69,14 +70,14 @@ def test_a_value_that_is_not_finite_is_named_by_its_id(broken, checkpoint, synth
     localize, dataset = evaluation.localize_batch, build(synthetic_root)
     whole = dataset[13].image
 
-    def localize_badly(model, image, *others):
-        found = localize(model, image, *others)
+    def localize_badly(model, names, image, *others, **settings):
+        found = localize(model, names, image, *others, **settings)
         bad = (image == whole).flatten(1).all(1)
         raw = {**found.raw, "AUD": found.raw["AUD"].masked_fill(bad[:, None, None], torch.nan)}
         embedding = found.audio_embedding.masked_fill(bad[:, None], torch.inf)
         return found._replace(raw=raw) if broken == "map" else found._replace(audio_embedding=embedding)
 
-    monkeypatch.setattr(evaluation, "localize_batch", lambda *a, **k: localize_badly(*a, *k.values()))
+    monkeypatch.setattr(evaluation, "localize_batch", localize_badly)
     with pytest.raises(UserError, match=rf"the (map AUD|audio embedding) of {dataset.pairs[13].id} holds a value"):
         evaluation.evaluate(load_model(checkpoint), dataset, torch.device("cpu"))
 
@@ -84,8 +85,10 @@ def test_a_value_that_is_not_finite_is_named_by_its_id(broken, checkpoint, synth
 def test_the_models_relative_maps_are_smoothed_and_nothing_else(checkpoint, synthetic_root):
     model, sample = load_model(checkpoint), build(synthetic_root)[0]
     pair = sample.image[None], sample.spectrogram[None], -sample.spectrogram[None]
+    asked_with = {"infer_sharpening": 0.1, "saliency": lambda image: image[:, 0]}
+    ask = partial(evaluation.localize_batch, model, ["wrong"], *pair, **asked_with)
     with torch.no_grad():
-        raw, smooth = (evaluation.localize_batch(model, *pair, 0.1, s, lambda image: image[:, 0]) for s in (0.0, 0.1))
+        raw, smooth = (ask(infer_smoothing=s) for s in (0.0, 0.1))
     for name, values in raw.raw.items():
         expected = values if name in ("OBJ_PRIOR", "AUD_share") else smooth_maps(values, 0.1)
         assert torch.equal(smooth.raw[name], expected), name

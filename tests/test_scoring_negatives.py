@@ -134,6 +134,7 @@ def test_kinds_that_are_not_there_do_not_count():
     assert found["pIA"] == found["pIA_noise"] and "pIA_silence" not in found and "change_own_noise" in found
     assert found == pytest.approx(reference(own, one, truth, u), abs=1e-9)
     assert negative_ratios({}, np.zeros(3, bool)) == {}
+    assert figures(own, {}, truth, u) == pytest.approx({name: found[name] for name in ("cIoU_u", "AUC_u")})
 
 
 def test_pairs_whose_source_is_not_in_view_count_for_the_negatives_only():
@@ -144,7 +145,9 @@ def test_pairs_whose_source_is_not_in_view_count_for_the_negatives_only():
     columns["iou_u"][-1] = np.nan  # its truth is empty: 0 before
     part = {k: v.value() for k, v in negative_ratios(columns, np.zeros(5, bool)).items()}
     assert part["cIoU_u"] == pytest.approx(whole["cIoU_u"] * 5 / 4) and part["pIA"] == whole["pIA"]
-    assert part["AUC_u"] > whole["AUC_u"] * 1.2
+    assert part["AUC_u"] > whole["AUC_u"] * 1.2 and "TN_u" not in whole
+    columns["lit_own"][-1] = 0
+    assert part["TN_u"] == 0 and negative_ratios(columns, np.zeros(5, bool))["TN_u"].value() == 1
 
 
 def test_intervals_resample_the_harmonic_mean_as_a_whole():

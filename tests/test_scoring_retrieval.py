@@ -140,3 +140,36 @@ def test_a_derangement_depends_on_its_seed_and_needs_two_samples():
     assert (retrieval.derangement(ids, 0).permutation != retrieval.derangement(ids, 1).permutation).any()
     with pytest.raises(ValueError, match="two"):
         retrieval.derangement(["a"], 0)
+
+
+@few
+@given(SEEDS, st.integers(2, 40), st.integers(1, 5))
+def test_partners_hold_nothing_that_a_sample_is_known_for(seed, count, most):
+    rng = np.random.default_rng(seed)
+    heard = [{*rng.choice(list("abcdefgh"), rng.integers(1, most + 1)).tolist()} for _ in range(count)]
+    known = [{*rng.choice(list("abcdefgh"), rng.integers(0, most)).tolist()} for _ in range(count)]
+    drawn = retrieval.disjoint_partners(heard, known, seed)
+    again = retrieval.disjoint_partners(heard, known, seed)
+    assert sorted(drawn.permutation) == list(range(count)) and (drawn.permutation == again.permutation).all()
+    assert (drawn.permutation != np.arange(count)).all()
+    clashes = sum(bool(heard[j] & (known[i] | heard[i])) for i, j in enumerate(drawn.permutation))
+    assert drawn.same_label == clashes
+
+
+def test_partners_are_found_where_there_are_any():
+    heard = [{"abcdefghij"[i % 10]} for i in range(400)]
+    known = [{"abcdefghij"[(i + k) % 10] for k in range(3)} for i in range(400)]
+    assert all(retrieval.disjoint_partners(heard, known, seed).same_label == 0 for seed in range(5))
+    assert retrieval.disjoint_partners([{"a"}] * 3, [{"a"}] * 3, 0).same_label == 3
+
+
+def test_retrieval_by_several_labels_takes_any_that_both_share():
+    seen, heard = [{"dog"}, {"car"}, {"dog", "man"}], [{"dog", "man"}, {"man"}, {"cat"}]
+    right = retrieval.shared_labels(seen, heard)
+    assert right.tolist() == [[True, False, False], [False, True, False], [True, True, True]]
+    image, audio = torch.eye(3), torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 1, 0]])  # audio 1 is most like image 2
+    recall = retrieval.retrieval_recall(image, audio, right)
+    assert recall["image_to_audio"]["R@1"] == pytest.approx(2 / 3) == recall["audio_to_image"]["R@1"]
+    labels = ["a", "b", "a"]
+    same = np.equal.outer(labels, labels)
+    assert retrieval.retrieval_recall(image, audio, labels) == retrieval.retrieval_recall(image, audio, same)
