@@ -1,6 +1,6 @@
 """Speed against the way the released code works, as ratios within one run.
 
-    python -m experiments.benchmark step|scaling|input|clips|eval|all
+    python -m experiments.benchmark step|scaling|input|clips|localize|eval|all
 
 The baselines do the work as the released code does; each is timed in alternation with ours, and medians are compared.
 After the table comes one JSON object per figure: name, value, baseline, ratio (baseline / value), unit.
@@ -16,6 +16,7 @@ import torch
 import experiments.bench_clips as bench_clips
 import experiments.bench_eval as bench_eval
 import experiments.bench_input as bench_input
+import experiments.bench_localize as bench_localize
 import experiments.bench_step as bench_step
 from experiments.timing import Timing, add_rounds, results_table
 from utils import ArgumentParser, provenance, run_cli, strict_json
@@ -34,6 +35,7 @@ BENCHES = {
     ),
     "input": Bench("reading, decoding and augmenting pairs", bench_input.add_flags, bench_input.run),
     "clips": Bench("films to pairs", bench_clips.add_flags, bench_clips.run),
+    "localize": Bench("maps over a film, from the file to the film", bench_localize.add_flags, bench_localize.run),
     "eval": Bench("scoring stored maps", bench_eval.add_flags, bench_eval.run),
 }
 

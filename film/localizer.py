@@ -22,7 +22,7 @@ from media import Frame, Media, MediaError
 from models import Trained, load, rows_of
 from scoring.metrics import share_above
 from transforms import eval_transform
-from utils import UserError
+from utils import UserError, full_precision
 
 BATCH = 16  # steps that go through the model at once
 BUFFER_BYTES = 2**28  # of frames that wait for the map of the step after them
@@ -257,6 +257,7 @@ class Localizer:
     # ---- the model
 
     @torch.no_grad()
+    @full_precision()
     def _ask(
         self, times: Sequence[float], images: Sequence[np.ndarray], rows: Sequence[int], heard: Sequence[np.ndarray]
     ) -> list[Step]:

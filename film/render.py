@@ -4,7 +4,9 @@ H x W pixels as displayed, h x w tokens of a map.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from utils import atomic_path
 
 SHOWS = ("share", "relative")
 MASK_CRF = 8  # edges stay sharp
+AHEAD = 16  # steps by which the model may be ahead of the drawing
 
 
 class Look(NamedTuple):
@@ -107,6 +110,43 @@ class Track:
             self._next = (rest, rate) if len(rest) else next(self._pieces, None)
 
 
+class Drawing:
+    """The films and the picture of one clip, drawn piece by piece."""
+
+    def __init__(self, localizer: Localizer, shown: Media, heard: Media, length: float, look: Look) -> None:
+        self.look, self.threshold, self.fps = look, localizer.threshold, localizer.map_fps
+        self.size, self.rate = playable_size(*shown.size), max(shown.rate or self.fps, 1.0)
+        self.track, self.strip = Track(heard), Strip(length)
+
+    def begin(self, stack: ExitStack, outputs: Outputs) -> "Drawing":
+        """Open the films, which appear when the stack ends without an error."""
+        size, rate = self.size, self.rate
+        self.film = _writer(stack, outputs.file(".mp4"), size, rate, self.track.channels)
+        self.mask = _writer(stack, outputs.file("_mask.mp4"), size, rate, 0, MASK_CRF) if self.look.mask else None
+        return self
+
+    def add(self, piece: Piece, after: Step) -> None:
+        """Draw the frames of a piece, each under the map between its step and the one after it, and their sound."""
+        step = piece.step
+        for time, image in piece.shots:
+            part = min(1.0, (time - step.time) * self.fps)
+            if image.shape[1::-1] != self.size:
+                image = cv2.resize(image, self.size, interpolation=cv2.INTER_AREA)
+            tokens = _between(heat_tokens(step, self.look.show), heat_tokens(after, self.look.show), part)
+            drawn = paint(image, tokens)
+            self.film.frame(time, drawn)
+            self.strip.see(time, drawn)
+            if self.mask:
+                lit = mask_of(_between(step.share, after.share, part), self.threshold, image.shape[:2])
+                self.mask.frame(time, lit)
+        self.track.until(step.time + 1 / self.fps, self.film)
+
+    def close(self, end: float) -> None:
+        self.track.until(end, self.film)
+        for writer in filter(None, (self.film, self.mask)):
+            writer.close(end)
+
+
 def render_clip(
     localizer: Localizer,
     film: Path,
@@ -120,45 +160,32 @@ def render_clip(
     """Write the film with its heat map and sound, its rows, its picture, its mask -> whether to its end.
 
     When `stopped` says so, what has been written by then is finished: a film that plays up to there. After any error
-    no file is left, or the one before it.
+    no file is left, or the one before it. Drawing and encoding run on a thread, at most AHEAD steps behind the model.
     """
     with ExitStack() as stack:
         shown, heard = stack.enter_context(opened(film, sound))
         length = heard.duration if shown.is_still else shown.duration
         about = {**about, "kind": "film", "width": shown.size[0], "height": shown.size[1], "duration": length}
         rows = stack.enter_context(Rows(outputs.file(".csv"), outputs.file(".json"), about))
-        rate = max(shown.rate or localizer.map_fps, 1.0)
-        size, track, strip = playable_size(*shown.size), Track(heard), Strip(length)
-        writer = _writer(stack, outputs.file(".mp4"), size, rate, track.channels)
-        masks = _writer(stack, outputs.file("_mask.mp4"), size, rate, 0, MASK_CRF) if look.mask else None
+        drawing = Drawing(localizer, shown, heard, length, look).begin(stack, outputs)
         bar = stack.enter_context(tqdm(total=round(length, 1), unit="s", desc=film.name, leave=False, disable=hide_bar))
-        end, complete = 0.0, True
-        for piece, after in _with_next(localizer.follow(shown, heard, tap=strip.hear)):
+        thread, behind = stack.enter_context(ThreadPoolExecutor(1)), deque()
+        end, complete = length, True
+        for piece, after in _with_next(localizer.follow(shown, heard, tap=drawing.strip.hear)):
             rows.add(piece.step)
-            for time, image in piece.shots:
-                part = min(1.0, (time - piece.step.time) * localizer.map_fps)
-                image = _fitted(image, size)
-                tokens = _between(heat_tokens(piece.step, look.show), heat_tokens(after, look.show), part)
-                drawn = paint(image, tokens)
-                writer.frame(time, drawn)
-                strip.see(time, drawn)
-                if masks:
-                    share = _between(piece.step.share, after.share, part)
-                    masks.frame(time, mask_of(share, localizer.threshold, image.shape[:2]))
-            end = piece.step.time + 1 / localizer.map_fps
-            track.until(end, writer)
+            behind.append(thread.submit(drawing.add, piece, after))
+            if len(behind) > AHEAD:
+                behind.popleft().result()
             bar.update(min(1 / localizer.map_fps, length - bar.n))
             if stopped():
-                complete = False
+                end, complete = piece.step.time + 1 / localizer.map_fps, False
                 break
-        end = length if complete else end
-        track.until(end, writer)
-        writer.close(end)
-        if masks:
-            masks.close(end)
+        for drawn in behind:
+            drawn.result()
+        drawing.close(end)
         decisions = list(dict.fromkeys([*shown.decisions, *heard.decisions]))
         times, presence, lit = rows.columns("time", "presence", "lit_share")
-        strip.draw(outputs.file(".png"), times, presence, lit, film.name)
+        drawing.strip.draw(outputs.file(".png"), times, presence, lit, film.name)
         rows.end = {"presence": float(presence.max()), "decisions": decisions, "complete": complete}
     return complete
 
@@ -183,7 +210,3 @@ def _with_next(pieces: Iterator[Piece]) -> Iterator[tuple[Piece, Step]]:
 
 def _between(one: np.ndarray, other: np.ndarray, part: float) -> np.ndarray:
     return one if part <= 0 else (1 - part) * one + part * other
-
-
-def _fitted(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return image if image.shape[1::-1] == size else cv2.resize(image, size, interpolation=cv2.INTER_AREA)

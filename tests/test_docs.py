@@ -439,7 +439,7 @@ ROOMS = {  # room: what else than the core it may import
     "synthetic": {"scoring"},
     "film": {"scoring", "reports"},
     "web": {"film", "synthetic"},
-    "experiments": {"training", "scoring", "reports", "prepare", "synthetic"},
+    "experiments": {"training", "scoring", "reports", "prepare", "synthetic", "film"},
 }
 ENTRY_POINTS = {"train_slot", "test_model", "prepare_data", "localize"}
 

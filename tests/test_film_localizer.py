@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-import films
+import moving_films as films
 import numpy as np
 import pytest
 import soundfile

@@ -6,7 +6,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
-import films
+import moving_films as films
 import numpy as np
 import pytest
 import soundfile

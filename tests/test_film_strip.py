@@ -1,7 +1,7 @@
 """The picture of a film: which frames, which sound, in constant memory."""
 
 import numpy as np
-from films import moving_square, tone
+from moving_films import moving_square, tone
 from PIL import Image
 
 from film.strip import COLUMNS, FRAMES, Strip

@@ -3,7 +3,7 @@
 import av
 import numpy as np
 import pytest
-from films import tone
+from moving_films import tone
 
 import media
 from film.writer import FilmWriter, playable_size

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-import films
+import moving_films as films
 import pytest
 import soundfile
 from conftest import ROOT
