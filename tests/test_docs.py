@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from conftest import ROOT
+from moving_films import write_film
 from torch.distributed.run import get_args_parser
 
 import recipes
@@ -49,6 +50,7 @@ RUN_ELSEWHERE = {
 SCRIPTS = (
     "train_slot",
     "test_model",
+    "localize",
     "scoring.threshold",
     "web.app",
     "experiments.objectives",
@@ -299,11 +301,19 @@ def test_the_example_that_dumps_the_maps_of_another_model_runs_and_its_file_scor
 def test_the_model_can_be_used_from_python_as_shown(workplace, synthetic_root):
     (workplace / "data").mkdir()
     (workplace / "data" / "synthetic").symlink_to(synthetic_root)
-    (code,) = python_blocks(README)
+    (code,) = python_blocks(ROOT / "docs" / "development.md")
     names = {}
     exec(code, names)
     assert names["maps"].audio_map.shape == names["maps"].image_map.shape and names["maps"].audio_map.ndim == 3
     assert names["slots"].image_slots.shape == names["slots"].audio_slots.shape
+
+
+def test_a_clip_can_be_localized_from_python_as_shown(workplace, capsys):
+    (code,) = python_blocks(README)
+    assert len([line for line in code.splitlines() if line]) <= 5
+    write_film(workplace / "film.mp4", 3)
+    exec(code, {})
+    assert len(capsys.readouterr().out.splitlines()) > 10
 
 
 @pytest.mark.slow
@@ -316,6 +326,7 @@ def test_the_commands_run(workplace, synthetic_root, monkeypatch, capfd):
     monkeypatch.setitem(recipes.RECIPES["small"], "epochs", 1)
     (workplace / "pairs").symlink_to(synthetic_root)
     shutil.copy(synthetic_root / "test.json", workplace / "boxes.json")
+    write_film(workplace / "film.mp4", 3)
     done = set()
     for page in PAGES:
         for block in blocks(page):
