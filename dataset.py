@@ -174,7 +174,8 @@ def data_root(row: SetRow, given: str | Path | None, flag: str) -> Path:
             raise Absent(f"where are the data? Give their root as {flag}, or set {row.root}=/path/to/data/")
     root = Path(given or row.root)
     if not root.is_dir():
-        mend = f"set {row.root}" if row.root.endswith("_ROOT") else "python prepare_data.py synthetic makes it"
+        maker = "-m experiments.photographs" if row.root.endswith("photographs") else "prepare_data.py synthetic"
+        mend = f"set {row.root}" if row.root.endswith("_ROOT") else f"python {maker} makes it"
         raise Absent(f"the data folder {root} does not exist: {mend}, or give another as {flag}")
     return root
 

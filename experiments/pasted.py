@@ -22,8 +22,8 @@ from numpy.random import Generator
 from PIL import Image
 from tqdm import tqdm
 
-from audio_io import AUDIO_SUFFIXES, SAMPLE_RATE, load_audio
-from dataset import IMAGE_SUFFIXES
+from annotations import AUDIO_SUFFIXES, IMAGE_SUFFIXES
+from audio_io import SAMPLE_RATE, load_audio
 from synthetic.generate import NOISE, SILENCE, Entry, write_lists
 from transforms import load_image
 from utils import UserError, as_user_error, write_text

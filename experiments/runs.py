@@ -36,6 +36,7 @@ class Training(NamedTuple):
     folder: Path
     splits: tuple[str, ...] = SPLITS
     flags: tuple[str, ...] = ()  # that every row has
+    trainset: str = "synthetic"
 
     @property
     def output(self) -> Path:
@@ -58,12 +59,12 @@ class Training(NamedTuple):
         begun = begun and self.settings_asked() == self.wanted()
         into = ["--model_dir", str(self.folder.parent), "--experiment_name", self.folder.name]
         into.append("--resume" if begun else "--overwrite")
-        return ["bash", "train_script.sh", "synthetic", ",".join(self.splits), "cpu", *self.words(), *into]
+        return ["bash", "train_script.sh", self.trainset, ",".join(self.splits), "cpu", *self.words(), *into]
 
     def wanted(self) -> dict[str, Any]:
         """Every setting that says what is learnt or how maps are asked for, also those of the recipe."""
         recipes.add_flags(parser := ArgumentParser())
-        words = ["--trainset", "synthetic", *self.words(), "--experiment_name", self.folder.name]
+        words = ["--trainset", self.trainset, *self.words(), "--experiment_name", self.folder.name]
         settings, roles = vars(recipes.parse(parser, words)), recipes.roles()
         matter = {name for name, role in roles.items() if role not in (recipes.RUN, recipes.TESTS)}
         matter |= recipes.INFERENCE | {"train_data_path"}

@@ -41,11 +41,13 @@ DEMO_MEASURES = (
 )
 
 
-def figure(run: Training, split: str, metric: str) -> float | None:
-    """One figure of AUD; None where a result does not define it."""
+def figure(run: Training, split: str, metric: str, name: str = "AUD", last: bool = False) -> float | None:
+    """One figure of a map; None where a result does not define it. last: of the last epoch, not of the chosen one."""
     results = read_results(run, split)
+    if last:
+        return None if metric == CLASS_RECALL else results["last_epoch"]["maps"][name].get(metric)
     if metric != CLASS_RECALL:
-        return results["maps"]["AUD"].get(metric)
+        return results["maps"][name].get(metric)
     recalls = [way["R@1"] for way in ((results.get("retrieval") or {}).get("by_class") or {}).values()]
     return min(recalls) if recalls and None not in recalls else None
 
@@ -105,12 +107,12 @@ def deaf_oracle(root: Path) -> dict[tuple[str, str], float]:
     return scores
 
 
-def provenance_line(rows: Rows) -> str:
-    """The line below a table: seeds, encoders, epochs, time and revision."""
+def provenance_line(rows: Rows, split: str = TEST) -> str:
+    """The line below a table: seeds, encoders, epochs, time and revision. split: one that all runs were scored on."""
     runs = [run for of_row in rows.values() for run in of_row]
     configurations = [run.configuration() for run in runs]
     arch, epochs = ({str(c[name]) for c in configurations} for name in ("image_encoder", "epochs"))
-    revisions = {read_results(run, TEST).get("provenance", {}).get("revision", "unknown") for run in runs}
+    revisions = {read_results(run, split).get("provenance", {}).get("revision", "unknown") for run in runs}
     seeds = ", ".join(str(run.seed) for run in next(iter(rows.values())))
     meaning = ": mean (worst)" if "," in seeds else ""
     return "; ".join(

@@ -55,6 +55,7 @@ SCRIPTS = (
     "web.app",
     "experiments.objectives",
     "experiments.choice",
+    "experiments.photographs",
     "experiments.benchmark",
 )
 PREPARATIONS = ("metadata", "clips", "check", "synthetic")
@@ -253,7 +254,9 @@ def test_every_command_is_run_by_a_test_or_marked():
 def test_every_flag_in_prose_is_a_flag(monkeypatch, capsys):
     known = set(FOREIGN_FLAGS)
     commands = [(name,) for name in SCRIPTS] + [("prepare_data", name) for name in PREPARATIONS]
-    for script, *first in [*commands, *(("experiments.benchmark", name) for name in BENCHES)]:
+    commands += [("experiments.benchmark", name) for name in BENCHES]
+    commands += [("experiments.photographs", name) for name in ("make", "digits", "table")]
+    for script, *first in commands:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *first, "--help"])
         with pytest.raises(SystemExit):
             importlib.import_module(script).main()
