@@ -1,6 +1,6 @@
 """Speed against the way the released code works, as ratios within one run.
 
-    python -m experiments.benchmark step|scaling|input|clips|localize|eval|all
+    python -m experiments.benchmark step|scaling|frozen|input|clips|localize|eval|all
 
 The baselines do the work as the released code does; each is timed in alternation with ours, and medians are compared.
 After the table comes one JSON object per figure: name, value, baseline, ratio (baseline / value), unit.
@@ -15,6 +15,7 @@ import torch
 
 import experiments.bench_clips as bench_clips
 import experiments.bench_eval as bench_eval
+import experiments.bench_frozen as bench_frozen
 import experiments.bench_input as bench_input
 import experiments.bench_localize as bench_localize
 import experiments.bench_step as bench_step
@@ -33,6 +34,7 @@ BENCHES = {
     "scaling": Bench(
         "the step by batch size, in parts, and of two processes", bench_step.add_scaling_flags, bench_step.run_scaling
     ),
+    "frozen": Bench("a step from kept features of a frozen image encoder", bench_frozen.add_flags, bench_frozen.run),
     "input": Bench("reading, decoding and augmenting pairs", bench_input.add_flags, bench_input.run),
     "clips": Bench("films to pairs", bench_clips.add_flags, bench_clips.run),
     "localize": Bench("maps over a film, from the file to the film", bench_localize.add_flags, bench_localize.run),
