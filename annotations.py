@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree.ElementTree import ParseError
 
 import numpy as np
@@ -37,7 +37,7 @@ class GroundTruth(NamedTuple):
     unit_of: Mapping[str, str] = {}  # image or video, where ids share one; else a sample stands for itself
     silent: frozenset[str] = frozenset()  # ids whose image does not show the source: extended sets
     masks: bool = False  # G are masks: AVSBench's mIoU and F are defined
-    interactive: bool = False  # entries of one image share the id up to the last underscore
+    interactive: bool = False  # images with several sources: the entries of one share a unit
     sources: Mapping[str, tuple[str, str]] = {}  # id: names of its image and its audio, where these are not the id
     siblings: Mapping[str, Sequence[str]] = {}  # id: ids of all sources of its image, in sets of several sources
     seen: Mapping[str, frozenset[str]] = {}  # id: classes in view, silent ones too, where they are more than its class
@@ -291,14 +291,49 @@ def first_ids(ids: Sequence[str], count: int = 5) -> str:
 # ---------------------------------------------------------------- annotations
 
 
+class Named(NamedTuple):
+    """What an entry of a JSON of boxes is of."""
+
+    id: str
+    image: str
+    audio: str
+
+
+def names_of(entry: Mapping[str, Any], path: str | Path) -> Named:
+    """An entry's id, and the names of its image and audio where `image` and `audio` tell them from `file`.
+
+    Without `file`, or where `audio` alone stands beside it, the id is image+audio, as one image may have many entries.
+    """
+    given = {
+        kind: check_id(_without_suffix(str(entry[kind]), kind), path) for kind in ("image", "audio") if kind in entry
+    }
+    file = check_id(str(entry["file"]), path) if "file" in entry or not given else None
+    image = given.get("image") or file or given["audio"]
+    audio = given.get("audio") or file or image
+    if file is None or ("audio" in given and "image" not in given):
+        file = image if image == audio else f"{image}+{audio}"
+    return Named(file, image, audio)
+
+
+def _without_suffix(name: str, kind: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in SUFFIXES[kind] else name
+
+
+def load_names(path: str | Path) -> dict[str, tuple[str, str]]:
+    """JSON of boxes, read before by `load_boxes`: {id: (image, audio)} of the entries that name others than the id."""
+    named = [names_of(entry, path) for entry in read_entries(path)]
+    return {name.id: name[1:] for name in named if name[1:] != (name.id, name.id)}
+
+
 def load_boxes(path: str | Path) -> dict[str, tuple[str, list[list[float]]]]:
-    """VGG-SS JSON: {id: (class name, [[xmin, ymin, xmax, ymax], ...] in 0..1 of the image)}."""
+    """VGG-SS JSON: {id: (class name, [[xmin, ymin, xmax, ymax], ...] in 0..1 of the image)}; ids: `names_of`."""
     entries = read_entries(path)
     boxes: dict[str, tuple[str, list[list[float]]]] = {}
     for number, entry in enumerate(entries):
         try:
             drawn = [[float(v) for v in box] for box in entry["bbox"]]
-            name, class_name = check_id(str(entry["file"]), path), str(entry.get("class") or "")
+            name, class_name = names_of(entry, path).id, str(entry.get("class") or "")
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"entry {number} of {path} is not {{file, class, bbox}}: {entry!s:.80}") from error
         if any(len(box) != 4 or np.isnan(box).any() for box in drawn):

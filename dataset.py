@@ -9,7 +9,8 @@ import multiprocessing.queues
 import os
 import signal
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from annotations import (
     index_folder,
     load_boxes,
     load_frames,
+    load_names,
     mask_map,
     middle_frame,
     other_names,
@@ -93,7 +95,7 @@ class SetRow(NamedTuple):
     val_ids: str | None = None  # list of held-out training ids
     silent: str | None = None  # list of further pairs, whose image does not show the source
     lists_in_root: bool = False  # lists and annotation are in the data's root, not in metadata/
-    interactive: bool = False  # entries of one image share the id up to the last underscore
+    interactive: bool = False  # images with several sources, whose entries share the id up to the last underscore
     labels: str | None = None  # VGGSounder's list: only pairs whose class can be seen and heard, and all their classes
 
 
@@ -606,11 +608,17 @@ def _own_list(row: SetRow, name: str | None, root: Path, metadata: str) -> Path 
 
 
 def build_ground_truth(
-    name: str, root: str | None, gt_path: str | None, metadata: str, test_list: str | None = None
+    name: str,
+    root: str | None,
+    gt_path: str | None,
+    metadata: str,
+    test_list: str | None = None,
+    interactive: bool | None = None,
 ) -> GroundTruth:
     """What a row of TEST_SETS asks for, whether its images and audio are there or not.
 
-    test_list replaces the row's own list.
+    test_list replaces the row's own list. interactive: whether images of a set of one's own have several sources; None:
+    its annotation tells, by entries that name one image and different audio.
     """
     row = TEST_SETS[name]
     if gt_path is None and row.annotation is None:
@@ -628,26 +636,41 @@ def build_ground_truth(
             f"{annotation} has no box for {len(unknown)} ids of {list_path}: {first_ids(unknown)}{hint(unknown, known)}"
         )
     silent = {i for i in ids if known.get(i) == []}  # an entry with a list of boxes that is empty
-    sources = {}
+    sources, others = {}, frozenset()
+    if row.annotation is None:
+        named = load_names(annotation)
+        sources = {i: named[i] for i in ids if i in named}
     if row.silent and not test_list:
         sources = read_silent_pairs(Path(metadata) / row.silent)
-        ids, silent = [*ids, *sources], silent | set(sources)
+        others = frozenset(sources)
+        ids, silent = [*ids, *sources], silent | others
     seen, heard, notes = in_view(folder, ids) if row.lists_in_root else {}, {}, []
     if row.labels:
         labels, of = read_labels(Path(metadata) / row.labels), len(ids)
         ids = [i for i in ids if i in labels and class_of[i] in labels[i].seen & labels[i].heard]
         seen, heard = {i: labels[i].seen for i in ids}, {i: labels[i].heard for i in ids}
         notes = [f"{len(ids):,} of {of:,} pairs: those whose class can be seen and heard, by {row.labels}"]
+    units = {i: image for i, (image, _) in sources.items()}
+    interactive = interactive if row.annotation is None else row.interactive
+    if interactive is None:
+        interactive = bool(_several_sources(sources, silent))
+    if interactive:
+        units = units or {i: i.rpartition("_")[0] or i for i in ids}
+        if row.annotation is None and not _shared_by([i for i in ids if i not in silent], units):
+            raise UserError(
+                f"--interactive true, but no image of {annotation} has two entries: those of one image share their "
+                "name up to the last underscore (dogs_1, dogs_2), or name `image` and `audio`"
+            )
     return GroundTruth(
         name,
         ids,
-        partial(_truth_or_nothing, truth_of, frozenset(sources)),
+        partial(_truth_or_nothing, truth_of, others),
         len(ids) if test_list else max(len(ids), row.expected or 0),
         {i: class_of[i] for i in ids if i in class_of},
-        {i: i.rpartition("_")[0] for i in ids} if row.interactive else {i: image for i, (image, _) in sources.items()},
+        units,
         frozenset(silent),
         masks=row.kind == "masks",
-        interactive=row.interactive,
+        interactive=interactive,
         sources=sources,
         seen=seen,
         heard=heard,
@@ -665,6 +688,19 @@ def in_view(folder: Path, ids: Sequence[str]) -> dict[str, frozenset[str]]:
         return {i: frozenset(thing["kind"] for thing in objects[i]) for i in ids if i in objects}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"cannot read {path}, which names the objects in view: {error!r:.80}") from error
+
+
+def _several_sources(sources: Mapping[str, tuple[str, str]], silent: Collection[str]) -> set[str]:
+    """Images that entries with a source in view name with different audio."""
+    heard = {names for i, names in sources.items() if i not in silent}
+    count = Counter(image for image, _ in heard)
+    return {image for image, entries in count.items() if entries > 1}
+
+
+def _shared_by(ids: Sequence[str], units: Mapping[str, str]) -> set[str]:
+    """Images of more than one of the ids."""
+    count = Counter(units.get(i, i) for i in ids)
+    return {image for image, entries in count.items() if entries > 1}
 
 
 def read_annotation(row: SetRow, path: Path, root: Path) -> tuple[dict, Callable[[str], torch.Tensor], dict[str, str]]:
@@ -696,11 +732,12 @@ def build_test_set(
     audio_seconds: float,
     test_list: str | None = None,
     allow_missing: bool = False,
+    interactive: bool | None = None,
 ) -> EvaluationPairs:
-    """A row of TEST_SETS with its images, audio and ground truth; test_list replaces the row's own list."""
+    """A row of TEST_SETS with its images, audio and ground truth; see `build_ground_truth`."""
     row = TEST_SETS[name]
     folder = data_root(row, root, "--test_data_path")
-    ground_truth = build_ground_truth(name, root, gt_path, metadata, test_list)
+    ground_truth = build_ground_truth(name, root, gt_path, metadata, test_list, interactive)
     pairs, missing = find_pairs(folder, row.layout, ground_truth.ids, allow_missing, ground_truth.sources)
     return EvaluationPairs(pairs, ground_truth, missing, image_size, audio_seconds)
 

@@ -7,10 +7,11 @@ import hashlib
 import math
 import os
 import re
+from argparse import Action
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -58,9 +59,24 @@ def add_test_set_flags(group, default: str | None) -> None:
     """The flags that name test sets, the same in testing and training."""
     several = "several separated by commas, or all whose data are present; test_model.py also has synthetic_video"
     group.add_argument("--testset", default=default, help=f"test sets to score: {', '.join(ALL_SETS)}; {several}")
-    truth = "ground truth: a JSON of boxes, for flickr the folder of XML files (default: the set's own)"
-    group.add_argument("--test_gt_path", help=truth)
-    group.add_argument("--test_list", help="file of test ids, one per line, in place of the set's own list")
+    add_list_flags(group)
+
+
+def add_list_flags(group) -> None:
+    """What replaces a set's own annotation and list."""
+    each = "several, separated by commas, are one for each set, or that many sets of one name"
+    truth = f"ground truth: a JSON of boxes, for flickr the folder of XML files (default: the set's own); {each}"
+    listed = "file of test ids, one per line, in place of the set's own list; several as for --test_gt_path"
+    for flag, text in (("--test_gt_path", truth), ("--test_list", listed)):
+        group.add_argument(flag, nargs="+", action=Joined, metavar="PATH", help=text)
+
+
+class Joined(Action):
+    """Keeps all values of a flag, however they are given, as one text with commas between them."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, ",".join([*([before] if before else []), *values]))
 
 
 def add_run_data_flags(group) -> None:
@@ -80,14 +96,58 @@ def parse_testsets(text: str) -> list[str]:
     return names
 
 
+class Request(NamedTuple):
+    """One set to be scored: a row of ALL_SETS, and what replaces its annotation and its list."""
+
+    name: str
+    gt_path: str | None
+    test_list: str | None
+
+
+def requests(args) -> dict[str, Request]:
+    """The sets that --testset names, {what results call it: Request}.
+
+    Paths of --test_gt_path and --test_list: one for all sets, or one for each in order. A name that is asked for with
+    several of them is called NAME_<file of the list, else of the annotation>, so that no result replaces another.
+    """
+    names, given = parse_testsets(args.testset), [_paths(getattr(args, f)) for f in ("test_gt_path", "test_list")]
+    most = max(1, *map(len, given))
+    names = names * most if len(names) == 1 else list(dict.fromkeys(names)) if most == 1 else names
+    for flag, paths in zip(("--test_gt_path", "--test_list"), given, strict=True):
+        if len(paths) > 1 and len(paths) != len(names):
+            raise UserError(f"{flag} gives {len(paths)} paths for {len(names)} test sets: one for all, or one for each")
+    columns = [paths * len(names) if len(paths) == 1 else paths or [None] * len(names) for paths in given]
+    asked = [Request(*row) for row in zip(names, *columns, strict=True)]
+    if len(set(asked)) < len(asked):
+        twice = next(one for one in asked if asked.count(one) > 1)
+        raise UserError(f"--testset {args.testset} asks for {twice.name} twice with the same list and ground truth")
+    if getattr(args, "interactive", None) is not None and all(one.name != "custom" for one in asked):
+        raise UserError(f"--interactive is for custom: of {args.testset} it is known")
+    named: dict[str, Request] = {}
+    for one in asked:
+        same = [other for other in asked if other.name == one.name]
+        by_list = len({other.test_list for other in same}) > 1
+        key = f"{one.name}_{Path(one.test_list if by_list else one.gt_path).stem}" if len(same) > 1 else one.name
+        number = sum(other == key or other.rpartition("#")[0] == key for other in named)
+        named[f"{key}#{number + 1}" if number else key] = one
+    return named
+
+
+def _paths(text: str | None) -> list[str]:
+    """The paths in a flag's text; a comma in the name of a file that is there parts nothing."""
+    if not text:
+        return []
+    return [text] if Path(text).exists() else [path for path in text.split(",") if path]
+
+
 def build_test_sets(args, image_size: int, audio_seconds: float) -> dict[str, EvaluationPairs]:
     """The sets that --testset names, with their images and audio, as a model takes them.
 
     With --allow_missing every pair is decoded once, and those that are missing or cannot be decoded are left out.
     """
 
-    def build(name: str) -> EvaluationPairs:
-        pairs = build_pairs(name, args, image_size, audio_seconds, args.allow_missing)
+    def build(name: str, request: Request) -> EvaluationPairs:
+        pairs = build_pairs(name, request, args, image_size, audio_seconds, args.allow_missing)
         if not args.allow_missing:
             return pairs
         broken = undecodable(pairs.pairs, args.num_workers, pairs.ground_truth.truth_of)
@@ -96,34 +156,48 @@ def build_test_sets(args, image_size: int, audio_seconds: float) -> dict[str, Ev
     return build_each(args, build)
 
 
-def build_pairs(name: str, args, image_size: int, audio_seconds: float, allow_missing: bool) -> EvaluationPairs:
-    """One set of the table by name."""
-    paths = args.test_data_path, args.test_gt_path, args.metadata
-    return BUILDERS[name](name, *paths, image_size, audio_seconds, args.test_list, allow_missing)
+def build_pairs(
+    name: str, request: Request, args, image_size: int, audio_seconds: float, allow_missing: bool
+) -> EvaluationPairs:
+    """One set of the table; name: what results call it."""
+    paths = args.test_data_path, request.gt_path, args.metadata
+    own = {"interactive": getattr(args, "interactive", None)} if request.name in TEST_SETS else {}
+    built = BUILDERS[request.name](
+        request.name, *paths, image_size, audio_seconds, request.test_list, allow_missing, **own
+    )
+    built.ground_truth = built.ground_truth._replace(name=name)
+    return built
+
+
+def truth_of_request(request: Request, args) -> GroundTruth:
+    name, paths = request.name, (args.test_data_path, request.gt_path, args.metadata, request.test_list)
+    if name in AVS_SETS:
+        return build_avs_truth(name, *paths, args.allow_missing)
+    if name in FRAME_SETS:
+        return read_frames(name, args.test_data_path, request.gt_path, request.test_list)[1]
+    if name in SOURCE_SETS:
+        return build_source_truth(name, *paths)
+    return build_ground_truth(name, *paths, getattr(args, "interactive", None))
 
 
 def build_ground_truths(args) -> dict[str, GroundTruth]:
     """What the sets that --testset names ask for; their images and audio need not be there."""
 
-    def build(name: str) -> GroundTruth:
-        paths = args.test_data_path, args.test_gt_path, args.metadata, args.test_list
-        if name in AVS_SETS:
-            return build_avs_truth(name, *paths, args.allow_missing)
-        if name in FRAME_SETS:
-            return read_frames(name, args.test_data_path, args.test_gt_path, args.test_list)[1]
-        return (build_source_truth if name in SOURCE_SETS else build_ground_truth)(name, *paths)
+    def build(name: str, request: Request) -> GroundTruth:
+        return truth_of_request(request, args)._replace(name=name)
 
     return build_each(args, build)
 
 
-def build_each(args, build: Callable) -> dict:
+def build_each(args, build: Callable[[str, Request], Any]) -> dict:
     """Every named set; for `all` those whose data are there, and a line about each of the others."""
-    built, names = {}, parse_testsets(args.testset)
-    if args.test_gt_path and len(names) == 1 and names[0] in AVS_SETS and AVS_SETS[names[0]].kind == "masks":
-        raise UserError(f"--test_gt_path does not apply to {names[0]}: its masks are below the data's root")
-    for name in names:
+    built, asked = {}, requests(args)
+    masked = [one.name for one in asked.values() if ALL_SETS[one.name].kind == "masks" and one.name in AVS_SETS]
+    if args.test_gt_path and len(masked) == len(asked):
+        raise UserError(f"--test_gt_path does not apply to {masked[0]}: its masks are below the data's root")
+    for name, request in asked.items():
         try:
-            built[name] = build(name)
+            built[name] = build(name, request)
         except Absent as error:
             if args.testset != "all":
                 raise

@@ -35,7 +35,7 @@ from scoring.maps_file import MapWriter, StoredMaps
 from scoring.negatives import NEGATIVES
 from scoring.questions import Negatives
 from scoring.summary import ScoredBatch
-from sets import add_run_data_flags, add_test_set_flags, build_ground_truths, build_test_sets
+from sets import add_run_data_flags, add_test_set_flags, build_ground_truths, build_test_sets, requests
 from utils import ArgumentParser, UserError, add_boolean, as_user_error, number, pick_device, run_cli
 
 FILMS = "synthetic_video"  # a test set of films, beside those of pairs
@@ -255,7 +255,8 @@ def score_file(args) -> None:
 
 def about_set(args, name: str) -> dict[str, str]:
     """What a result says of its set: the name and, where one was given, the list in place of the set's own."""
-    return {"testset": name} | ({"test_list": args.test_list} if args.test_list else {})
+    test_list = requests(args)[name].test_list
+    return {"testset": name} | ({"test_list": test_list} if test_list else {})
 
 
 def make_out_dir(args, default: Path) -> Path:
@@ -288,6 +289,9 @@ def parse_args():
     add_boolean(group, "--common", "with --compare: on the samples that all results have, with their number")
     group = parser.add_argument_group("data")
     add_test_set_flags(group, default="synthetic")
+    several = "images of a custom set have several sources, each heard in an entry of its own (default: where its "
+    several += "annotation names one image with different audio)"
+    add_boolean(group, "--interactive", several, default=None)
     add_run_data_flags(group)
     group.add_argument("--num_workers", type=number(int, low=0), default=2, help="data-loading workers per process")
     group = parser.add_argument_group("maps of a model")
@@ -340,6 +344,8 @@ def main() -> None:
         score_file(args)
     elif args.compare_map or args.common:
         raise UserError("--compare_map and --common belong to --compare")
+    elif args.testset == FILMS and args.interactive is not None:
+        raise UserError("--interactive is for custom: films have no entries that share an image")
     else:
         names = [name for name in args.testset.split(",") if name != FILMS]
         films = FILMS in args.testset.split(",") or (args.testset == "all" and (ROOT / TRUTH).is_file())

@@ -25,7 +25,7 @@ from models import MODELS, Model
 from recipes import OUR_LOSSES, add_flags, parse
 from resnet import Encoder, load_image_weights, weights_digest
 from scoring.threshold import universal_threshold
-from sets import ALL_SETS, SAME_VIDEO, build_test_sets, overlap_with_tests, parse_testsets, undecodable
+from sets import ALL_SETS, SAME_VIDEO, build_test_sets, overlap_with_tests, parse_testsets, requests, undecodable
 from training.alignment import align
 from training.decoded import keep_decoded
 from training.features import STANDARDISED, cache_features, standardise
@@ -71,7 +71,7 @@ def check_args(args) -> None:
     if args.frozen_weights == "reference" and (args.unfreeze_last or args.image_weights == "none"):
         raise UserError("--recipe frozen_weights=reference: only weights of a file or download that stay as they are")
     if args.testset:
-        parse_testsets(args.testset)
+        requests(args)
     if args.resume != "false" and args.overwrite:
         raise UserError("--resume continues an experiment, --overwrite replaces it: choose one")
     if "/" in args.experiment_name or args.experiment_name in ("", ".", ".."):

@@ -191,7 +191,7 @@ def boolean(text: str) -> bool:
     return text == "true"
 
 
-def add_boolean(group, flag: str, help: str, default: bool = False) -> None:
+def add_boolean(group, flag: str, help: str, default: bool | None = False) -> None:
     """Add a flag that takes true or false to an argument parser or a group of one; the bare flag means true."""
     help += " (default: true)" if default else ""
     group.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="true|false", help=help)

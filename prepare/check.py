@@ -19,7 +19,18 @@ from dataset import (
     select_training_pairs,
 )
 from maps import MAP_SIZE
-from sets import ALL_SETS, SHORT_SECONDS, Facts, build_each, build_pairs, inspect_pairs, overlap_with_tests
+from sets import (
+    ALL_SETS,
+    SHORT_SECONDS,
+    Facts,
+    Request,
+    add_list_flags,
+    build_each,
+    build_pairs,
+    inspect_pairs,
+    overlap_with_tests,
+    requests,
+)
 from utils import Absent, UserError, number
 
 
@@ -31,10 +42,7 @@ def add_flags(parser) -> None:
     parser.add_argument("--train_data_path", help="root of the training data (default: the set's environment variable)")
     parser.add_argument("--test_data_path", help="root of the test data (default: the set's environment variable)")
     parser.add_argument("--train_list", help="file of training ids, one per line, in place of the set's own list")
-    parser.add_argument("--test_list", help="file of test ids, one per line, in place of the set's own list")
-    parser.add_argument(
-        "--test_gt_path", help="ground truth: a JSON of boxes, for flickr a folder of XML (default: its own)"
-    )
+    add_list_flags(parser)
     parser.add_argument("--metadata", default="./metadata", help="folder of the public lists and annotations")
     parser.add_argument("--workers", type=number(int, low=0), default=2, help="number of processes that decode")
 
@@ -53,22 +61,24 @@ def run(args) -> None:
         give_verdict(bool(selection.missing) or any(fact.error for fact in facts))
         return
 
-    def build(name: str) -> EvaluationPairs:
+    asked = requests(args)
+
+    def build(name: str, request: Request) -> EvaluationPairs:
         try:
-            return build_pairs(name, args, MAP_SIZE, SHORT_SECONDS, allow_missing=True)
+            return build_pairs(name, request, args, MAP_SIZE, SHORT_SECONDS, allow_missing=True)
         except Absent:
             raise
         except UserError:
-            found = {what: count for what, count in problems_of(name, args).items() if count}
+            found = {what: count for what, count in problems_of(request, args).items() if count}
             print("".join(f"test set {name}: {count} boxes {what}\n" for what, count in found.items()), end="")
             raise
 
     wanting = False
     for name, dataset in build_each(args, build).items():
-        problems = problems_of(name, args)
+        problems = problems_of(asked[name], args)
         facts = inspect_pairs(dataset.pairs, args.workers, dataset.ground_truth.truth_of)
         expected = dataset.ground_truth.expected
-        others = left_over(ALL_SETS[name], args.test_data_path, dataset.pairs, dataset.missing)
+        others = left_over(ALL_SETS[asked[name].name], args.test_data_path, dataset.pairs, dataset.missing)
         what = f"test set {name}", expected, dataset.pairs, dataset.missing
         print(check_table(*what, facts, problems, {}, others) + "\n")
         wanting |= bool(dataset.missing) or any(fact.error for fact in facts)
@@ -96,11 +106,11 @@ def give_verdict(wanting: bool) -> None:
         raise SystemExit(1)
 
 
-def problems_of(name: str, args) -> dict[str, int]:
+def problems_of(request: Request, args) -> dict[str, int]:
     """`annotation_problems` of a test set's own annotation, or of the one given."""
-    row = ALL_SETS[name]
+    row = ALL_SETS[request.name]
     folder = Path(args.test_data_path or row.root) if row.lists_in_root else Path(args.metadata)
-    path = args.test_gt_path or (row.annotation and folder / row.annotation)
+    path = request.gt_path or (row.annotation and folder / row.annotation)
     return annotation_problems(row, Path(path)) if path else {}
 
 

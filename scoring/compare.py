@@ -161,6 +161,7 @@ def on_common(runs: Sequence[Run]) -> list[Run]:
             **run.results["pairs"],
             "scored": len(shared),
             "left_out": left_out,
+            "images_of_left_out": image_of(run),
             "expected": expected,
             "of": counts,
         }
@@ -170,6 +171,14 @@ def on_common(runs: Sequence[Run]) -> list[Run]:
         figures = {name: {key: ratio.value() for key, ratio in ratios(part, name).items()} for name in given}
         found.append(part._replace(results={**results, "maps": figures}))
     return found
+
+
+def image_of(run: Run) -> dict[str, str]:
+    """{id: image} of an interactive set, as `images_by_id` has it; of what was left out as far as the results tell."""
+    ids, units = run.columns["id"], run.columns["unit"]
+    in_view = run.columns.get("has_source", ["True"] * len(ids))
+    scored = {i: unit if seen == "True" else i for i, unit, seen in zip(ids, units, in_view, strict=True)}
+    return (run.results["pairs"].get("images_of_left_out") or {}) | scored
 
 
 def ratios(run: Run, name: str) -> dict[str, Ratio]:
@@ -184,7 +193,7 @@ def ratios(run: Run, name: str) -> dict[str, Ratio]:
             raise UserError(f"{table}, column {title}: {error}") from error
         columns |= {column: np.array(numbers) == 1 if column == "pointing" else np.array(numbers)} if numbers else {}
     whole = [*run.columns["id"], *(run.results["pairs"].get("left_out") or ())]
-    groups = interactive_groups(run.columns["id"], whole) if "IIoU" in given else None
+    groups = interactive_groups(run.columns["id"], whole, image_of(run)) if "IIoU" in given else None
     found = ratios_of(columns, columns["area"] == 0, groups)
     if f"{name}_jaccard" in run.columns:  # of masks
         frames = np.array(run.columns[f"{name}_jaccard"], float)

@@ -25,7 +25,7 @@ from scoring.negatives import NEGATIVES, third_quartile
 from scoring.parts import on_device
 from scoring.questions import BAR, Negatives, Questions, WithWrongAudio, further_seeds, joined
 from scoring.retrieval import retrieval_recall, shared_labels
-from scoring.summary import ScoredBatch, SetScores
+from scoring.summary import ScoredBatch, SetScores, images_by_id
 from sets import count_undecodable
 from utils import UserError, as_user_error, full_precision
 
@@ -207,18 +207,19 @@ def _protocol(seed: int, resamples: int) -> dict[str, Any]:
 def _count_pairs(
     ground_truth: GroundTruth, ids: Sequence[str], left_out: Sequence[str], because: str
 ) -> dict[str, Any]:
+    images = images_by_id(ground_truth, left_out) if ground_truth.interactive else {}
     return {
         "scored": len(ids),
         "expected": ground_truth.expected,
         "left_out": list(left_out),
         "left_out_because": because if left_out else "",
-    }
+    } | ({"images_of_left_out": images} if images else {})
 
 
 def _retrieval(dataset: EvaluationPairs, ids: Sequence[str], image: torch.Tensor, audio: torch.Tensor) -> dict:
     """By class and by pair, each where it is defined, of the pairs whose source is in view.
 
-    Not on interactive sets, where an image belongs to several classes.
+    Not where an image belongs to several classes, as on interactive sets.
     """
     truth = dataset.ground_truth
     check_finite(ids, {"image embedding": image, "audio embedding": audio})
@@ -229,7 +230,9 @@ def _retrieval(dataset: EvaluationPairs, ids: Sequence[str], image: torch.Tensor
     files_of = {pair.id: pair[1:] for pair in dataset.pairs}
     repeats = any(len(set(files)) < len(asked) for files in zip(*(files_of[ids[k]] for k in asked), strict=True))
     retrieval = {}
-    if all(classes) and not truth.interactive:
+    classes_of = {(files_of[ids[k]][0], name) for k, name in zip(asked, classes, strict=True)}
+    one_class = len(classes_of) == len({image for image, _ in classes_of})
+    if all(classes) and one_class and not truth.interactive:
         seen, heard = ([known.get(ids[k]) for k in asked] for known in (truth.seen, truth.heard))
         targets = shared_labels(seen, heard) if truth.heard else classes
         retrieval["by_class"] = retrieval_recall(image, audio, targets)

@@ -178,7 +178,8 @@ class SetScores:
         """
         truth, resampling = self.ground_truth, (resamples, seed)
         ids, samples, scalars = self._in_order()
-        groups = interactive_groups(ids, [*ids, *missing]) if truth.interactive else None
+        expected = [*ids, *missing]
+        groups = interactive_groups(ids, expected, images_by_id(truth, expected)) if truth.interactive else None
         result = summarise(samples._replace(groups=groups), *resampling)
         for name, tied in count_tied(samples.maps).items():
             counts = {"samples": len(ids), "empty": int(samples.empty.sum()), **tied}
@@ -269,8 +270,15 @@ def ratios_of(
     return ratios if images is None else ratios | source_ratios(columns, images)
 
 
-def interactive_groups(ids: Sequence[str], expected: Sequence[str] | None = None) -> Groups:
-    """Group the indices of `ids` by image, the id up to its last underscore: {image: [index, ...]}.
+def images_by_id(truth: GroundTruth, ids: Sequence[str]) -> dict[str, str]:
+    """{id: image} of an interactive set; an entry without a source in view, which no map can get right, is apart."""
+    return {i: i if i in truth.silent else truth.unit_of.get(i, i) for i in ids}
+
+
+def interactive_groups(
+    ids: Sequence[str], expected: Sequence[str] | None = None, image_of: Mapping[str, str] = {}
+) -> Groups:
+    """Group the indices of `ids` by image: {image: [index, ...]}; without `image_of` the id up to its last underscore.
 
     Only images with at least two entries stay. With `expected`, every id that the set should hold, images of which an
     entry is missing drop out, too.
@@ -279,7 +287,7 @@ def interactive_groups(ids: Sequence[str], expected: Sequence[str] | None = None
     def by_image(names: Sequence[str]) -> Groups:
         groups = {}
         for index, name in enumerate(names):
-            groups.setdefault(name.rpartition("_")[0] or name, []).append(index)
+            groups.setdefault(image_of.get(name) or name.rpartition("_")[0] or name, []).append(index)
         return groups
 
     complete = by_image(ids if expected is None else expected)

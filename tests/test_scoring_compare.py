@@ -21,7 +21,8 @@ def write(folder, ious, ids=None, shuffle=False, interactive=False, maps_of_othe
     ious = {name: np.asarray(values, dtype=float) for name, values in ious.items()}
     count = len(next(iter(ious.values())))
     ids = ids or [f"id{i // 2}_{i % 2}" for i in range(count)]
-    rows = [{"id": i, "class": "dog", "unit": (units or ids)[k], "area": 900} for k, i in enumerate(ids)]
+    units = units or ([i.rpartition("_")[0] for i in ids] if interactive else ids)
+    rows = [{"id": i, "class": "dog", "unit": units[k], "area": 900} for k, i in enumerate(ids)]
     maps = {}
     for name, values in ious.items():
         columns = {"iou": values, "iou_half": values / 2, "average_precision": values, "pointing": values > 0.3}

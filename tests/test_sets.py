@@ -1,9 +1,14 @@
 """What is in the files: broken, silent, short and repeated pairs, problems of boxes, overlap with test lists."""
 
+import json
 import shutil
+from argparse import Namespace
 
+import numpy as np
 import pytest
+import soundfile
 from conftest import shared_folder
+from PIL import Image
 
 import sets
 from annotations import GroundTruth, read_ids
@@ -156,3 +161,124 @@ def test_an_error_that_no_pair_explains_stays_what_it_is(damaged):
         raise sets.Undecodable("b.png")
     with pytest.raises(sets.Undecodable, match="gone"), sets.count_undecodable(pairs[:1]):
         raise sets.Undecodable("gone")
+
+
+# ---------------------------------------------------------------- sets of one's own
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Two images, each with the sound of either object; each scene is also there as a pair of copies of its image."""
+    rng = np.random.default_rng(1)
+    for folder in ("frames", "audio"):
+        (tmp_path / folder).mkdir()
+    named, plain = [], []
+    for scene in "ab":
+        pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "frames" / f"scene-{scene}.png")
+        for number, sound in enumerate(("dog", "cat")):
+            wave = rng.uniform(-0.5, 0.5, 20000)
+            box = [[0.5 * number, 0.1, 0.5 * number + 0.5, 0.9]]
+            for name in (f"{sound}-{scene}", f"{scene}_{sound}"):
+                soundfile.write(tmp_path / "audio" / f"{name}.wav", wave, 16000)
+            Image.fromarray(pixels).save(tmp_path / "frames" / f"{scene}_{sound}.png")
+            named.append({"file": f"scene-{scene}", "audio": f"{sound}-{scene}.wav", "class": sound, "bbox": box})
+            plain.append({"file": f"{scene}_{sound}", "class": sound, "bbox": box})
+    for name, entries in (("named", named), ("plain", plain)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
+    return tmp_path
+
+
+@pytest.fixture
+def score(cli, checkpoint, scenes, tmp_path):
+    """score(flags...) -> {folder: its results.json}."""
+
+    def run(*flags, testset="custom", out="out"):
+        done = cli(
+            "test_model", "--checkpoint", checkpoint, "--testset", testset, "--test_data_path", scenes, "--out_dir",
+            tmp_path / out, "--imagenet_weights", "none", "--gpu", "cpu", "--num_workers", 0, *flags,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        paths = sorted((tmp_path / out).glob("*/results.json"))
+        return {path.parent.name: json.loads(path.read_text()) for path in paths}
+
+    return run
+
+
+def test_an_image_that_entries_name_with_different_audio_makes_a_set_interactive(scenes, score, tmp_path):
+    told = score("--test_gt_path", scenes / "named.json")["custom"]
+    flagged = score("--test_gt_path", scenes / "plain.json", "--interactive", "true", out="flagged")["custom"]
+    assert {"IIoU", "IAUC", "both_pointing"} <= told["maps"]["AUD"].keys() and told["maps"]["AUD"]["images"] == 2
+    assert told["retrieval"] == flagged["retrieval"] == {}
+    for metric in ("cIoU", "AUC", "pointing", "IIoU", "IAUC", "both_pointing", "IIoU_half", "images"):
+        assert told["maps"]["AUD"][metric] == flagged["maps"]["AUD"][metric], metric
+    rows = (tmp_path / "out" / "custom" / "per_sample.csv").read_text()
+    assert "scene-a+dog-a,dog,scene-a," in rows
+    plain = score("--test_gt_path", scenes / "plain.json", out="plain")["custom"]
+    assert "IIoU" not in plain["maps"]["AUD"] and plain["retrieval"].keys() == {"by_class", "by_pair"}
+    named = score("--test_gt_path", scenes / "named.json", "--interactive", "false", out="no")["custom"]
+    assert "IIoU" not in named["maps"]["AUD"] and named["retrieval"] == {}, "an image has two classes"
+
+
+def test_an_image_counts_only_with_all_its_sources_and_comparing_knows_it(scenes, score, cli, tmp_path):
+    entries = json.loads((scenes / "named.json").read_text())
+    entries.append({"file": "scene-b", "audio": "dog-a", "class": "dog", "bbox": []})  # heard off screen
+    (scenes / "more.json").write_text(json.dumps(entries))
+    (scenes / "audio" / "cat-a.wav").unlink()
+    found = score("--test_gt_path", scenes / "more.json", "--allow_missing")["custom"]
+    assert found["maps"]["AUD"]["images"] == 1 and found["pairs"]["left_out"] == ["scene-a+cat-a"]
+    path = tmp_path / "out" / "custom" / "results.json"
+    shutil.copytree(path.parent, tmp_path / "copy")
+    for common in ("false", "true"):
+        done = cli("test_model", "--compare", path, tmp_path / "copy" / "results.json", "--common", common)
+        assert done.returncode == 0 and "IIoU" in done.stdout, done.stderr
+
+
+def test_lists_of_one_set_have_folders_and_names_of_their_own(scenes, score, tmp_path):
+    (scenes / "first.txt").write_text("a_dog\na_cat\n")
+    (scenes / "other.txt").write_text("b_dog\nb_cat\na_cat\n")
+    boxes, lists = ("--test_gt_path", scenes / "plain.json"), [scenes / "first.txt", scenes / "other.txt"]
+    together = score(*boxes, "--test_list", *lists, testset="custom,custom")
+    assert {name: found["pairs"]["scored"] for name, found in together.items()} == {
+        "custom_first": 2,
+        "custom_other": 3,
+    }
+    assert together["custom_first"]["test_list"] == str(lists[0])
+    assert [found["testset"] for found in together.values()] == [*together]
+    commas = score(*boxes, "--test_list", ",".join(map(str, lists)), out="commas")
+    for name, path in zip(together, lists, strict=True):
+        alone = score(*boxes, "--test_list", path, out=path.stem)["custom"]
+        assert alone["maps"] == together[name]["maps"] == commas[name]["maps"]
+
+
+@pytest.mark.parametrize(
+    ("testset", "flags", "says"),
+    [
+        ("custom,custom", ["--test_gt_path", "a.json", "--test_list", "a", "b", "c"], "3 paths for 2 test sets"),
+        ("custom", ["--test_gt_path", "a.json", "a.json"], "asks for custom twice"),
+        ("synthetic,custom,is3", ["--test_list", "a", "b"], "2 paths for 3 test sets"),
+        ("synthetic", ["--interactive"], "--interactive is for custom"),
+        ("synthetic_video", ["--interactive", "false"], "--interactive is for custom"),
+    ],
+)
+def test_paths_that_do_not_fit_the_sets_are_one_line(cli, checkpoint, testset, flags, says):
+    done = cli("test_model", "--checkpoint", checkpoint, "--gpu", "cpu", "--testset", testset, *flags)
+    assert done.returncode == 2 and says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_files_of_one_name_are_counted(tmp_path):
+    args = Namespace(testset="custom,vggss,custom", test_gt_path="x/b.json,v.json,y/b.json", test_list=None)
+    asked = sets.requests(args)
+    assert {key: one.gt_path for key, one in asked.items()} == {
+        "custom_b": "x/b.json", "vggss": "v.json", "custom_b#2": "y/b.json",
+    }  # fmt: skip
+
+
+def test_an_interactive_set_without_two_entries_of_an_image_is_refused(scenes, cli, checkpoint):
+    (scenes / "one.json").write_text(json.dumps([{"file": "a_dog", "bbox": [[0, 0, 1, 1]]}]))
+    done = cli(
+        "test_model", "--checkpoint", checkpoint, "--gpu", "cpu", "--testset", "custom", "--test_data_path", scenes,
+        "--test_gt_path", scenes / "one.json", "--interactive",
+    )  # fmt: skip
+    assert done.returncode == 2 and "no image of" in done.stderr and "two entries" in done.stderr
