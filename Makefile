@@ -50,4 +50,4 @@ test-slow: setup
 
 clean:
 	rm -rf data/synthetic data/synthetic_3 checkpoints/demo_seed_* checkpoints/demo_listen_seed_* \
-		checkpoints/demo_objectives.png checkpoints/demo_results checkpoints/objectives
+		checkpoints/demo_objectives.png checkpoints/demo_film.mp4 checkpoints/demo_results checkpoints/objectives

@@ -14,14 +14,17 @@ results.json of these folders. Except in the demonstration, a training takes one
 import hashlib
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from experiments.film import draw_film
 from experiments.runs import DATA, SPLITS, Row, Rows, Training, call, make_data, train_all
 from experiments.tables import TABLES, demo_table, objective_table, provenance_line, write_tables
 from reports.pictures import contact_sheet, side_by_side_on_synthetic
+from synthetic.video import Task, write_film
 from transforms import load_image
 from utils import ArgumentParser, UserError, add_boolean, load_checkpoint, number, run_cli, save_checkpoint
 
@@ -43,6 +46,7 @@ ROWS = {
 PICTURED = ("published", "maxpool", "listen")
 DEMO = {"published": ("published_one", "demo"), "listening": ("listen_one", "demo_listen")}  # label: row, folder
 DEMO_SPLITS = SPLITS[:3]
+DEMO_FILM_SEED, DEMO_FILM = 1, 3  # of the clip that ends the demonstration: in no test set
 # Full-size encoders: share contrast fell further in its first epochs with this learning rate and batch size than with
 # those of the small ones.
 ARCHITECTURES = {"small": "", "resnet18": "--arch resnet18 --image_size 224 --lr 3e-4 --batch_size 32"}
@@ -120,8 +124,10 @@ def demonstrate(seeds: Sequence[int], exported: Path | None) -> None:
     picture = CHECKPOINTS / "demo_objectives.png"
     draw_side_by_side(rows, picture)
     first = [runs[0] for runs in rows.values()]
+    film = write_demo_film({label: runs[0].folder / "best.pth" for label, runs in rows.items()}, bool(exported))
     if exported:
         export(first[0].folder / "best.pth", exported)
+        export(first[1].folder / "best.pth", exported.with_name("listen.pth"))
         draw_samples(exported, DOCS / "demo.png")
     print("\nlook at the tables and images:")
     for run in first:
@@ -129,6 +135,18 @@ def demonstrate(seeds: Sequence[int], exported: Path | None) -> None:
             print(f"  {run.results(split)}   {run.results(split).with_name('contact_sheet.png')}")
         print(f"  {run.folder / 'curves.png'}")
     print(f"  {picture}: one image, the audio of each of its objects: which map moves with it?")
+    print(f"  {film}: a film under both objectives; dark where nothing in view sounds")
+
+
+def write_demo_film(checkpoints: dict[str, Path], for_docs: bool) -> Path:
+    """A film of a built-in clip under the objectives; for_docs: docs/demo.gif, too."""
+    target = CHECKPOINTS / "demo_film.mp4"
+    with tempfile.TemporaryDirectory() as folder:
+        task = Task(Path(folder), DEMO_FILM_SEED, DEMO_FILM)
+        write_film(task)
+        clip = Path(folder) / "clips" / f"{task.name}.mp4"
+        draw_film(clip, checkpoints, target, DOCS / "demo.gif" if for_docs else None)
+    return target
 
 
 def export(source: Path, target: Path) -> None:
@@ -186,7 +204,10 @@ def main() -> None:
         parser, "--demo", "only the demonstration: published and listen on one-object images, always trained anew"
     )
     parser.add_argument(
-        "--export", type=Path, metavar="FILE.pth", help="with --demo: write the first published model here"
+        "--export",
+        type=Path,
+        metavar="FILE.pth",
+        help="with --demo: write the first published model here, and the first listen.pth beside it",
     )
     add_boolean(parser, "--write_docs", "train nothing, write the tables of finished trainings into docs/")
     parser.add_argument(

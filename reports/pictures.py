@@ -166,6 +166,13 @@ def _write(canvas: np.ndarray, text: str, corner: tuple[int, int], size: int, wi
     return np.array(drawn)
 
 
+def write_label(image: np.ndarray, label: str) -> np.ndarray:
+    """A copy of an image (H, W, 3) uint8 with a line of text in a light strip at its lower edge."""
+    drawn = image.copy()
+    drawn[-22:] = PAPER
+    return _write(drawn, label, (6, len(drawn) - 20), 14, image.shape[1] - 12)
+
+
 # ---------------------------------------------------------------- pictures of a test set
 
 

@@ -198,6 +198,7 @@ def test_a_real_training_ends_in_table_and_image(synthetic_root, tmp_path, cli, 
 def demo(cli, stub, monkeypatch, synthetic_root):
     """demo(flags...) runs the demonstration with the trainings of `stub`."""
     monkeypatch.setitem(runs.DATA, 1, synthetic_root)
+    monkeypatch.setattr(objectives, "write_demo_film", lambda checkpoints, for_docs: f"a film by {[*checkpoints]}")
     return lambda *flags: cli("experiments.objectives", "--demo", *flags)
 
 
@@ -219,18 +220,23 @@ def test_both_objectives_are_trained_tabulated_and_drawn(demo, tmp_path, monkeyp
     ]
     looked_at = done.stdout[done.stdout.index("look at") :]
     assert "demo_seed_0/results/synthetic/results.json" in looked_at and "demo_objectives.png" in looked_at
+    assert "a film by ['published', 'listening']" in looked_at
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("demos/*/flags.txt")}
     assert demo("--seeds", 0, 1).returncode == 0
     assert all(path.stat().st_mtime_ns != then for path, then in times.items()), "always trained anew"
 
 
-def test_the_demonstration_exports_the_published_model_and_draws_it(demo, tmp_path, monkeypatch):
+def test_the_demonstration_exports_both_models_and_draws_the_published_one(demo, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(objectives, "export", lambda *paths: made.append(paths))
     monkeypatch.setattr(objectives, "draw_samples", lambda *paths: made.append(paths))
     assert demo("--export", tmp_path / "demo.pth").returncode == 0
-    best = tmp_path / "demos" / "demo_seed_0" / "best.pth"
-    assert made == [(best, tmp_path / "demo.pth"), (tmp_path / "demo.pth", tmp_path / "docs" / "demo.png")]
+    published, listening = (tmp_path / "demos" / f"demo_{name}seed_0" / "best.pth" for name in ("", "listen_"))
+    assert made == [
+        (published, tmp_path / "demo.pth"),
+        (listening, tmp_path / "listen.pth"),
+        (tmp_path / "demo.pth", tmp_path / "docs" / "demo.png"),
+    ]
 
 
 def test_a_demonstration_that_fails_says_which_command(demo, monkeypatch):
