@@ -11,6 +11,7 @@ import signal
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,11 @@ class Pair(NamedTuple):
     id: str
     image: str | tuple[str, ...]  # path of the image file, or of a folder of frames; several stand side by side
     audio: str | tuple[str, ...]  # path of the audio file; several sound at once
+
+    @contextmanager
+    def opened(self) -> "Iterator[Pair]":
+        """The pair with paths that decoders can read while the block lasts; pairs in shards bring their own."""
+        yield self
 
 
 class SetRow(NamedTuple):
@@ -389,7 +395,11 @@ class DecodedPairs(Dataset):
     def heard(self, index: int) -> tuple[Heard]:
         """A pair's audio alone, cut from the middle. Raises Undecodable, naming the file."""
         with as_user_error(ValueError, kind=Undecodable):
-            sound = self.decoded(index).sound if self.store else load_sound(self.pairs[index].audio, self.audio_seconds)
+            if self.store:
+                sound = self.decoded(index).sound
+            else:
+                with self.pairs[index].opened() as pair:
+                    sound = load_sound(pair.audio, self.audio_seconds)
         return (Heard(clip_of(sound, self.audio_seconds)),)
 
     def decoded(self, index: int) -> Decoded:
@@ -411,8 +421,9 @@ class DecodedPairs(Dataset):
 
 def decode_for_evaluation(pair: Pair, image_size: int, audio_seconds: float, at: float | None = None) -> Decoded:
     """The whole image resized, each of several as large as one; the middle of the audio, or around second `at`."""
-    images = [resize_whole(load_image(middle_frame(path)), image_size) for path in files_of(pair.image)]
-    return Decoded(images[0] if len(images) == 1 else np.hstack(images), load_heard(pair.audio, audio_seconds, at))
+    with pair.opened() as pair:
+        images = [resize_whole(load_image(middle_frame(path)), image_size) for path in files_of(pair.image)]
+        return Decoded(images[0] if len(images) == 1 else np.hstack(images), load_heard(pair.audio, audio_seconds, at))
 
 
 def files_of(paths: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -444,13 +455,18 @@ class TrainingPairs(DecodedPairs):
         self.draw_image = augmentation(image_size, augment)
 
     def _decode(self, pair: Pair) -> Decoded:
-        if self.views:
-            positions = (0.5, 0.5) if self.augment == "none" else TRAIN_POSITIONS
-            return Decoded(NOT_READ, load_sound(pair.audio, self.audio_seconds, positions))
-        if self.augment == "none":
-            return decode_for_evaluation(pair, self.image_size, self.audio_seconds)
-        image = np.array(load_image(self._frame(pair), 2 * self.image_size))
-        return Decoded(image, load_sound(pair.audio, self.audio_seconds, TRAIN_POSITIONS))
+        with pair.opened() as pair:
+            if self.views:
+                positions = (0.5, 0.5) if self.augment == "none" else TRAIN_POSITIONS
+                return Decoded(NOT_READ, load_sound(pair.audio, self.audio_seconds, positions))
+            if self.augment == "none":
+                return decode_for_evaluation(pair, self.image_size, self.audio_seconds)
+            image = np.array(load_image(self._frame(pair), 2 * self.image_size))
+            return Decoded(image, load_sound(pair.audio, self.audio_seconds, TRAIN_POSITIONS))
+
+    def batches(self, batch_size: int, lanes: tuple[int, int]) -> list[list[int]]:
+        """Every full batch of the epoch; lanes: processes and data-loading workers, which change nothing here."""
+        return training_batches(len(self), batch_size, self.seed, self.epoch)
 
     def _frame(self, pair: Pair) -> str:
         """The image file; of a folder of frames one that depends on seed, epoch and id alone."""

@@ -298,7 +298,10 @@ def _optimisation_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
 def _run_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
     """Where data and results lie; nothing here changes what is learnt."""
     group = parser.add_argument_group(RUN)
-    group.add_argument("--train_data_path", help="root of the training data (default: the set's environment variable)")
+    where = (
+        "root of the training data, or shards: a folder, a pattern or a list (default: the set's environment variable)"
+    )
+    group.add_argument("--train_data_path", help=where)
     add_run_data_flags(group)
     group.add_argument("--num_workers", type=number(int, low=0), default=2, help="data-loading workers per process")
     group.add_argument(

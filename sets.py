@@ -227,24 +227,29 @@ class _Inspected(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Facts:
-        pair = self.pairs[index]
-        try:
-            content, heard, lengths = b"", [], []
+        return inspect_pair(self.pairs[index], self.truth_of)
+
+
+def inspect_pair(pair: Pair, truth_of: Callable | None = None) -> Facts:
+    """Decode one pair, all of a folder of frames, and its ground truth where truth_of is given."""
+    try:
+        if truth_of:
+            truth_of(pair.id)
+        content, heard, lengths = b"", [], []
+        with pair.opened() as pair:
             for path in files_of(pair.image):
                 for frame in frames_in(path) if os.path.isdir(path) else ():
                     load_image(frame)
                 content += load_image(middle_frame(path)).tobytes()
-            if self.truth_of:
-                self.truth_of(pair.id)
             for path in files_of(pair.audio):
                 values, seconds = _whole_audio(path)
                 content += values.tobytes()  # the pixels and samples, without file headers and metadata
                 heard.append(values.any())
                 lengths.append(seconds)
                 load_spectrogram(path, SHORT_SECONDS)
-        except (ValueError, OSError, UserError) as error:
-            return Facts(" ".join(str(error).split()), False, math.nan, "")
-        return Facts("", not any(heard), min(lengths), hashlib.sha1(content).hexdigest())
+    except (ValueError, OSError, UserError) as error:
+        return Facts(" ".join(str(error).split()), False, math.nan, "")
+    return Facts("", not any(heard), min(lengths), hashlib.sha1(content).hexdigest())
 
 
 def _whole_audio(path: str) -> tuple[np.ndarray, float]:

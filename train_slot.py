@@ -12,20 +12,22 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from dataset import TrainingPairs, hold_out, select_training_pairs
+from dataset import TRAIN_SETS, TrainingPairs, hold_out, select_training_pairs
 from distributed import barrier, own_device, process_group, world_size
 from models import MODELS, Model
 from recipes import OUR_LOSSES, add_flags, parse
 from resnet import Encoder, load_image_weights, weights_digest
 from scoring.threshold import universal_threshold
 from sets import ALL_SETS, SAME_VIDEO, build_test_sets, overlap_with_tests, parse_testsets, requests, undecodable
+from shards.addresses import are_shards, shown
+from shards.pairs import PairsInShards, ShardedPairs, hold_out_shards, select_from_shards
 from training.alignment import align
 from training.decoded import keep_decoded
 from training.features import STANDARDISED, cache_features, standardise
@@ -126,23 +128,17 @@ def build_optimisation(args, model: Model, device: torch.device) -> Optimisation
 
 def build_training_data(args) -> TrainingData:
     """Pairs to train on and held-out ones; prints how many training ids are also test ids, as far as is known."""
-    selection = select_training_pairs(
-        args.trainset, args.train_data_path, args.metadata, args.train_list, args.allow_missing
-    )
+    root = args.train_data_path or os.environ.get(TRAIN_SETS[args.trainset].root)
+    sharded = are_shards(root)
+    select = select_from_shards if sharded else select_training_pairs
+    selection = select(args.trainset, root, args.metadata, args.train_list, args.allow_missing)
     pairs, left_out = selection.pairs, dict.fromkeys(selection.missing, "image or audio not found")
     if args.allow_missing:
         left_out |= undecodable(pairs, args.num_workers)
     excluded = set(left_out) | tested(args, [pair.id for pair in pairs], "training")
-    pairs = [pair for pair in pairs if pair.id not in excluded]
-    train, held_out = hold_out(
-        args.trainset,
-        pairs,
-        args.train_data_path,
-        args.val_list,
-        args.val_fraction,
-        args.seed,
-        args.allow_missing,
-    )
+    pairs = leave_out(pairs, excluded)
+    rule = args.val_list, args.val_fraction, args.seed, args.allow_missing
+    train, held_out = hold_out_shards(pairs, *rule) if sharded else hold_out(args.trainset, pairs, root, *rule)
     known = {pair.id for pair in selection.pairs}
     if listed := [pair.id for pair in held_out if pair.id not in known]:
         excluded |= tested(args, listed, "held-out")
@@ -154,15 +150,23 @@ def build_training_data(args) -> TrainingData:
     sizes = args.image_size, args.audio_seconds
     if args.allow_missing and args.val_list:
         excluded |= set(undecodable(held_out, args.num_workers))
-    held_out = [pair for pair in held_out if pair.id not in excluded]
+    held_out = leave_out(held_out, excluded)
     counts = {
         "expected": selection.expected,
         "left out": selection.expected - len(pairs),
         "train": len(train),
         "held_out": len(held_out),
     }
-    training_pairs = TrainingPairs(train, *sizes, args.augment, args.seed, silence="silence" in args.weights)
-    return TrainingData(training_pairs, TrainingPairs(held_out, *sizes, "none"), counts, left_out)
+    if sharded and args.train_data_path:
+        args.train_data_path = shown(root)  # what is printed and stored holds no signature
+    kind = ShardedPairs if sharded else TrainingPairs
+    training_pairs = kind(train, *sizes, args.augment, args.seed, silence="silence" in args.weights)
+    return TrainingData(training_pairs, kind(held_out, *sizes, "none"), counts, left_out)
+
+
+def leave_out(pairs: Sequence, ids: Collection[str]) -> Sequence:
+    """The pairs whose id is not among them."""
+    return pairs.without(ids) if isinstance(pairs, PairsInShards) else [pair for pair in pairs if pair.id not in ids]
 
 
 def tested(args, ids: Sequence[str], what: str) -> set[str]:
@@ -311,7 +315,7 @@ def main() -> None:
         factor = partial(lr_factor, steps, args.epochs, args.lr_schedule, args.lr_warmup)
         loading = {"batch_size": args.batch_size, "workers": args.num_workers}
         inference = {"infer_sharpening": args.infer_sharpening, "infer_smoothing": args.infer_smoothing}
-        train = partial(train_one_epoch, optimisation, data.train, folder, factor, seed=args.seed, **loading)
+        train = partial(train_one_epoch, optimisation, data.train, folder, factor, **loading)
         held_out = partial(validate, model, data.held_out, device, **loading)
         test = partial(score_sets, model, test_sets, folder, device, **loading, **inference)
         if args.dry_run:

@@ -1,5 +1,6 @@
 """Are the data of a set complete, whole and apart from the tests? The work of `prepare_data.py check`."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,9 @@ from sets import (
     overlap_with_tests,
     requests,
 )
+from shards.addresses import are_shards
+from shards.check import inspect_shards
+from shards.pairs import select_from_shards
 from utils import Absent, UserError, number
 
 
@@ -39,7 +43,9 @@ def add_flags(parser) -> None:
     parser.add_argument(
         "--testset", help=f"test set to check: {', '.join(ALL_SETS)}, several separated by commas, or all"
     )
-    parser.add_argument("--train_data_path", help="root of the training data (default: the set's environment variable)")
+    parser.add_argument(
+        "--train_data_path", help="root of the training data, or shards (default: the set's environment variable)"
+    )
     parser.add_argument("--test_data_path", help="root of the test data (default: the set's environment variable)")
     parser.add_argument("--train_list", help="file of training ids, one per line, in place of the set's own list")
     add_list_flags(parser)
@@ -51,14 +57,20 @@ def run(args) -> None:
     if bool(args.trainset) == bool(args.testset):
         raise UserError("say what to check: --trainset NAME or --testset NAME")
     if args.trainset:
-        paths = args.train_data_path, args.metadata, args.train_list
-        selection = select_training_pairs(args.trainset, *paths, allow_missing=True)
+        root = args.train_data_path or os.environ.get(TRAIN_SETS[args.trainset].root)
+        sharded, broken = are_shards(root), {}
+        select = select_from_shards if sharded else select_training_pairs
+        selection = select(args.trainset, root, args.metadata, args.train_list, allow_missing=True)
         overlap = overlap_with_tests([pair.id for pair in selection.pairs] + selection.missing, args.metadata)
-        facts = inspect_pairs(selection.pairs, args.workers)
+        if sharded:
+            facts, broken = inspect_shards(selection.pairs, args.workers)
+        else:
+            facts = inspect_pairs(selection.pairs, args.workers)
         name, expected = f"training set {args.trainset}", selection.expected
-        others = left_over(TRAIN_SETS[args.trainset], args.train_data_path, selection.pairs, selection.missing)
+        others = {} if sharded else left_over(TRAIN_SETS[args.trainset], root, selection.pairs, selection.missing)
         print(check_table(name, expected, selection.pairs, selection.missing, facts, {}, overlap, others))
-        give_verdict(bool(selection.missing) or any(fact.error for fact in facts))
+        print("".join(f"{why}\n" for why in broken.values()), end="")
+        give_verdict(bool(selection.missing or broken) or any(fact.error for fact in facts))
         return
 
     asked = requests(args)

@@ -58,7 +58,7 @@ SCRIPTS = (
     "experiments.photographs",
     "experiments.benchmark",
 )
-PREPARATIONS = ("metadata", "clips", "check", "synthetic")
+PREPARATIONS = ("metadata", "clips", "shards", "check", "synthetic")
 BENCHES = ("step", "scaling", "input", "eval", "all")
 FOREIGN_FLAGS = {"--max-restarts", "--shm-size", "--init_lr"}  # named in prose: torchrun's, Docker's, EZ-VSL's
 FOREIGN_FILES = {"train.py", "test.py"}  # EZ-VSL's
@@ -447,13 +447,14 @@ def test_every_table_that_a_command_writes_has_its_two_marks():
 
 ROOMS = {  # room: what else than the core it may import
     "training": {"scoring", "reports"},
+    "shards": set(),
     "reports": {"scoring"},
     "scoring": set(),
-    "prepare": set(),
+    "prepare": {"shards"},
     "synthetic": {"scoring"},
     "film": {"scoring", "reports"},
     "web": {"film", "synthetic"},
-    "experiments": {"training", "scoring", "reports", "prepare", "synthetic", "film"},
+    "experiments": {"training", "scoring", "reports", "prepare", "synthetic", "film", "shards"},
 }
 ENTRY_POINTS = {"train_slot", "test_model", "prepare_data", "localize"}
 

@@ -159,7 +159,7 @@ class ViewImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Pixels, int]:
         pair, view, key = self.views[index]
-        with torch.random.fork_rng(devices=[]), as_user_error(ValueError, kind=Undecodable):
+        with torch.random.fork_rng(devices=[]), as_user_error(ValueError, kind=Undecodable), pair.opened() as pair:
             if view == 0:
                 return Pixels(torch.from_numpy(resize_whole(load_image(frame_of(pair, 0)), self.image_size))), index
             torch.default_generator.manual_seed(int.from_bytes(key[:4], "little"))
@@ -203,7 +203,12 @@ def cache_features(
 
 
 def _views_of(pairs: Sequence[Pair], count: int, by_contents: bool) -> list[tuple[Pair, int, bytes]]:
-    return [(pair, view, view_key(frame_of(pair, view), view, by_contents)) for pair in pairs for view in range(count)]
+    views = []
+    for pair in pairs:
+        with pair.opened() as there:  # the path of an image in a shard says nothing, its contents do
+            own = by_contents or there is not pair
+            views += [(pair, view, view_key(frame_of(there, view), view, own)) for view in range(count)]
+    return views
 
 
 def _share(

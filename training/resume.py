@@ -46,7 +46,8 @@ class RunState:
     """Where a run is: epochs finished, steps done in the epoch under way and their sums, and what chooses best.pth.
 
     best: the highest score of an epoch so far, and `best_pairs` its scores of the held-out pairs, (N,), where pairs
-    were scored; chosen: the epoch of best.pth, 0 before the first.
+    were scored; chosen: the epoch of best.pth, 0 before the first; lanes: processes and data-loading workers with
+    which the epoch under way was begun.
     """
 
     epoch: int = 0
@@ -55,6 +56,7 @@ class RunState:
     best: float = -math.inf
     best_pairs: torch.Tensor | None = None
     chosen: int = 0
+    lanes: tuple[int, int] = (1, 0)
 
     def state_dict(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(self)}
@@ -62,6 +64,7 @@ class RunState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.epoch, self.step, self.sums, self.best = (state[name] for name in ("epoch", "step", "sums", "best"))
         self.best_pairs, self.chosen = state.get("best_pairs"), state.get("chosen", 0)  # older code kept neither
+        self.lanes = tuple(state.get("lanes", (1, 0)))
 
     def forget_best(self) -> None:
         self.best, self.best_pairs = -math.inf, None

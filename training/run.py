@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from annotations import check_finite
-from dataset import EvaluationPairs, TrainingPairs, make_loader, training_batches
-from distributed import all_gather_object, broadcast_buffers, hidden_bar, local_slice
+from dataset import EvaluationPairs, TrainingPairs, make_loader
+from distributed import all_gather_object, broadcast_buffers, hidden_bar, local_slice, world_size
 from model_slot import TokenMasks
 from models import Model, describe_checkpoint
 from reports.pictures import Drawer, images_of
@@ -37,7 +37,6 @@ def train_one_epoch(
     weights: Mapping[str, float],
     batch_size: int,
     workers: int,
-    seed: int,
     title: str = "",
     after_step: Callable[[], None] | None = None,
     max_steps: int | None = None,
@@ -49,7 +48,9 @@ def train_one_epoch(
     """
     state, model = folder.state, optimisation.model
     train.epoch = state.epoch
-    batches = training_batches(len(train), batch_size, seed, state.epoch)
+    if not state.step:  # an epoch that was begun with other lanes goes on with the same batches
+        state.lanes = world_size(), workers
+    batches = train.batches(batch_size, state.lanes)
     first_step = state.epoch * len(batches)
     batches = batches[:max_steps]
     own = [batch[local_slice(batch_size)] for batch in batches[state.step :]]
