@@ -30,12 +30,13 @@ class Offline(NamedTuple):
     config: dict[str, Any]
     rows: list[dict[str, Any]]
     summary: dict[str, Any]
+    deprecated: list[str]  # what wandb notes of calls that it will drop
 
 
 def read_offline(folder) -> Offline:
     """The only wandb run recorded below `folder`; its file is 32 KiB blocks of pieces, each with crc, length, kind."""
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    data, at, whole, run = path.read_bytes(), 7, b"", Offline("", {}, [], {})
+    data, at, whole, run = path.read_bytes(), 7, b"", Offline("", {}, [], {}, [])
     while at + 7 <= len(data):
         if 2**15 - at % 2**15 < 7:
             at += 2**15 - at % 2**15
@@ -47,6 +48,8 @@ def read_offline(folder) -> Offline:
             run.rows.extend([items(record.history.item)] if record.HasField("history") else [])
             run.summary.update(items(record.summary.update))
             run.config.update(items(record.run.config.update))
+            for telemetry in (record.telemetry, record.run.telemetry):
+                run.deprecated.extend(field.name for field, _ in telemetry.deprecated.ListFields())
             run = run._replace(id=record.run.run_id or run.id)
     return run
 
@@ -62,7 +65,12 @@ def train(log: RunLog, folder, epochs) -> None:
             log.step(step, {"loss": 1 / step, "lr": 1e-3 * step, "grad_norm": 2.0, "data_wait": 0.25})
         cv2.imwrite(str(folder / "sheet.png"), np.full((40, 30, 3), 100 * epoch, dtype=np.uint8))
         log.add_sheet("syn", folder / "sheet.png")
+        log.add_rows("syn", rows_of(epoch))
         log.write(LINES[epoch], (epoch + 1) * STEPS)
+
+
+def rows_of(epoch) -> list[dict[str, Any]]:
+    return [{"id": f"s{i}", "class": "", "AUD_pointing": i > epoch, "AUD_iou": 0.25 * i} for i in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +80,7 @@ def halves(tmp_path_factory):
     log = RunLog(whole, "offline", "mine", {"tau": 0.03, "resume": False})
     train(log, whole, [0, 1])
     log.add_sheet("syn", whole / "sheet.png")
+    log.add_rows("syn", rows_of(0))
     log.finish({"syn/IQR/cIoU": 0.5})
     for name in ("log.jsonl", "curves.png"):
         shutil.copy(whole / name, half)
@@ -107,6 +116,22 @@ def test_every_epoch_is_in_the_wandb_run_with_scores_their_best_and_pictures(hal
         (files,) = halves[0].glob("wandb/offline-run-*/files")
         assert len({(files / row[f"syn/{kind}/path"]).read_bytes() for row in pictures}) == count
     assert run.summary["syn/IQR/cIoU"] == 0.5, "the chosen checkpoint's score, not the last epoch's"
+
+
+def test_every_scored_epoch_has_a_table_of_its_samples(halves):
+    run = read_offline(halves[0])
+    (files,) = halves[0].glob("wandb/offline-run-*/files")
+    for kind, epochs in (("samples", [0, 1]), ("chosen_samples", [0])):
+        tables = [row for row in run.rows if f"syn/{kind}/path" in row]
+        assert [row[f"syn/{kind}/_type"] for row in tables] == ["table-file"] * len(epochs)
+        for row, epoch in zip(tables, epochs, strict=True):
+            table = json.loads((files / row[f"syn/{kind}/path"]).read_text())
+            assert table["columns"] == ["id", "class", "AUD_pointing", "AUD_iou"]
+            assert table["data"] == [[*sample.values()] for sample in rows_of(epoch)]
+
+
+def test_no_call_is_one_that_wandb_will_drop(halves):
+    assert read_offline(halves[0]).deprecated == read_offline(halves[2]).deprecated == []
 
 
 def test_the_wandb_run_knows_its_configuration_and_revision(halves):

@@ -66,6 +66,7 @@ class RunLog:
     ) -> None:
         self.folder, self.lines, self.run_id = folder, list(lines), run_id
         self.sheets: dict[str, Path] = {}
+        self.rows: dict[str, Sequence[Mapping[str, Any]]] = {}
         self.logged = False
         self._write_files()
         self.wandb = None if wandb == "false" else _start_wandb(folder, wandb, name, config, run_id)
@@ -80,8 +81,8 @@ class RunLog:
         """One epoch's numbers; a figure of a test set is `set/map/metric`, and more of it is better."""
         self.lines.append(line | {"step": step})
         self._write_files()
-        self._log(line | best_figures(self.lines) | self._pictures("maps"), step)
-        self.sheets = {}
+        self._log(line | best_figures(self.lines) | self._shown("maps", "samples"), step)
+        self.sheets, self.rows = {}, {}
 
     @property
     def warning(self) -> str | None:
@@ -92,6 +93,10 @@ class RunLog:
         """Add heat maps of a test set's fixed samples, which go to wandb with the next line or at the end."""
         self.sheets[name] = path
 
+    def add_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add a test set's results by sample, as per_sample.csv has them: a table that goes where its heat maps go."""
+        self.rows[name] = rows
+
     def finish(self, scores: Mapping[str, float], last: Mapping[str, float] = {}) -> None:
         """The chosen checkpoint's scores, which become wandb's summary, and the pictures drawn with it.
 
@@ -99,7 +104,7 @@ class RunLog:
         """
         if self.wandb:
             scores = {**scores, **({"warning": self.warning} if self.warning else {})}
-            self._log(self._pictures("chosen_maps"), self.lines[-1]["step"] if self.lines else 0)
+            self._log(self._shown("chosen_maps", "chosen_samples"), self.lines[-1]["step"] if self.lines else 0)
             self.wandb.summary.update({**scores, **{f"last/{name}": value for name, value in last.items()}})
             self.wandb.finish()
 
@@ -118,12 +123,17 @@ class RunLog:
             self.wandb.log(row | {"step": step}, **first)
             self.logged = True
 
-    def _pictures(self, kind: str) -> dict[str, Any]:
+    def _shown(self, maps: str, samples: str) -> dict[str, Any]:
+        """Heat maps and tables of the sets that were scored, as SET/maps and SET/samples by these names."""
         if not self.wandb:
             return {}
         import wandb
 
-        return {f"{name}/{kind}": wandb.Image(Image.open(path), file_type="jpg") for name, path in self.sheets.items()}
+        sheets = {name: wandb.Image(Image.open(path), file_type="jpg") for name, path in self.sheets.items()}
+        tables = {name: wandb.Table([*rows[0]], [[*row.values()] for row in rows]) for name, rows in self.rows.items()}
+        return {f"{name}/{maps}": sheet for name, sheet in sheets.items()} | {
+            f"{name}/{samples}": table for name, table in tables.items()
+        }
 
 
 def best_figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -143,6 +153,8 @@ def _is_number(value: Any) -> bool:
 def _start_wandb(folder: Path, mode: str, name: str, config: Mapping[str, Any], run_id: str | None):
     import wandb
 
+    if os.environ.get("WANDB_MODE") == "":
+        del os.environ["WANDB_MODE"]  # wandb takes it for a mode of no name
     if mode == "true" and not wandb.api.api_key and os.environ.get("WANDB_MODE") is None:
         print("wandb: nobody is logged in, so the run is recorded offline (wandb login, then wandb sync sends it)")
         mode = "offline"

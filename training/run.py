@@ -26,6 +26,7 @@ from training.resume import RunFolder
 from training.step import Inputs, NotFinite, Optimisation
 from utils import UserError, as_user_error, peak_memory_gib, random_states
 
+TABLE_ROWS = 10_000  # wandb's limit
 UNAVERAGED = ("seconds", "waiting", "skipped_steps", "lost_steps")  # among the sums of an epoch
 
 
@@ -179,6 +180,7 @@ def score_sets(
         if drawer:
             drawer.finish()
             folder.log.add_sheet(name, drawer.sheet)
+            folder.log.add_rows(name, evaluation.rows[:TABLE_ROWS])
         for map_name, figures in evaluation.results["maps"].items():
             scores |= {f"{name}/{map_name}/{metric}": value for metric, value in figures.items()}
         if chosen:
