@@ -130,7 +130,10 @@ class RunLog:
         import wandb
 
         sheets = {name: wandb.Image(Image.open(path), file_type="jpg") for name, path in self.sheets.items()}
-        tables = {name: wandb.Table([*rows[0]], [[*row.values()] for row in rows]) for name, rows in self.rows.items()}
+        tables = {
+            name: wandb.Table([*rows[0]], [[*row.values()] for row in rows], allow_mixed_types=True)
+            for name, rows in self.rows.items()
+        }
         return {f"{name}/{maps}": sheet for name, sheet in sheets.items()} | {
             f"{name}/{samples}": table for name, table in tables.items()
         }
