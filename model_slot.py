@@ -176,8 +176,9 @@ class MlpDecoder(nn.Module):
         )
 
     def forward(self, slots: torch.Tensor) -> torch.Tensor:
-        grid = slots[:, :, None] + self.pos_emb().flatten(0, 1)  # (B, K, h * w, D)
-        decoded = self.mlp(grid)  # (B, K, h * w, D + 1)
+        first, rest = self.mlp[0], self.mlp[1:]  # the first layer of a sum, slot + position, is that of both summed
+        at_position = F.linear(self.pos_emb().flatten(0, 1), first.weight)  # (h * w, D)
+        decoded = rest(first(slots)[:, :, None] + at_position)  # (B, K, h * w, D + 1)
         features, alpha = decoded[..., :-1], decoded[..., -1:].softmax(dim=1)
         return (features * alpha).sum(dim=1)
 
@@ -231,8 +232,8 @@ def slot_divergence_loss(slots: torch.Tensor) -> torch.Tensor:
     if num_slots == 1:
         return slots.new_zeros(())
     cosine = slots @ slots.transpose(1, 2)  # (B, K, K)
-    others = ~torch.eye(num_slots, dtype=torch.bool, device=slots.device)
-    return cosine[:, others].relu().mean()
+    itself = torch.eye(num_slots, dtype=torch.bool, device=slots.device)
+    return cosine.masked_fill(itself, 0).relu().sum() / (len(slots) * num_slots * (num_slots - 1))
 
 
 def attention_matching_loss(image: SlotState, audio: SlotState) -> torch.Tensor:
@@ -287,7 +288,7 @@ def _mean_of_foreign(values: torch.Tensor, keep: torch.Tensor | None) -> torch.T
     """(B, B), audio clips by images -> mean off the diagonal where `keep` is True; 0 if there is nothing to average."""
     counted = ~torch.eye(len(values), dtype=torch.bool, device=values.device)
     counted = counted if keep is None else counted & keep
-    return values[counted].sum() / counted.sum().clamp(min=1)
+    return values.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)
 
 
 def silence_loss(silence_query: torch.Tensor, image_keys: torch.Tensor) -> torch.Tensor:

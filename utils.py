@@ -233,14 +233,16 @@ def _cpu_has(probe: str) -> bool:
 def full_precision():
     """No TF32 on CUDA devices while the block runs, though cuDNN takes it by default: numbers are those of fp32."""
     backends = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
-    before = [backend.fp32_precision for backend in backends]
+    before, benchmark = [backend.fp32_precision for backend in backends], torch.backends.cudnn.benchmark
     try:
+        torch.backends.cudnn.benchmark = False  # the same algorithm in every run
         for backend in backends:
             backend.fp32_precision = "ieee"
         yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def peak_memory_gib(device: torch.device) -> float:

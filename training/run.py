@@ -109,7 +109,7 @@ def train_step(
     inputs = Inputs(
         batch.image.to(device, non_blocking=True),
         batch.spectrogram.to(device, non_blocking=True),
-        TokenMasks(*(mask[rows] for mask in optimisation.model.draw_masks(batch_size))),
+        TokenMasks(*(_sent(mask[rows], device) for mask in optimisation.model.draw_masks(batch_size))),
     )
     try:
         return optimisation.step(inputs, weights, factor)
@@ -119,6 +119,11 @@ def train_step(
         kept = folder.save_failed(ids, before)
         named = f"ids {', '.join(ids[:8])} ...{kept}"
         raise UserError(f"the loss or its gradient is not finite in {where} ({error}): {named}") from error
+
+
+def _sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on the device, which the host does not wait for."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 # ---------------------------------------------------------------- figures

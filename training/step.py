@@ -76,6 +76,11 @@ def weighted(losses: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -
     return sum(weight * losses[name] for name, weight in weights.items() if weight and name in losses)
 
 
+def fetch(vector: torch.Tensor) -> list[float]:
+    """The values on the host, which waits for them: once in a step."""
+    return vector.tolist()
+
+
 def surrogate(gradients: Mapping[str, torch.Tensor], compared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Replaces a model's `batch_losses`: {SURROGATE: scalar} whose gradient at `compared` is `gradients`."""
     return {SURROGATE: sum((value * gradients[name]).sum() for name, value in compared.items())}
@@ -114,20 +119,26 @@ class Optimisation:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [{"params": [p for p in trained if id(p) not in own], "share": 1.0}]
         groups += [{"params": [p for p in trained if id(p) in own], "share": slower_by}] * bool(own)
-        self.optimizer = torch.optim.AdamW(groups, lr, weight_decay=weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr, weight_decay=weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         self.lost_in_a_row = 0  # steps up to now whose loss overflowed
         self.parallel: nn.Module = model
         if world_size() > 1:
             devices = [device.index] if device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(model, device_ids=devices, find_unused_parameters=not all_weights)
+            self.parallel = DistributedDataParallel(
+                model,
+                device_ids=devices,
+                find_unused_parameters=not all_weights,
+                broadcast_buffers=False,  # training mode reads none, and an epoch ends with those of the first process
+            )
 
     def step(self, inputs: Inputs, weights: Mapping[str, float], lr_factor: float) -> dict[str, float]:
         """One step on this process's rows of a batch -> losses by name, `loss`, `grad_norm`, `skipped_steps`.
 
         weights: of the losses by name. In fp16 a step whose scaled gradient overflows is left out: it counts as skipped
         and has no norm. So is one whose loss overflows, LOST_IN_A_ROW times in a row: it has no losses either, and
-        counts as `lost_steps` as well. Raises NotFinite, on every process alike, also when no scale above 1 helps.
+        counts as `lost_steps` as well. Raises NotFinite, on every process alike, also when no scale above 1 helps. The host
+        waits for the device once, in `fetch`.
         """
         before = self._what_a_forward_changes()
         for group in self.optimizer.param_groups:
@@ -142,12 +153,14 @@ class Optimisation:
         if absent := [name for name, weight in weights.items() if weight and name not in losses]:
             raise UserError(f"{', '.join(absent)}: has a weight, but the model computes no such loss")
         figures = losses | {"loss": weighted(losses, weights)}
-        values = dict(zip(figures, average(torch.stack([*figures.values()])).tolist(), strict=True))
-        norm = norm.item()
+        scale = self.scaler._get_scale_async() if self.scaler.is_enabled() else None  # get_scale() would wait
+        of_host = [norm, norm.new_ones(()) if scale is None else scale.squeeze()]
+        *values, norm, scale = fetch(torch.cat([average(torch.stack([*figures.values()])), torch.stack(of_host)]))
+        values = dict(zip(figures, values, strict=True))
         lost = not math.isfinite(values["loss"])
         lost_in_a_row = self.lost_in_a_row + 1 if lost else 0
         overflow = lost or not math.isfinite(norm)
-        bearable = lost_in_a_row <= LOST_IN_A_ROW if lost else self.scaler.get_scale() > 1
+        bearable = lost_in_a_row <= LOST_IN_A_ROW if lost else scale > 1
         if overflow:
             before()
         if overflow and not (self.scaler.is_enabled() and bearable):
@@ -216,13 +229,17 @@ class Optimisation:
 
     def _what_a_forward_changes(self) -> Callable[[], None]:
         """A function that puts the batch-norm statistics back to what they are now."""
-        kept = [buffer.clone() for buffer in self.model.buffers()]
+        by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+        for buffer in self.model.buffers():
+            by_type.setdefault(buffer.dtype, []).append(buffer)
+        kept = {dtype: [torch.empty_like(buffer) for buffer in buffers] for dtype, buffers in by_type.items()}
 
-        def rewind() -> None:
-            for buffer, value in zip(self.model.buffers(), kept, strict=True):
-                buffer.copy_(value)
+        def copy(to: Mapping, what: Mapping) -> None:
+            for dtype, values in what.items():
+                torch._foreach_copy_(to[dtype], values)  # one kernel for all of a type
 
-        return rewind
+        copy(kept, by_type)
+        return partial(copy, by_type, kept)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -241,7 +258,7 @@ class Optimisation:
             self.scaler.load_state_dict(state["scaler"])
         self.lost_in_a_row = state.get("lost_in_a_row", 0)  # older code had none
         for group in self.optimizer.param_groups:  # the command line's, which --resume force may have changed
-            group["weight_decay"] = weight_decay
+            group["weight_decay"], group["fused"] = weight_decay, True
 
 
 def with_sync_bn(model: Model, device: torch.device) -> Model:
