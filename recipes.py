@@ -13,7 +13,7 @@ from dataset import TRAIN_SETS
 from models import OLD_OBJECTIVES, with_encoders
 from resnet import ARCHITECTURES, TIMM, configured_size, own_audio_encoder
 from sets import add_run_data_flags, add_test_set_flags
-from utils import ArgumentParser, UserError, add_boolean, as_user_error, number
+from utils import ArgumentParser, UserError, add_boolean, add_workers, as_user_error, number
 
 PAPER = {  # Kim et al., CVPR 2025, sections 3 and 4, for the sets of 10k pairs
     "image_encoder": "resnet18",
@@ -303,7 +303,7 @@ def _run_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
     )
     group.add_argument("--train_data_path", help=where)
     add_run_data_flags(group)
-    group.add_argument("--num_workers", type=number(int, low=0), default=2, help="data-loading workers per process")
+    add_workers(group)
     group.add_argument(
         "--decode_once", choices=("auto", "memory", "disk", "false"),
         help="keep what images and audio files hold for the later epochs: in memory, or in a file in CACHE_ROOT "

@@ -36,7 +36,7 @@ from scoring.negatives import NEGATIVES
 from scoring.questions import Negatives
 from scoring.summary import ScoredBatch
 from sets import add_run_data_flags, add_test_set_flags, build_ground_truths, build_test_sets, requests
-from utils import ArgumentParser, UserError, add_boolean, as_user_error, number, pick_device, run_cli
+from utils import ArgumentParser, UserError, add_boolean, add_workers, as_user_error, number, pick_device, run_cli
 
 FILMS = "synthetic_video"  # a test set of films, beside those of pairs
 DEFAULT_BATCH = 256  # of training, where a checkpoint does not say
@@ -293,7 +293,7 @@ def parse_args():
     several += "annotation names one image with different audio)"
     add_boolean(group, "--interactive", several, default=None)
     add_run_data_flags(group)
-    group.add_argument("--num_workers", type=number(int, low=0), default=2, help="data-loading workers per process")
+    add_workers(group)
     group = parser.add_argument_group("maps of a model")
     add_infer_image_size(group, "as the model was trained for")
     group.add_argument("--alpha", type=number(float, low=0, high=1), help="weight of AUD in IQR and OGL (default: 0.6)")

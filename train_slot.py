@@ -292,6 +292,7 @@ def main() -> None:
     device = own_device(args.gpu)
     with process_group(device):
         check_args(args)
+        torch.backends.cudnn.benchmark = True  # for the training, whose sizes stay
         path = Path(args.model_dir) / args.experiment_name
         resume = should_resume(path, args)
         seed_everything(args.seed)

@@ -197,7 +197,19 @@ def add_boolean(group, flag: str, help: str, default: bool | None = False) -> No
     group.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="true|false", help=help)
 
 
+def add_workers(group) -> None:
+    """The flag --num_workers of an argument parser or a group of one."""
+    shared = "data-loading workers per process (default: the cores of this machine, shared by its processes)"
+    group.add_argument("--num_workers", type=number(int, low=0), default=cores_per_process(), help=shared)
+
+
 # ---------------------------------------------------------------- device, seeds, provenance
+
+
+def cores_per_process() -> int:
+    """The cores that this process may use, shared by those that torchrun started on this machine; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def pick_device(gpu: str) -> torch.device:

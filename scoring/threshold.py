@@ -31,6 +31,7 @@ from utils import (
     ArgumentParser,
     UserError,
     add_boolean,
+    add_workers,
     full_precision,
     load_checkpoint,
     number,
@@ -161,7 +162,7 @@ def parse_args():
     parser.add_argument("--out", type=Path, help="write a copy with the threshold (default: the checkpoint itself)")
     add_boolean(parser, "--allow_missing", "continue without missing or broken pairs, but count them")
     parser.add_argument("--gpu", default="0", help="number of a CUDA device, or cpu")
-    parser.add_argument("--num_workers", type=number(int, low=0), default=2, help="data-loading workers")
+    add_workers(parser)
     parser.add_argument("--batch_size", type=number(int, low=1), default=64, help="pairs per batch")
     parser.add_argument(
         "--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="random seed of noise and wrong audio"
