@@ -137,8 +137,8 @@ class Optimisation:
 
         weights: of the losses by name. In fp16 a step whose scaled gradient overflows is left out: it counts as skipped
         and has no norm. So is one whose loss overflows, LOST_IN_A_ROW times in a row: it has no losses either, and
-        counts as `lost_steps` as well. Raises NotFinite, on every process alike, also when no scale above 1 helps. The host
-        waits for the device once, in `fetch`.
+        counts as `lost_steps` as well. Raises NotFinite, on every process alike, also when no scale above 1 helps. The
+        host waits for the device once, in `fetch`.
         """
         before = self._what_a_forward_changes()
         for group in self.optimizer.param_groups:
