@@ -9,6 +9,7 @@
 """
 
 from argparse import ArgumentTypeError
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from dataset import TRAIN_SETS, EvaluationPairs, TrainingPairs, select_training_
 from distributed import any_rank, is_main, own_device, process_group, under_torchrun
 from film.localizer import Localizer
 from film.over_time import ROOT, TRUTH, publish_films, score_films
-from maps import MAP_SIZE
+from maps import MAP_SIZE, enlarge_absolute
 from models import Trained, load
 from recipes import add_infer_image_size
 from reports.diagnose import check_slots, diagnose
@@ -99,6 +100,11 @@ class Keepsakes:
     def add_to_gallery(self, batch: ScoredBatch) -> None:
         for i, name in enumerate(batch.ids):
             maps = {key: values[i].cpu().numpy() for key, values in batch.maps.items()}
+            for key, asked in batch.negatives.items():  # of several seeds the first
+                maps |= {
+                    f"{key}_{kind}": enlarge_absolute(values[i, :1], maps[key].shape)[0].numpy()
+                    for kind, values in asked.items()
+                }
             with as_user_error(ValueError):
                 self.gallery.add(name, self.image_of(name), batch.truth[i].numpy(), maps, self.audio_of(name))
 
@@ -156,9 +162,16 @@ def score_model(args) -> None:
             keepsakes = Keepsakes(args, out_dir / name, dataset, len(dataset)) if is_main() else None
             on_batch = keepsakes.on_batch if keepsakes else ()
             asked = negatives_of(args, trained, path, dataset.ground_truth)
-            evaluation = evaluate(model, dataset, device, **settings, **run, on_batch=on_batch, negatives=asked)
+            score = partial(evaluate, model, device=device, **settings, **run, negatives=asked)
+            evaluation = score(dataset, on_batch=on_batch)
+            noisy = {f"{level:g}": score(dataset.noisy(level)) for level in args.snr}
             if evaluation is None:
                 continue
+            if noisy:
+                kept = ("maps", "intervals", "retrieval")
+                evaluation.results["snr"] = {
+                    level: {key: found.results[key] for key in kept} for level, found in noisy.items()
+                }
             keepsakes.clear()
             overlap = training_overlap(path, dataset.ground_truth, [pair.id for pair in dataset.pairs])
             publish(evaluation, out_dir / name, **about_set(args, name), checkpoint=trained.about, **overlap)
@@ -221,7 +234,8 @@ def score_file(args) -> None:
                  "--alpha": args.alpha is not None, "--infer_sharpening": args.infer_sharpening,
                  "--infer_smoothing": args.infer_smoothing is not None, "--checkpoint": args.checkpoint != "best",
                  "--infer_image_size": args.infer_image_size, "--compare_map": args.compare_map,
-                 "--negatives": args.negatives, "--negative_seeds": args.negative_seeds != 1}  # fmt: skip
+                 "--negatives": args.negatives, "--negative_seeds": args.negative_seeds != 1,
+                 "--snr": args.snr}  # fmt: skip
     wrong = [flag for flag, given in of_models.items() if given]
     if wrong:
         raise UserError(f"{', '.join(wrong)}: not with --maps, which scores a file and no model")
@@ -274,6 +288,12 @@ def negative_kinds(text: str) -> tuple[str, ...]:
     return tuple(kind for kind in NEGATIVES if kind in kinds)
 
 
+def decibels(text: str) -> tuple[float, ...]:
+    """An argparse type: signal-to-noise ratios, separated by commas, the cleanest first."""
+    levels = {number(float, low=-60, high=120)(level) for level in text.split(",")}
+    return tuple(sorted(levels, reverse=True))
+
+
 def parse_args():
     parser = ArgumentParser(description="Score a trained model, or maps of any method, on test sets; compare results.")
     group = parser.add_argument_group("what is scored")
@@ -308,6 +328,8 @@ def parse_args():
     group.add_argument("--negatives", type=negative_kinds, metavar="KIND,KIND", help=negatives)
     seeds = "seeds of noise and off-screen audio, each of which costs a pass over the set; published tables have 10"
     group.add_argument("--negative_seeds", type=number(int, low=1), default=1, metavar="N", help=seeds)
+    snr = "score the set again with white noise in all audio, so many dB below it: levels separated by commas"
+    group.add_argument("--snr", type=decibels, default=(), metavar="DB,DB", help=f"{snr}, such as 20,10,5")
     group = parser.add_argument_group("run")
     group.add_argument(
         "--gpu", default="0", help="number of a CUDA device, or cpu; torchrun gives every process its own"

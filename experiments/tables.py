@@ -10,12 +10,15 @@ from tabulate import tabulate
 
 from annotations import read_ids
 from experiments.runs import DISTRACTOR, INTERACTIVE, OFFSCREEN, TEST, Rows, Training
+from maps import ABSOLUTE
 from scoring.summary import interactive_groups
 from synthetic.probe import oracle_scores
 from utils import UserError, write_text
 
 CLASS_RECALL = "class R@1, worse way"
-TABLES = {  # name: (title, columns: head, split, metric of AUD or CLASS_RECALL)
+OF_SHARE = ("F_LOC", "F_AUC", "cIoU_u", "pIA_silence", "pIA_noise", "pIA_offscreen")  # figures of AUD_share, not of AUD
+LOWER = ("pIA_silence", "pIA_noise", "pIA_offscreen")  # is better
+TABLES = {  # name: (title, columns: head, split, metric of AUD or AUD_share, or CLASS_RECALL)
     "fixed": ("Fixed rule, in %", (
         ("test cIoU", TEST, "cIoU"),
         ("distractor pointing", DISTRACTOR, "pointing"),
@@ -32,6 +35,13 @@ TABLES = {  # name: (title, columns: head, split, metric of AUD or CLASS_RECALL)
         ("offscreen presence_AP", OFFSCREEN, "presence_AP"),
         ("by the map", OFFSCREEN, "presence_AP@presence"),
     )),
+    "negatives": ("Negative audio on `synthetic_distractor`, in %", tuple(
+        (head, DISTRACTOR, metric)
+        for head, metric in (
+            ("F_LOC", "F_LOC"), ("F_AUC", "F_AUC"), ("cIoU_u", "cIoU_u"), ("pIA silence", "pIA_silence"),
+            ("pIA noise", "pIA_noise"), ("pIA off-screen", "pIA_offscreen"),
+        )
+    )),
 }  # fmt: skip
 DEMO_MEASURES = (
     ("test cIoU", TEST, "cIoU"),
@@ -42,12 +52,16 @@ DEMO_MEASURES = (
 
 
 def figure(run: Training, split: str, metric: str, name: str = "AUD", last: bool = False) -> float | None:
-    """One figure of a map; None where a result does not define it. last: of the last epoch, not of the chosen one."""
+    """One figure of a map, of AUD_share where only that has it; None where a result does not define it.
+
+    last: of the last epoch, not of the chosen one.
+    """
+    name = ABSOLUTE if metric in OF_SHARE else name
     results = read_results(run, split)
     if last:
-        return None if metric == CLASS_RECALL else results["last_epoch"]["maps"][name].get(metric)
+        return None if metric == CLASS_RECALL else results["last_epoch"]["maps"].get(name, {}).get(metric)
     if metric != CLASS_RECALL:
-        return results["maps"][name].get(metric)
+        return results["maps"].get(name, {}).get(metric)
     recalls = [way["R@1"] for way in ((results.get("retrieval") or {}).get("by_class") or {}).values()]
     return min(recalls) if recalls and None not in recalls else None
 
@@ -61,7 +75,7 @@ def cell(runs: Sequence[Training], split: str, metric: str) -> str:
     values = [figure(run, split, metric) for run in runs]
     if None in values:
         return "-"
-    worst = f" ({100 * min(values):.1f})" if len(values) > 1 else ""
+    worst = f" ({100 * (max if metric in LOWER else min)(values):.1f})" if len(values) > 1 else ""
     return f"{100 * fmean(values):.1f}{worst}"
 
 

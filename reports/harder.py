@@ -1,8 +1,11 @@
-"""The printed figures of harder questions: negative audio, several sources, parts of a set, noise in the audio."""
+"""Figures of harder questions as tables: negative audio, several sources, parts of a set, noise in the audio.
+
+The printed table and the page show the same blocks. All cells are texts, figures in %.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
@@ -14,6 +17,14 @@ PART_COLUMNS = ("cIoU", "AUC", "pointing", "cIoU_u", "TN_u")
 CLEAN = "clean"
 
 
+class Block(NamedTuple):
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    labels: int  # so many first columns are words
+    notes: Sequence[str] = ()
+
+
 def percent(value: Any, sign: bool = False) -> str:
     """A fraction, or the two ends of an interval, in percent; `-` where it is undefined."""
     if isinstance(value, list | tuple):
@@ -22,87 +33,94 @@ def percent(value: Any, sign: bool = False) -> str:
     return f"{100 * value:{'+' if sign else ''}.1f}" if known else "-"
 
 
+def blocks(results: Mapping[str, Any]) -> list[Block]:
+    """The tables that the results allow, in order."""
+    makers: Sequence[Callable[[Mapping], Block]] = (
+        negative_block, kind_block, robust_block, source_block, part_block, snr_block,
+    )  # fmt: skip
+    return [block for block in (make(results) for make in makers) if block.rows]
+
+
 def harder_lines(results: Mapping[str, Any]) -> list[str]:
-    """Tables of what there is, each after an empty line."""
-    blocks: Sequence[Callable] = (negative_lines, robust_lines, source_lines, part_lines, snr_lines)
-    return [line for block in blocks for line in block(results)]
+    """The blocks as lines of text, each after an empty line."""
+    lines = []
+    for block in blocks(results):
+        sides = ["left" if i < block.labels else "right" for i in range(len(block.heads))]
+        text = tabulate(block.rows, block.heads, colalign=sides, disable_numparse=True)
+        lines += ["", f"{block.title}, in %", *text.splitlines(), *block.notes]
+    return lines
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1) -> list[str]:
-    sides = ["left" if i < labels else "right" for i in range(len(heads))]
-    return ["", *tabulate(rows, heads, colalign=sides, disable_numparse=True).splitlines()] if rows else []
-
-
-def negative_lines(results: Mapping[str, Any]) -> list[str]:
-    """F_LOC and so on of each absolute map, then what every negative lights up."""
-    maps, spans = results.get("maps", {}), results.get("intervals", {})
-    about = results.get("negatives", {})
-    asked = [name for name, scores in maps.items() if "F_LOC" in scores]
-    if not asked:
-        return []
-    head = ["negative audio", "threshold", "F_LOC", "(95 %)", "F_AUC", "cIoU_u", "AUC_u", "pIA", "(95 %)", "AUC_N"]
-    lines, by_kind = [], []
-    for name in asked:
-        scores, ends = maps[name], {key: percent(end) for key, end in spans.get(name, {}).items()}
+def negative_block(results: Mapping[str, Any]) -> Block:
+    """F_LOC and its parts of each absolute map."""
+    about, rows = results.get("negatives", {}), []
+    heads = ("map", "threshold", "F_LOC", "(95 %)", "F_AUC", "cIoU_u", "AUC_u", "pIA", "(95 %)", "AUC_N")
+    for name, scores in results.get("maps", {}).items():
+        if "F_LOC" not in scores:
+            continue
+        ends = results.get("intervals", {}).get(name, {})
         threshold = about.get("thresholds", {}).get(name, {}).get("value")
         cells = {key: percent(scores[key]) for key in ("F_LOC", "F_AUC", "cIoU_u", "AUC_u", "pIA", "AUC_N")}
-        shown = [cells["F_LOC"], ends.get("F_LOC", "-"), cells["F_AUC"], cells["cIoU_u"], cells["AUC_u"]]
-        shown += [cells["pIA"], ends.get("pIA", "-"), cells["AUC_N"]]
-        lines.append([name, "-" if threshold is None else f"{threshold:.4g}", *shown])
-        for kind in (kind for kind in NEGATIVES if f"pIA_{kind}" in scores):
-            lit, dark, same = (scores[key] for key in (f"pIA_{kind}", f"AUC_N_{kind}", f"change_{OWN}_{kind}"))
-            by_kind.append([name, kind, percent(lit), ends.get(f"pIA_{kind}", "-"), percent(dark), percent(same)])
-    text = _table(head, lines)
-    text += _table(["map", "under", "pIA", "(95 %)", "AUC_N", "same as under own"], by_kind, labels=2)
+        found, lit = (percent(ends[key]) if key in ends else "-" for key in ("F_LOC", "pIA"))
+        shown = [cells["F_LOC"], found, cells["F_AUC"], cells["cIoU_u"], cells["AUC_u"], cells["pIA"], lit]
+        rows.append([name, "-" if threshold is None else f"{threshold:.4g}", *shown, cells["AUC_N"]])
+    notes = []
     if "offscreen" in about.get("kinds", ()) and "offscreen" in about:
-        seeds = about.get("seeds", [0])
-        text.append(f"negative audio: off-screen is {about['offscreen']}; seeds {', '.join(map(str, seeds))}")
-    for name, chosen in about.get("thresholds", {}).items():
-        if chosen.get("from"):
-            text.append(f"threshold of {name}: {chosen['from']}")
-    return text
+        notes.append(f"off-screen: {about['offscreen']}; seeds {', '.join(map(str, about['seeds']))}")
+    given = {name: chosen.get("from") for name, chosen in about.get("thresholds", {}).items()}
+    notes += [f"threshold of {name}: {source}" for name, source in given.items() if source]
+    return Block(f"Negative audio: {', '.join(about.get('kinds', ()))}", heads, rows, 1, notes)
 
 
-def robust_lines(results: Mapping[str, Any]) -> list[str]:
-    """AVSBench-Robust: each absolute map under every sound, against the masks, at 0.5."""
+def kind_block(results: Mapping[str, Any]) -> Block:
+    """What every negative lights up."""
     rows = []
     for name, scores in results.get("maps", {}).items():
-        for kind in (OWN, *NEGATIVES):
-            if f"FPR_{kind}" in scores:
-                rows.append([name, kind, *(percent(scores[f"{figure}_{kind}"]) for figure in ("mIoU", "F", "FPR"))])
-    return _table(["AVSBench-Robust, at 0.5", "under", "mIoU", "F", "FPR"], rows, labels=2)
+        for kind in (kind for kind in NEGATIVES if f"pIA_{kind}" in scores):
+            ends = results.get("intervals", {}).get(name, {}).get(f"pIA_{kind}")
+            lit, dark, same = (scores[key] for key in (f"pIA_{kind}", f"AUC_N_{kind}", f"change_{OWN}_{kind}"))
+            rows.append([name, kind, percent(lit), percent(ends), percent(dark), percent(same)])
+    return Block("By negative", ("map", "under", "pIA", "(95 %)", "AUC_N", "same as under own"), rows, 2)
 
 
-def source_lines(results: Mapping[str, Any]) -> list[str]:
+def robust_block(results: Mapping[str, Any]) -> Block:
+    """AVSBench-Robust: each absolute map under every sound, against the masks, at 0.5."""
+    rows = [
+        [name, kind, *(percent(scores[f"{figure}_{kind}"]) for figure in ("mIoU", "F", "FPR"))]
+        for name, scores in results.get("maps", {}).items()
+        for kind in (OWN, *NEGATIVES)
+        if f"FPR_{kind}" in scores
+    ]
+    return Block("AVSBench-Robust, map at 0.5 against the mask", ("map", "under", "mIoU", "F", "FPR"), rows, 2)
+
+
+def source_block(results: Mapping[str, Any]) -> Block:
     maps = {name: scores for name, scores in results.get("maps", {}).items() if "CAP" in scores}
     rows = [[name, *(percent(scores.get(key)) for key in SOURCE_COLUMNS)] for name, scores in maps.items()]
-    return _table(["several sources", *SOURCE_COLUMNS], rows)
+    return Block("Several sources", ("map", *SOURCE_COLUMNS), rows, 1)
 
 
-def part_lines(results: Mapping[str, Any]) -> list[str]:
+def part_block(results: Mapping[str, Any]) -> Block:
     rows = [
-        [part, f"{found['samples']:,}", name, *(percent(scores.get(key)) for key in PART_COLUMNS)]
+        [part, f"{found['samples']:,}", name, *(percent(found["maps"][name].get(key)) for key in PART_COLUMNS)]
         for part, found in results.get("parts", {}).items()
-        for name, scores in found["maps"].items()
-        if name in main_maps(found["maps"])
+        for name in main_maps(found["maps"])
     ]
-    return _table(["part", "samples", "map", *PART_COLUMNS], rows, labels=3)
+    return Block("By part of the set", ("part", "samples", "map", *PART_COLUMNS), rows, 3)
 
 
-def snr_lines(results: Mapping[str, Any]) -> list[str]:
+def snr_block(results: Mapping[str, Any]) -> Block:
     """Figures of the main maps with noise added, after the clean ones."""
-    noisy = results.get("snr", {})
-    if not noisy:
-        return []
+    noisy = results.get("snr") or {}
     levels = {CLEAN: results, **{f"{level} dB": found for level, found in noisy.items()}}
-    names = main_maps(results["maps"])
+    names = main_maps(results.get("maps", {}))
     columns = [key for key in SNR_COLUMNS if any(key in results["maps"][name] for name in names)]
     rows = [
         [name, level, *(percent(found["maps"][name].get(key)) for key in columns)]
         for name in names
         for level, found in levels.items()
     ]
-    return _table(["map", "audio", *columns], rows, labels=2)
+    return Block("With white noise in the audio", ("map", "signal to noise", *columns), rows if noisy else [], 2)
 
 
 def main_maps(maps: Mapping[str, Any]) -> list[str]:

@@ -20,12 +20,15 @@ import soundfile
 from PIL import Image
 
 from audio_io import SAMPLE_RATE, crop_or_tile, load_audio, num_samples
+from reports.harder import blocks
 from reports.pictures import draw_truth, overlay
 from scoring.metrics import RULES, success_steps
+from scoring.negatives import NEGATIVES
 from utils import as_user_error, strict_json, write_text
 
 PAGE, FILES = "report.html", "report_files"
 TEMPLATE = Path(__file__).with_name("page.html")
+ENDS = tuple(f"_{kind}" for kind in NEGATIVES)  # of a map that was asked with negative audio
 SHOWN_BY_DEFAULT = ("AUD", "AUD_share", "IQR")
 JPEG_QUALITY = 82
 SCORES = (*(f"iou{suffix}" for suffix in RULES.values()), "average_precision", "pointing")  # of a sample, per map
@@ -43,6 +46,7 @@ class Gallery:
     def __init__(self, folder: Path, maps: Sequence[str] | None = None, seconds: float = 5.0) -> None:
         self.folder, self.maps, self.seconds = Path(folder), maps, seconds
         self.shown: list[str] = []
+        self.wide = 1.0  # width of an image by its height: 2 where two stand side by side
         self.files: dict[str, tuple[str, str | None]] = {}
         self.written: list[Path] = []
         self.draft = self.folder / f"{FILES}.part"
@@ -64,7 +68,7 @@ class Gallery:
         """
         if id in self.files:
             raise ValueError(f"{id} is in the gallery already")
-        self.shown = self.shown or shown_maps(maps, self.maps)
+        self.shown, self.wide = self.shown or shown_maps(maps, self.maps), truth.shape[1] / truth.shape[0]
         name = f"{len(self.files):05d}"  # an id may hold anything, a file name may not
         strip = Image.fromarray(sample_strip(image, truth, {m: maps[m] for m in self.shown}))
         strip.save(self.draft / f"{name}.jpg", quality=JPEG_QUALITY)
@@ -87,7 +91,7 @@ class Gallery:
         results, rows: see `page_data`. The old page is removed first, so that a page never shows files of two runs.
         """
         page, files = self.folder / PAGE, self.folder / FILES
-        write_page(results, rows, self.draft / PAGE, self.shown, self.files)
+        write_page(results, rows, self.draft / PAGE, self.shown, self.files, self.wide)
         before = page.read_text(encoding="utf-8", errors="ignore") if page.is_file() else ""
         page.unlink(missing_ok=True)
         files.mkdir(exist_ok=True)
@@ -107,7 +111,10 @@ def shown_maps(given: Mapping[str, Any], wanted: Sequence[str] | None = None) ->
     """Which maps a gallery draws: the wanted ones, else AUD, AUD_share, IQR as far as given, else the first two."""
     if missing := [name for name in wanted or () if name not in given]:
         raise ValueError(f"no map {', '.join(missing)} to draw: there are {', '.join(given)}")
-    return list(wanted or [name for name in SHOWN_BY_DEFAULT if name in given] or list(given)[:2])
+    plain = [name for name in given if not name.endswith(ENDS)]
+    own = list(wanted or [name for name in SHOWN_BY_DEFAULT if name in given] or plain[:2])
+    asked = {name: [f"{name}{end}" for end in ENDS if f"{name}{end}" in given] for name in own}
+    return own if wanted else [tile for name in own for tile in (name, *asked[name])]
 
 
 def sample_strip(image: np.ndarray, truth: np.ndarray, maps: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -130,22 +137,32 @@ def audio_format() -> str:
 
 
 def write_page(
-    results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], path: Path, shown: Sequence[str], files: Files
+    results: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    shown: Sequence[str],
+    files: Files,
+    wide: float = 1.0,
 ) -> None:
     """Write the page of `page_data` to `path`, whole or not at all; the files are in report_files/ beside it."""
-    data = strict_json(page_data(results, rows, shown, files)).replace("<", "\\u003c")  # no </script> in any text
+    data = strict_json(page_data(results, rows, shown, files, wide)).replace("<", "\\u003c")  # no </script> in any text
     write_text(path, TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", data, 1))
 
 
 def page_data(
-    results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], shown: Sequence[str], files: Files
+    results: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    shown: Sequence[str],
+    files: Files,
+    wide: float = 1.0,
 ) -> dict[str, Any]:
     """The content of the page, as one value that JSON can hold.
 
     results: figures of a set as `test_model.py` writes them to results.json, fractions of 1 or undefined; rows: one
     dict per sample with id, class, area (pixels of G), confidence and, per map, MAP_iou, MAP_iou_half,
-    MAP_iou_adaptive, MAP_average_precision, MAP_pointing as far as known; shown: the maps on the strips. ValueError
-    for no rows, and where rows and files are not of the same samples.
+    MAP_iou_adaptive, MAP_average_precision, MAP_pointing as far as known; shown: the maps on the strips, of which
+    those of negative audio have no scores but MAP_lit_NEGATIVE; wide: width of an image by its height. ValueError for
+    no rows, and where rows and files are not of the same samples.
     """
     if not rows:
         raise ValueError("no sample to report on")
@@ -159,6 +176,8 @@ def page_data(
         "results": results,
         "shown": shown,
         "folder": FILES,
+        "wide": wide,
+        "harder": [block._asdict() for block in blocks(results)],
         "curves": {
             rule: {name: success_curve(own["iou" + suffix]) for name, own in scores.items() if "iou" + suffix in own}
             for rule, suffix in RULES.items()
@@ -172,8 +191,15 @@ def page_data(
                 name: {score: _per_ten_thousand(values) for score, values in own.items()}
                 for name, own in scores.items()
             },
+            "lit": {name: _per_ten_thousand(_column(rows, key)) for name in shown if (key := _lit(name)) in rows[0]},
         },
     }
+
+
+def _lit(name: str) -> str:
+    """The column that says how much of a map is lit: of NAME_silence it is NAME_lit_silence, of NAME NAME_lit_own."""
+    kind = next((kind for kind in NEGATIVES if name.endswith(f"_{kind}")), None)
+    return f"{name.removesuffix(f'_{kind}')}_lit_{kind}" if kind else f"{name}_lit_own"
 
 
 def success_curve(ious: np.ndarray) -> list[float]:

@@ -13,17 +13,19 @@ from tabulate import tabulate
 
 from annotations import first_ids
 from recipes import OUR_LOSSES, PAPER_NAMES, RUN, TESTS, modern, roles
-from scoring.bootstrap import RESAMPLES, Ratio, bootstrap, interval
+from scoring.bootstrap import RESAMPLES, Combined, Ratio, bootstrap, interval
 from scoring.metrics import RULES
+from scoring.negatives import negative_ratios
 from scoring.summary import interactive_groups, ratios_of
 from utils import UserError
 
 WIDTH, LABEL = 130, 44  # characters of a line and of a label; columns that do not fit go into a table below
 COLUMNS = (
     "cIoU", "AUC", "mAP", "pointing", "cIoU_half", "mIoU", "F", "IIoU", "listening", "class_R@1",
-    "both_pointing", "AP", "max_F1",
+    "both_pointing", "AP", "max_F1", "F_LOC", "F_AUC", "cIoU_u", "pIA_silence", "pIA_noise", "pIA_offscreen",
+    "CIoU@0.3", "CAP", "PIAP",
 )  # fmt: skip
-DIFFERENCES = ("cIoU", "mAP", "pointing", "mIoU", "IIoU")
+DIFFERENCES = ("cIoU", "mAP", "pointing", "mIoU", "IIoU", "F_LOC", "pIA")
 SETTINGS = ("alpha", "infer_image_size", "infer_sharpening", "infer_smoothing", "interpolation")
 
 
@@ -175,13 +177,13 @@ def on_common(runs: Sequence[Run]) -> list[Run]:
 
 def image_of(run: Run) -> dict[str, str]:
     """{id: image} of an interactive set, as `images_by_id` has it; of what was left out as far as the results tell."""
-    ids, units = run.columns["id"], run.columns["unit"]
+    ids, units = run.columns["id"], run.columns.get("image", run.columns["unit"])
     in_view = run.columns.get("has_source", ["True"] * len(ids))
     scored = {i: unit if seen == "True" else i for i, unit, seen in zip(ids, units, in_view, strict=True)}
     return (run.results["pairs"].get("images_of_left_out") or {}) | scored
 
 
-def ratios(run: Run, name: str) -> dict[str, Ratio]:
+def ratios(run: Run, name: str) -> dict[str, Ratio | Combined]:
     """The metrics of one map, from per_sample.csv. UserError where they disagree with results.json."""
     table, given, columns = run.path.with_name("per_sample.csv"), run.results["maps"][name], {}
     for column in ("area", *("iou" + suffix for suffix in RULES.values()), "average_precision", "pointing"):
@@ -195,6 +197,7 @@ def ratios(run: Run, name: str) -> dict[str, Ratio]:
     whole = [*run.columns["id"], *(run.results["pairs"].get("left_out") or ())]
     groups = interactive_groups(run.columns["id"], whole, image_of(run)) if "IIoU" in given else None
     found = ratios_of(columns, columns["area"] == 0, groups)
+    found |= _negatives(run, name)
     if f"{name}_jaccard" in run.columns:  # of masks
         frames = np.array(run.columns[f"{name}_jaccard"], float)
         found["mIoU"] = Ratio(frames, np.ones(len(frames)))
@@ -203,6 +206,21 @@ def ratios(run: Run, name: str) -> dict[str, Ratio]:
             says = f"{metric} of {name} is {100 * stored:.4f} in {run.path}, {100 * found[metric].value():.4f}"
             raise UserError(f"{says} in {table}: they are not of one run")
     return found
+
+
+def _negatives(run: Run, name: str) -> dict[str, Ratio | Combined]:
+    """The figures of negative audio that follow from the rows, where seeds are averaged: not AUC_N, nor F_AUC."""
+    columns = {title.removeprefix(f"{name}_"): values for title, values in run.columns.items()}
+    wanted = [column for column in columns if column == "iou_u" or column.startswith(("lit_", "change_"))]
+    try:
+        numbers = {column: np.array([float(text or "nan") for text in columns[column]]) for column in wanted}
+    except ValueError as error:
+        raise UserError(f"{run.path.with_name('per_sample.csv')}, columns of {name}: {error}") from error
+    seeds = {
+        column: values if column in ("iou_u", "lit_own") else values[:, None] for column, values in numbers.items()
+    }
+    found = negative_ratios(seeds, np.zeros(len(run.columns["id"]), dtype=bool))
+    return {metric: ratio for metric, ratio in found.items() if not metric.startswith("AUC_N") and metric != "F_AUC"}
 
 
 def configure(runs: Sequence[Run], map_name: str | None = None) -> list[Configuration]:
@@ -259,7 +277,9 @@ def _choose_maps(group: Sequence[Run], map_name: str | None) -> list[str]:
         _require(map_name is None or map_name in has, f"{run.path} has no map {map_name}: it has {', '.join(has)}")
     own = [name for name in group[0].results["maps"] if all(name in run.results["maps"] for run in group)]
     _require(own, f"{group[0].path} and {group[-1].path} are runs of one configuration without a map in common")
-    return [map_name] if map_name else [name for name in ("AUD", "IQR") if name in own] or own[:2]
+    asked = [name for name in own if "F_LOC" in group[0].results["maps"][name] and name not in ("AUD", "IQR")]
+    known = [name for name in ("AUD", "IQR") if name in own] or [name for name in own if name not in asked][:2]
+    return [map_name] if map_name else [*known, *asked]
 
 
 def figures_table(configurations: Sequence[Configuration]) -> list[str]:
@@ -280,15 +300,18 @@ def difference_table(configurations: Sequence[Configuration]) -> list[str]:
     base, *others = configurations
     known = set(base.runs[0].results["maps"]).intersection(*(run.results["maps"] for run in base.runs))
     own = {(c.label, name): seed_means(c, name) for c in configurations for name in c.maps}
-    metrics = [key for key in DIFFERENCES if all(key in means for means in own.values())]
+    metrics = [key for key in DIFFERENCES if any(key in means for means in own.values())]
     rows, cells = [(c, name, name if name in known else base.maps[0]) for c in others for name in c.maps], []
     for c, name, of in rows:
         a, b = own[c.label, name], own.get((base.label, of)) or seed_means(base, of)
-        differences = {key: Ratio(a[key].numerator - b[key].numerator, b[key].denominator) for key in metrics}
+        differences = {key: difference(a[key], b[key]) for key in metrics if key in a and key in b}
         drawn = bootstrap(differences, base.runs[0].columns["unit"])  # the same resamples every time
-        spans = {key: interval(drawn[key]) for key in metrics}
+        spans = {key: interval(drawn[key]) for key in differences}
         marks = {key: " *" if low > 1e-12 or high < -1e-12 else "" for key, (low, high) in spans.items()}
-        found = [f"{_percent(differences[key].value(), '+')} {_span(*spans[key])}{marks[key]}" for key in metrics]
+        texts = {
+            key: f"{_percent(differences[key].value(), '+')} {_span(*spans[key])}{marks[key]}" for key in differences
+        }
+        found = [texts.get(key, "-") for key in metrics]
         cells.append([c.label, name, of, "samples", *found])
         if len(c.runs) + len(base.runs) > 2:
             sides = [(c.values(name, key), base.values(of, key)) for key in metrics]
@@ -298,11 +321,25 @@ def difference_table(configurations: Sequence[Configuration]) -> list[str]:
     return ["", f"Difference to {base.label}; `minus` is its map that is subtracted", *table] if others else []
 
 
-def seed_means(configuration: Configuration, name: str) -> dict[str, Ratio]:
+def difference(one: Ratio | Combined, other: Ratio | Combined) -> Ratio | Combined:
+    """One figure minus another of the same samples."""
+    if isinstance(one, Ratio):
+        return Ratio(one.numerator - other.numerator, other.denominator)
+    count = len(one.parts)
+    return Combined((*one.parts, *other.parts), lambda *parts: one.form(*parts[:count]) - other.form(*parts[count:]))
+
+
+def seed_means(configuration: Configuration, name: str) -> dict[str, Ratio | Combined]:
     """Figures of one map with every sample's numerator averaged over the runs."""
     of_runs = [ratios(run, name) for run in configuration.runs]
-    tops = {key: np.mean([own[key].numerator for own in of_runs], axis=0, dtype=float) for key in of_runs[0]}
-    return {key: Ratio(top, of_runs[0][key].denominator) for key, top in tops.items()}
+    return {key: _mean([own[key] for own in of_runs]) for key in of_runs[0] if all(key in own for own in of_runs)}
+
+
+def _mean(figures: Sequence[Ratio | Combined]) -> Ratio | Combined:
+    first = figures[0]
+    if isinstance(first, Combined):
+        return Combined(tuple(map(_mean, zip(*(figure.parts for figure in figures), strict=True))), first.form)
+    return Ratio(np.mean([figure.numerator for figure in figures], axis=0, dtype=float), first.denominator)
 
 
 def footer(configurations: Sequence[Configuration]) -> list[str]:
@@ -321,6 +358,7 @@ def footer(configurations: Sequence[Configuration]) -> list[str]:
         lines.append(f"- {c.label}: {'; '.join([*about, ', '.join(str(run.path.parent) for run in c.runs)])}")
     told = {key: lambda run, key=key: run.results["settings"].get(key) for key in SETTINGS}
     told["seed of the wrong audio (listening)"] = lambda run: run.results["settings"].get("seed")
+    told["negative audio"] = lambda run: _asked(run.results.get("negatives"))
     told["checkpoint selected by"] = lambda run: run.checkpoint.get("selected_by")
     told["test pairs trained on"] = lambda run: run.results.get("training_test_overlap")
     for title, of in told.items():
@@ -333,6 +371,13 @@ def footer(configurations: Sequence[Configuration]) -> list[str]:
             sides = "; ".join(f"{value} ({', '.join(names)})" for value, names in labels.items())
             lines.append(f"NOTE {title}: {sides}" + " - what has seen the test set scores too high" * flattered)
     return lines
+
+
+def _asked(negatives: Mapping[str, Any] | None) -> str:
+    """Kinds and number of seeds of negative audio, in words."""
+    about = negatives or {}
+    seeds = f", {len(about['seeds'])} seeds" if len(about.get("seeds", ())) > 1 else ""
+    return f"{' and '.join(about.get('kinds', ())) or 'none'}{seeds}"
 
 
 def _word(value: Any) -> str:

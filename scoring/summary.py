@@ -216,7 +216,10 @@ class SetScores:
             "class": [truth.class_of.get(i, "") for i in ids],
             "unit": [truth.unit_of.get(i, i) for i in ids],
             "has_source": [i not in truth.silent for i in ids],
-        } | {name: values.tolist() for name, values in scalars.items()}
+        }
+        if samples.images is not None:
+            columns["image"] = samples.images.tolist()
+        columns |= {name: values.tolist() for name, values in scalars.items()}
         for name, own in samples.maps.items():
             at_half = {"jaccard": own["jaccard"][:, JACCARD_THRESHOLDS.index(0.5)]} if "jaccard" in own else {}
             plain = {column: values for column, values in own.items() if values.ndim == 1} | at_half
@@ -271,8 +274,12 @@ def ratios_of(
 
 
 def images_by_id(truth: GroundTruth, ids: Sequence[str]) -> dict[str, str]:
-    """{id: image} of an interactive set; an entry without a source in view, which no map can get right, is apart."""
-    return {i: i if i in truth.silent else truth.unit_of.get(i, i) for i in ids}
+    """{id: image} of an interactive set; an entry without a source in view, which no map can get right, is apart.
+
+    Where images are frames that share a unit, their video, the siblings tell them apart.
+    """
+    first = {i: siblings[0] for i, siblings in truth.siblings.items()}
+    return {i: i if i in truth.silent else first.get(i) or truth.unit_of.get(i) or i.rpartition("_")[0] for i in ids}
 
 
 def interactive_groups(

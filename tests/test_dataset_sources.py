@@ -12,6 +12,7 @@ from PIL import Image
 from annotations import load_avatar, load_music, read_duets, read_labels
 from dataset import finish_one
 from dataset_avs import build_frame_set, build_source_set, build_source_truth, pair_up
+from scoring.summary import images_by_id
 from utils import Absent, UserError
 
 RATE = 16000
@@ -107,6 +108,7 @@ def test_the_published_lists_of_music_and_the_boxes_that_corners_lose():
     assert len(truth.ids) == 2040 and len({*truth.unit_of.values()}) == 6
     assert all(truth.truth_of(i).any() for i in truth.ids[::100])
     assert "1,027 of 2,040" in truth.notes[0]
+    assert len({*images_by_id(truth, truth.ids).values()}) == 1020  # an image is a frame, though the unit is its video
 
 
 # ---------------------------------------------------------------- duets

@@ -280,7 +280,7 @@ def test_flags_that_do_not_go_together_are_one_line(compare, stub, flags, says):
 
 
 def test_tables_of_finished_trainings_go_into_the_pages(demo, compare, stub, tmp_path):
-    pages = {"listening.md": ("fixed", "half"), "results.md": ("demo",)}
+    pages = {"listening.md": ("fixed", "half", "negatives"), "results.md": ("demo",)}
     (tmp_path / "docs").mkdir()
     for page, names in pages.items():
         text = "".join(f"<!-- table: {name} -->\nold\n<!-- end: {name} -->\n" for name in names)
@@ -299,7 +299,7 @@ def test_tables_of_finished_trainings_go_into_the_pages(demo, compare, stub, tmp
     assert compare().returncode == 0
     assert compare("--write_docs").returncode == 0
     listening = squeezed((tmp_path / "docs" / "listening.md").read_text())
-    assert "old" not in listening and listening.count(f"| {ROWS['listen_silence'].label} |") == 2
+    assert "old" not in listening and listening.count(f"| {ROWS['listen_silence'].label} |") == 3
     (stub / "share_seed_0" / "results" / SPLITS[0] / "results.json").unlink()
     (tmp_path / "docs" / "results.md").write_text("no lines")
     done = compare("--write_docs")

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_dataset_sources import avatar  # noqa: F401  (a fixture)
+from PIL import Image
+from test_dataset_sources import avatar, write_image, write_tone  # noqa: F401  (a fixture)
 from test_scoring_negatives import reference
 
 from annotations import load_boxes
@@ -54,7 +55,7 @@ def test_a_model_is_asked_with_negative_audio_and_its_saved_maps_score_the_same(
     assert {"F_LOC", "F_AUC", "pIA", "change_noise_offscreen"} <= results["intervals"]["AUD_share"].keys()
     assert len(results["negatives"]["over_seeds"]["AUD_share"]["pIA_noise"]) == 2
     assert "F_LOC" in results["by_class"][next(iter(results["by_class"]))]["maps"]["AUD_share"]
-    assert "negative audio" in done.stdout and "F_LOC" not in results["maps"]["AUD"]
+    assert "Negative audio" in done.stdout and "F_LOC" not in results["maps"]["AUD"]
 
     stored = dict(np.load(tmp_path / "one" / name / "maps.npz"))
     assert stored["AUD_share_noise"].shape[:2] == (20, 2) and stored["AUD_share_silence"].shape[1] == 1
@@ -80,6 +81,11 @@ def test_a_model_is_asked_with_negative_audio_and_its_saved_maps_score_the_same(
     other = read(tmp_path / "two", name)
     assert other["maps"]["AUD_share"]["F_LOC"] == pytest.approx(figures["F_LOC"], abs=1e-12)
     assert other["negatives"]["thresholds"] == {"AUD_share": {"value": 0.5, "from": "the file"}}
+    compared = run("--compare", *(tmp_path / part / name / "results.json" for part in ("one", "two")))
+    assert compared.returncode == 0, compared.stderr
+    assert "F_LOC" in compared.stdout and "NOTE negative audio" in compared.stdout
+    share = next(line for line in compared.stdout.splitlines() if "AUD_share | AUD_share" in line)
+    assert "+0.0 [+0.0, +0.0]" in share or "0.0 [0.0, 0.0]" in share
     rows = list(csv.DictReader((tmp_path / "two" / name / "per_sample.csv").open()))
     assert np.mean([float(row["AUD_share_lit_noise"]) for row in rows]) == pytest.approx(figures["pIA_noise"])
 
@@ -218,7 +224,7 @@ def test_the_built_in_duet_is_asked_with_the_mixture_and_with_each_sound(thresho
     assert results["maps"]["AUD"]["PIAP"] == pytest.approx(results["maps"]["AUD"]["CAP"])  # one map for both
     assert {"AUD", "AUD_alone", "AUD_wrong"} <= results["maps"].keys() and results["pairs"]["scored"] == 10
     assert results["maps"]["AUD_alone"]["PIAP"] >= results["maps"]["AUD_alone"]["CAP"] - 0.05
-    assert "several sources" in done.stdout and (tmp_path / "synthetic_duet" / "report.html").is_file()
+    assert "Several sources" in done.stdout and (tmp_path / "synthetic_duet" / "report.html").is_file()
     maps = np.load(tmp_path / "synthetic_duet" / "maps.npz")
     first, second = maps["AUD"][maps["id"] == maps["id"][0]][0], maps["AUD"][maps["id"] == maps["id"][1]][0]
     assert first.shape[1] == 2 * first.shape[0] and (first == second).all()
@@ -239,3 +245,64 @@ def test_avatar_has_figures_by_task_and_a_share_of_frames_that_stay_dark(thresho
     assert results["parts"]["off-screen"]["maps"]["AUD_share"]["TN_u"] in (0, 1)
     assert "TN_u" not in results["parts"]["mixed-sound"]["maps"]["AUD_share"]
     assert "[x, y, width, height]" in results["notes"][0] and "mixed-sound" in done.stdout
+
+
+# ---------------------------------------------------------------- noise in the audio, the page, masks
+
+
+def test_noise_in_the_audio_gives_the_same_figures_again_at_every_level(thresholded, synthetic_root, tmp_path, run):
+    few = tmp_path / "few.txt"
+    few.write_text("".join(f"test_{i:06}\n" for i in range(6)))
+    where = ("--testset", "synthetic", "--test_data_path", synthetic_root, "--test_list", few)
+    flags = ("--imagenet_weights", "none", "--out_dir", tmp_path, "--snr", "0,120", "--report")
+    done = run("--checkpoint", thresholded, *where, *flags)
+    assert done.returncode == 0, done.stderr
+    results = read(tmp_path, "synthetic")
+    assert [*results["snr"]] == ["120", "0"] and "signal to noise" in done.stdout
+    clean, faint, loud = (found["maps"]["AUD"]["mean_iou"] for found in (results, *results["snr"].values()))
+    assert faint == pytest.approx(clean, abs=1e-3) and abs(loud - clean) > abs(faint - clean)
+    assert {"maps", "intervals", "retrieval"} == results["snr"]["0"].keys()
+    assert "F_LOC" in results["snr"]["0"]["maps"]["AUD_share"]  # the page has negative audio by itself
+    text = (tmp_path / "synthetic" / "report.html").read_text()
+    data = json.loads(text.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    assert data["shown"][:5] == [
+        "AUD",
+        "AUD_share",
+        *(f"AUD_share_{kind}" for kind in ("silence", "noise", "offscreen")),
+    ]
+    assert len(data["samples"]["lit"]["AUD_share_noise"]) == 6 and len(data["harder"]) == 3
+    done = run("--checkpoint", thresholded, *where, "--snr", "5,loud")
+    assert done.returncode == 2 and "loud" in done.stderr.splitlines()[-1]
+
+
+def test_the_noise_is_as_far_below_each_sound_as_asked(synthetic_root):
+    clean = build_test_set("synthetic", str(synthetic_root), None, "", 64, 0.8)
+    noisy = clean.noisy(10.0)
+    name = clean.pairs[0].id
+    sound, mixed = clean.waveform(name).astype(float), noisy.waveform(name).astype(float)
+    ratio = 10 * np.log10(np.mean(sound**2) / np.mean((mixed - sound) ** 2))
+    assert ratio == pytest.approx(10, abs=0.3) and (noisy.waveform(name) == mixed).all()
+    assert np.corrcoef(sound, mixed - sound)[0, 1] == pytest.approx(0, abs=0.05)
+    assert clean.snr is None
+
+
+def test_masks_of_avsbench_robust_are_always_asked_with_negative_audio(thresholded, tmp_path, run):
+    root = tmp_path / "avs"
+    for video in ("vid_a", "vid_b"):
+        write_tone(root / "ms3" / "audio_wav" / f"{video}.wav", 500)
+        for number in range(1, 6):
+            write_image(root / "ms3" / "visual_frames" / f"{video}_{number}.png", 40 * number)
+            mask = np.zeros((20, 30), np.uint8)
+            mask[:, : 5 * number] = 255
+            (root / "ms3" / "gt_masks").mkdir(exist_ok=True)
+            Image.fromarray(mask).save(root / "ms3" / "gt_masks" / f"{video}_{number}.png")
+    (tmp_path / "ms3_meta_data.csv").write_text("video_id,split\nvid_a,test\nvid_b,test\n")
+    where = ("--testset", "ms3_robust", "--test_data_path", root, "--metadata", tmp_path, "--imagenet_weights", "none")
+    done = run("--checkpoint", thresholded, *where, "--out_dir", tmp_path / "out", "--save_maps")
+    assert done.returncode == 0, done.stderr
+    figures = read(tmp_path / "out", "ms3_robust")["maps"]["AUD_share"]
+    wanted = {f"{name}_{kind}" for name in ("mIoU", "F", "FPR") for kind in ("own", "silence", "noise", "offscreen")}
+    assert wanted <= figures.keys() and "AVSBench-Robust" in done.stdout
+    maps = np.load(tmp_path / "out" / "ms3_robust" / "maps.npz")
+    large = enlarge_absolute(torch.from_numpy(maps["AUD_share_noise"][:, 0]))
+    assert figures["FPR_noise"] == pytest.approx((large > 0.5).double().mean().item(), abs=1e-9)

@@ -20,6 +20,7 @@ from reports.pictures import Drawer, images_of
 from reports.table import publish, training_overlap
 from scoring.bootstrap import RESAMPLES
 from scoring.evaluate import OnBatch, embed_set, evaluate
+from scoring.questions import Negatives
 from scoring.retrieval import ranks_both_ways
 from sets import count_undecodable
 from training.resume import RunFolder
@@ -169,10 +170,14 @@ def score_sets(
 ) -> dict[str, float]:
     """Score every test set -> {"set/map/metric": value}; empty except on the first process.
 
-    settings: of `evaluate`. chosen: the checkpoint of a finished run, whose results are published with intervals, and
-    beside them the last epoch's: `last`, as this function returned them; empty where the last epoch is the chosen one.
+    settings: of `evaluate`. chosen: the checkpoint of a finished run, whose results are published with intervals and
+    with negative audio, and beside them the last epoch's: `last`, as this function returned them; empty where the last
+    epoch is the chosen one.
     """
     scores = {}
+    if chosen:  # the first process knows its threshold
+        threshold = all_gather_object((chosen.get("threshold") or {}).get("value"))[0]
+        settings |= {"threshold": threshold, "negatives": None if threshold is None else Negatives()}
     for name, dataset in test_sets.items():
         results = folder.path / "results" / name
         sheet, drawer = results / "contact_sheet.png", None
