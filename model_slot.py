@@ -128,7 +128,7 @@ class JointSlotAttention(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             x = norm_input(at_least_fp32(tokens))
             keys, values = to_k(x), to_v(x)  # (B, N, D)
-            slots = self.slots.expand(len(x), -1, -1)  # (B, K, D)
+            slots = self.slots.expand(x.shape[0], -1, -1)  # (B, K, D); len(x) would fix B in torch.export
             for _ in range(self.iterations):
                 query = to_q(norm_slots(slots))  # (B, K, D)
                 attention = slot_attention(query, keys)  # (B, K, N)

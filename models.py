@@ -1,5 +1,7 @@
 """The models by objective, and the one way to load a checkpoint of any of them, ours or the paper's.
 
+A checkpoint is what training writes, or a safetensors file (export.py), whose header holds all that loading needs.
+
 To add a model, add a row to `MODELS` and one to `OBJECTIVES` of recipes.py, and write a class whose constructor takes
 settings of recipes.py, and which has what the two classes have: for training `forward`, `draw_masks`, `represent`,
 `compared`, `batch_losses`, `imgnet`, `config`, `shape`; for evaluation `attend_image`, `attend_audio`, `maps`,
@@ -8,6 +10,7 @@ settings of recipes.py, and which has what the two classes have: for training `f
 
 import inspect
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +20,7 @@ import torch
 from model_maxpool import MaxPoolModel
 from model_slot import JointSlotModel
 from resnet import Encoder, load_image_weights, weights_digest
-from utils import UserError, check_weights, load_checkpoint
+from utils import UserError, atomic_path, check_weights, load_checkpoint, provenance
 
 Model = JointSlotModel | MaxPoolModel
 MODELS: dict[str, type[Model]] = {
@@ -27,6 +30,8 @@ MODELS: dict[str, type[Model]] = {
 OLD_OBJECTIVES = {"joint_slot": "paper", "maxpool_contrastive": "maxpool"}  # their names in older checkpoints
 TRUNK = "imgnet."  # before the names of the image encoder's weights
 PAPERS_INFERENCE = {"infer_sharpening": 0.1, "infer_smoothing": 0.0}
+SAFETENSORS = ".safetensors"
+HOW_INSTALLED = "safetensors is not installed: pip install -r requirements-export.txt"
 
 
 class Trained(NamedTuple):
@@ -50,7 +55,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Trained:
     UserError where there is no such file or it is damaged, for an unknown objective, settings that build no model, and
     weights that are missing, unexpected or of another shape, each by name.
     """
-    path, state = Path(path), load_checkpoint(path)
+    path, state = Path(path), read_checkpoint(path)
     return Trained(_restore(path, state).to(device).eval(), describe_checkpoint(path, state), own_inference(state))
 
 
@@ -71,14 +76,17 @@ def _restore(path: Path, state: Mapping[str, Any]) -> Model:
         raise UserError(f"{path} is of objective {objective!r}, which is none of {', '.join(MODELS)}")
     try:
         model = MODELS[objective](**{name: value for name, value in config.items() if name != "objective"})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the settings of the checkpoint {path} build no model: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the settings of the checkpoint {path} build no model: {reason}") from error
+    if "inference" in state and (lacking := sorted(model.config.keys() - config.keys() - {"objective"})):
+        raise UserError(f"the header of {path} lacks settings of the model: {', '.join(lacking)}")
     weights = {key.removeprefix("module."): value for key, value in state["model"].items()}
     if reference := state.get("frozen_weights"):
         weights |= _frozen_weights(path, model.imgnet, reference)
     check_weights(weights, model.state_dict(), path)
     model.load_state_dict(weights)
-    model.infer_image_size = training_flags(state).get("infer_image_size") or model.infer_image_size
+    model.infer_image_size = _asked_for(state).get("infer_image_size") or model.infer_image_size
     return model
 
 
@@ -169,9 +177,14 @@ def training_flags(state: Mapping[str, Any]) -> dict[str, Any]:
     return flags if isinstance(flags, dict) else {}
 
 
+def _asked_for(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of the training run; of a safetensors file its inference settings, which stand by themselves."""
+    return training_flags(state) | state.get("inference", {})
+
+
 def own_inference(state: Mapping[str, Any]) -> dict[str, float]:
     """The sharpening and smoothing of maps that a model was trained for, else the paper's."""
-    flags = training_flags(state)
+    flags = _asked_for(state)
     return {name: paper if flags.get(name) is None else flags[name] for name, paper in PAPERS_INFERENCE.items()}
 
 
@@ -186,6 +199,99 @@ def own_threshold(state: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(chosen, dict) or not isinstance(chosen.get("value"), float):
         raise UserError("the checkpoint's `threshold` is no record of one: python -m scoring.threshold writes it anew")
     return chosen
+
+
+# ---------------------------------------------------------------- safetensors
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint file holds, as training writes it, whether it is PyTorch's or a safetensors file.
+
+    UserError where there is none, and where it is damaged or somebody else's.
+    """
+    return _read_safetensors(Path(path)) if is_safetensors(path) else load_checkpoint(path)
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """Whether a file is to be read as safetensors: by its first bytes; without any that tell, by its name."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start.startswith((b"PK", b"\x80")) and start[8:] != b"{":
+        return False  # PyTorch's, whatever its name
+    return start[8:] == b"{" or path.suffix == SAFETENSORS
+
+
+def settings_of(trained: Trained) -> dict[str, Any]:
+    """All that a model needs beside its weights, and how it came about: the header of an exported file, before JSON.
+
+    model_config (with the objective), inference (sharpening, smoothing, image size), epoch, selected_by, training (the
+    flags of the run), threshold and warning where there are any, and written_by (revision and versions).
+    """
+    model = trained.model
+    objective = next(name for name, kind in MODELS.items() if isinstance(model, kind))
+    inference = trained.inference | {"infer_image_size": model.infer_image_size}
+    about = {name: value for name, value in trained.about.items() if name not in ("path", "trained_on")}
+    config = {"objective": objective} | model.config
+    return {"model_config": config, "inference": inference} | about | {"written_by": provenance()}
+
+
+def write_safetensors(path: str | Path, trained: Trained) -> None:
+    """Write a model so that `load` reads it from this one file, frozen weights included. UserError as `atomic_path`."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise UserError(HOW_INSTALLED) from error
+    weights = {key: value.detach().cpu().contiguous().clone() for key, value in trained.model.state_dict().items()}
+    header = {name: json.dumps(value, allow_nan=False) for name, value in settings_of(trained).items()}
+    with atomic_path(path) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"} | header)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """A file of `write_safetensors` as the dict that training would have written."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise UserError(f"{path}: {HOW_INSTALLED}") from error
+    try:
+        with safe_open(path, "pt") as file:
+            header, weights = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is not a safetensors file, or a damaged one: {str(error).splitlines()[0]}") from error
+    kinds = {"model_config": dict, "inference": dict, "epoch": (int, str), "selected_by": str, "training": dict}
+    if lacking := [name for name in kinds if name not in header]:
+        raise UserError(
+            f"{path} is no model of this project: its header lacks {', '.join(lacking)}; "
+            "python export.py CHECKPOINT --format safetensors writes such files"
+        )
+    settings = {}
+    for name in [*kinds, *(name for name in ("threshold", "warning") if name in header)]:
+        try:
+            settings[name] = json.loads(header[name])
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is damaged: {name} in its header is not JSON") from error
+        if name in kinds and not isinstance(settings[name], kinds[name]):
+            raise UserError(f"{path} is damaged: {name} in its header is {settings[name]!r:.60}")
+    _check_inference(path, settings["inference"])
+    state = {"model": weights, "args": settings.pop("training"), "chosen": settings["epoch"]} | settings
+    return state | ({"lines": [{"warning": state.pop("warning")}]} if "warning" in state else {})
+
+
+def _check_inference(path: Path, found: Mapping[str, Any]) -> None:
+    """UserError unless a header's inference settings are all there and within their ranges."""
+    ranges = {
+        "infer_sharpening": (float, math.ulp(0), math.inf),
+        "infer_smoothing": (float, 0, 1 / 3),
+        "infer_image_size": (int, 1, 2**16),
+    }
+    for name, (kind, low, high) in ranges.items():
+        value = found.get(name)
+        is_number = isinstance(value, int | kind) and not isinstance(value, bool)
+        if not (is_number and math.isfinite(value) and low <= value <= high):
+            raise UserError(f"{path} is damaged: {name} of inference in its header is {value!r:.60}")
 
 
 def rows_of(state: Any, rows: torch.Tensor | Sequence[int] | slice) -> Any:

@@ -180,7 +180,7 @@ class Localizer:
         if self.window < SHORTEST_WINDOW:
             raise UserError(f"a window of {self.window} s of sound is too short: {SHORTEST_WINDOW} s or more")
         self._heard = max(num_samples(self.window), num_samples(shape["audio_seconds"]))
-        self._seen = eval_transform(shape["image_size"])
+        self._seen = eval_transform(self.model.infer_image_size)
         self.has_threshold = self.trained.threshold is not None
         self.threshold = self.trained.threshold if self.has_threshold else THRESHOLD
 

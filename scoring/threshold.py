@@ -21,7 +21,7 @@ from annotations import read_ids, read_rows
 from dataset import LAYOUTS, Pair, TrainingPairs, find_pairs, in_order, make_loader
 from distributed import gather_in_order, hidden_bar, is_main, shard
 from maps import enlarge_absolute
-from models import Model, load, rows_of
+from models import SAFETENSORS, Model, is_safetensors, load, read_checkpoint, rows_of, write_safetensors
 from scoring.negative_audio import WithNegativeAudio, silence
 from scoring.negatives import NEGATIVES, third_quartile
 from scoring.parts import on_device
@@ -33,7 +33,6 @@ from utils import (
     add_boolean,
     add_workers,
     full_precision,
-    load_checkpoint,
     number,
     pick_device,
     run_cli,
@@ -173,7 +172,8 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     device = pick_device(args.gpu)
-    model = load(args.checkpoint, device).model.to(memory_format=torch.channels_last)  # rounds as in training
+    trained = load(args.checkpoint, device)
+    model = trained.model.to(memory_format=torch.channels_last)  # rounds as in training
     pairs = pairs_in(args.pairs, read_ids(args.list) if args.list else None, args.allow_missing)
     if args.allow_missing and (broken := undecodable(pairs, args.num_workers)):
         print(f"left out: {len(broken)} pairs cannot be decoded")
@@ -183,7 +183,10 @@ def main() -> None:
         model, pairs, device, source, args.batch_size, args.num_workers, args.seed, known_classes(args.pairs)
     )
     out = args.out or args.checkpoint
-    save_checkpoint(out, load_checkpoint(args.checkpoint) | {"threshold": chosen})
+    if out.suffix == SAFETENSORS or (out == args.checkpoint and is_safetensors(out)):
+        write_safetensors(out, trained._replace(about=trained.about | {"threshold": chosen}))
+    else:
+        save_checkpoint(out, read_checkpoint(args.checkpoint) | {"threshold": chosen})
     print(describe_threshold(chosen))
     print(f"written into {out}")
 
