@@ -17,7 +17,8 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,8 @@ def _not_for(trained: Trained, what: str, error: Exception) -> str:
 def write_torch(path: Path, trained: Trained) -> Program:
     """Write a program for `torch.export.load`, with `settings.json` among its extra files -> the program, read back."""
     torch.export.save(trace(trained), path, extra_files={"settings.json": json.dumps(settings_of(trained))})
-    return lambda pairs: torch.export.load(path).module()(*pairs)
+    program = torch.export.load(path).module()
+    return lambda pairs: program(*pairs)
 
 
 def write_onnx(path: Path, trained: Trained) -> Program:
@@ -128,10 +130,10 @@ def largest_difference(program: Program, trained: Trained) -> float:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what PyTorch's exporters warn of and log about themselves."""
+    """Without what PyTorch's exporters warn of, log and print about themselves."""
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

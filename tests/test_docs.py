@@ -61,6 +61,7 @@ RUN_ELSEWHERE = {
 SCRIPTS = (
     "train_slot",
     "test_model",
+    "export",
     "localize",
     "scoring.threshold",
     "web.app",
