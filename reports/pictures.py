@@ -201,9 +201,9 @@ class Drawer:
             self.pool = ProcessPool(workers, initializer=torch.set_num_threads, initargs=(1,)) if workers else None
 
     def __call__(self, batch: ScoredBatch) -> None:
-        drawn = [name for name in DRAWN_MAPS if name in batch.maps] or list(batch.maps)[:3]
         for i, name in enumerate(batch.ids):
-            if self.overlays or self.seen in self.on_sheet:
+            if self.overlays or self.seen in self.on_sheet:  # else nobody has to make the maps of this batch again
+                drawn = [name for name in DRAWN_MAPS if name in batch.maps] or list(batch.maps)[:3]
                 maps = {m: batch.maps[m][i].cpu().numpy() for m in drawn}
                 title = f"{name}   {self.truth.class_of.get(name, '')}".strip()
                 sample = self.image_of(name), batch.truth[i].numpy(), maps, title

@@ -25,7 +25,7 @@ from scoring.negatives import NEGATIVES, third_quartile
 from scoring.parts import on_device
 from scoring.questions import BAR, Negatives, Questions, WithWrongAudio, further_seeds, joined
 from scoring.retrieval import retrieval_recall, shared_labels
-from scoring.summary import ScoredBatch, SetScores, images_by_id
+from scoring.summary import Scored, ScoredBatch, SetScores, images_by_id
 from sets import count_undecodable
 from utils import UserError, as_user_error, full_precision
 
@@ -120,8 +120,8 @@ def evaluate(
     resamples: of the bootstrap (0: no intervals); on_batch: called with each batch (to draw or keep its maps);
     max_batches ends the pass early (dry runs); threshold: the universal one of the model, without which there are no
     figures of its absolute map; negatives: what every image is asked with besides, a further pass for each seed after
-    the first. Each of several processes localizes every W-th batch; the first one scores all of them in order, so that
-    its numbers are those of one process, and returns them; the others return None.
+    the first. Each of several processes localizes and scores every W-th batch; the first one collects the scores in
+    order, so that its numbers are those of one process, and returns them; the others return None.
     """
     if negatives and threshold is None:
         raise UserError("negative audio needs the model's universal threshold, and it has none")
@@ -143,22 +143,27 @@ def evaluate(
         further = further_seeds(model, seeded[1:], kinds, device, shard(batches), workers)
         loader = counted_batches(make_loader(questions, batch_size, workers, shard(batches), device), dataset, workers)
 
-        def localized() -> Iterator[tuple[Sequence[str], torch.Tensor, list[Localized], dict[str, torch.Tensor]]]:
+        def scored() -> Iterator[tuple[list[torch.Tensor], list[Scored]]]:
             for place, (batch, *asked) in enumerate(loader):
                 found = list(on_device(ask, device, batch.image, batch.spectrogram, *asked))
                 first = joined([part.negatives for part in found])
                 more = {kind: [of_seed[place][kind] for of_seed in further if kind in of_seed[place]] for kind in first}
                 shares = {kind: torch.stack([values, *more[kind]], 1) for kind, values in first.items()}
-                yield batch.id, batch.truth, found, shares
+                both = [torch.cat([part[side] for part in found]) for side in (2, 3)]
+                raw, scalars = (joined([part[side] for part in found]) for side in (0, 1))
+                with as_user_error(ValueError):  # maps that are not finite
+                    asked = {ABSOLUTE: shares}
+                    parts = scores.score(batch.id, batch.truth, raw, scalars, "bicubic", alpha, asked, device)
+                    yield both, list(parts)
 
-        everyones = gather_in_order(localized(), len(batches))
-        for ids, truth, found, shares in tqdm(everyones, "evaluating", len(batches), **BAR, disable=hidden_bar()):
-            embeddings += [(part.image_embedding, part.audio_embedding) for part in found]
-            raw, scalars = (joined([part[side] for part in found]) for side in (0, 1))
-            with as_user_error(ValueError):  # maps that are not finite
-                for part in scores.add(ids, truth, raw, scalars, "bicubic", alpha, {ABSOLUTE: shares}):
-                    for show in on_batch:
-                        show(part)
+        everyones = gather_in_order(scored(), len(batches))
+        for both, parts in tqdm(everyones, "evaluating", len(batches), **BAR, disable=hidden_bar()):
+            embeddings.append(both)
+            for part in parts:
+                scores.keep(part)
+                part.batch.make = partial(scores.enlarged, interpolation="bicubic", alpha=alpha)
+                for show in on_batch:
+                    show(part.batch)
     finally:
         model.train(was_training)
     if not is_main():

@@ -5,7 +5,8 @@ B batch, h x w map as given; maps are scored at 224 x 224, in fp32. N samples. F
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from scoring.negatives import negative_columns, negative_ratios, over_seeds
 from scoring.parts import in_parts
 from scoring.sources import source_columns, source_ratios
 
+CPU = torch.device("cpu")
 WRONG = "_wrong"  # suffix of a map that was computed with the wrong audio
 OVER_SEEDS = ("lit_", "change_")  # columns with a value for each seed of a negative, of which a row has the mean
 TIED_SHARE = 0.01  # more pixels than this share exactly at a cut: the region depends on the ties
@@ -35,15 +37,53 @@ Groups = dict[str, list[int]]  # image: indices of its samples
 # ---------------------------------------------------------------- a pass over the set
 
 
-class ScoredBatch(NamedTuple):
-    """What `on_batch` functions receive of each batch, to draw or keep it."""
+class ScoredBatch:
+    """What `on_batch` functions receive of each batch, to draw or keep it.
 
-    ids: list[str]
-    truth: Tensor  # (B, H, W): 224 x 224, twice as wide where two images stand side by side
-    raw: dict[str, Tensor]  # (B, h, w) each, as the model gives them
-    maps: dict[str, Tensor]  # (B, 224, 224) each in 0..1, but an absolute one in its own range
-    scalars: dict[str, Tensor]  # (B,) each
-    negatives: Mapping[str, Mapping[str, Tensor]]  # map: negative: (B, S, h, w), as the model gives them
+    ids; raw: {map: (B, h, w)}, as the model gives it; scalars: {name: (B,)}; negatives: {map: {kind: (B, S, h, w)}}.
+    truth: (B, H, W), 224 x 224, twice as wide where two images stand side by side; maps: {map: (B, H, W)} in 0..1, but
+    an absolute one in its own range. Those two stay with the process that scored the batch, and are made again, the
+    same, where another one asks for them.
+    """
+
+    def __init__(
+        self,
+        ids: list[str],
+        raw: Mapping[str, Tensor],
+        scalars: Mapping[str, Tensor],
+        negatives: Mapping[str, Mapping[str, Tensor]],
+        make: Callable[["ScoredBatch"], tuple[Tensor, dict[str, Tensor]]],
+        large: tuple[Tensor, dict[str, Tensor]] | None = None,
+    ) -> None:
+        """make: of this batch its truth and maps; large: these, where they are at hand."""
+        self.ids, self.raw, self.scalars, self.negatives = ids, raw, scalars, negatives
+        self.make, self._large = make, large
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "make": None, "_large": None}
+
+    @property
+    def large(self) -> tuple[Tensor, dict[str, Tensor]]:
+        if self._large is None:
+            self._large = self.make(self)
+        return self._large
+
+    @property
+    def truth(self) -> Tensor:
+        return self.large[0]
+
+    @property
+    def maps(self) -> dict[str, Tensor]:
+        return self.large[1]
+
+
+class Scored(NamedTuple):
+    """The scores of a batch, by map or reference and then by column, (B, ...)."""
+
+    batch: ScoredBatch
+    maps: dict[str, Columns]
+    references: dict[str, Columns]
+    scalars: Columns
 
 
 class Table:
@@ -54,12 +94,16 @@ class Table:
 
     def extend(self, columns: Mapping[str, Tensor | np.ndarray | Sequence]) -> None:
         """Append {name: B values}; the names are the same in every call."""
-        self._parts.append({name: np.asarray(torch.as_tensor(values).cpu()) for name, values in columns.items()})
+        self._parts.append(in_numpy(columns))
 
     def columns(self, order: np.ndarray | slice = slice(None)) -> dict[str, np.ndarray]:
         """{name: (N, ...)} in the order in which the samples came, or in another."""
         names = self._parts[0] if self._parts else ()
         return {name: np.concatenate([part[name] for part in self._parts])[order] for name in names}
+
+
+def in_numpy(columns: Mapping[str, Tensor | np.ndarray | Sequence]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(torch.as_tensor(values).cpu()) for name, values in columns.items()}
 
 
 class Samples(NamedTuple):
@@ -94,7 +138,21 @@ class SetScores:
         self.references: dict[str, Table] = {}
         self.scalars = Table()
 
-    def add(
+    def add(self, ids: Sequence[str], truth: Tensor, *found: Any, **settings: Any) -> Iterator[ScoredBatch]:
+        """`score`, and keep the scores; the parts come as they are taken, in order."""
+        for part in self.score(ids, truth, *found, **settings):
+            self.keep(part)
+            yield part.batch
+
+    def keep(self, part: Scored) -> None:
+        """Add the scores of a batch; names are the same in every call."""
+        self.ids += part.batch.ids
+        for kept, columns_of in ((self.maps, part.maps), (self.references, part.references)):
+            for name, columns in columns_of.items():
+                kept.setdefault(name, Table()).extend(columns)
+        self.scalars.extend(part.scalars)
+
+    def score(
         self,
         ids: Sequence[str],
         truth: Tensor,
@@ -103,43 +161,49 @@ class SetScores:
         interpolation: str = "bicubic",
         alpha: float | None = None,
         negatives: Mapping[str, Mapping[str, Tensor]] | None = None,
-    ) -> Iterator[ScoredBatch]:
-        """Score ids (B,), truth (B, H, W), raw (B, h, w) each, scalars (B,) each, in parts of a few samples.
+        device: torch.device = CPU,
+    ) -> Iterator[Scored]:
+        """Score ids (B,), truth (B, H, W), raw (B, h, w) each, scalars (B,) each, and keep nothing.
 
-        negatives: of absolute maps, {map: {negative: (B, S, h, w)}}. The parts come as they are taken, in order; names
-        are the same in every call. On the CPU, where sorting is fast. ValueError, with the id, for a value that is not
-        finite.
+        negatives: of absolute maps, {map: {negative: (B, S, h, w)}}. On a CPU in parts of a few samples; on a CUDA
+        device all at once, but what few sets have. ValueError, with the id, for a value that is not finite.
         """
         raw, scalars = ({name: values.detach().cpu() for name, values in side.items()} for side in (raw, scalars))
-        asked = {f"map {name}_{kind}": maps for name, own in (negatives or {}).items() for kind, maps in own.items()}
+        negatives = negatives or {}
+        asked = {f"map {name}_{kind}": maps for name, own in negatives.items() for kind, maps in own.items()}
         check_finite(ids, {f"map {name}": values for name, values in raw.items()} | asked | scalars)
-        masks, size = self.ground_truth.masks, tuple(truth.shape[1:])
+        make = partial(self.enlarged, interpolation=interpolation, alpha=alpha)
 
-        def score(rows: slice) -> tuple[ScoredBatch, dict, dict]:
-            part = [{name: values[rows] for name, values in side.items()} for side in (raw, scalars)]
-            maps = enlarge(part[0], interpolation, alpha, size)
-            asked = {
-                name: {kind: values[rows] for kind, values in kinds.items()}
-                for name, kinds in (negatives or {}).items()
-            }
-            batch = ScoredBatch(ids[rows], truth[rows], part[0], maps, part[1], asked)
-            steps = half_steps(batch.truth)
-            relative = batch.maps | {name: normalize_maps(batch.maps[name]) for name in batch.maps if name == ABSOLUTE}
-            columns = {name: map_columns(values, batch.truth, masks, steps) for name, values in relative.items()}
+        def score(rows: slice) -> Scored:
+            own, own_scalars = ({name: values[rows] for name, values in side.items()} for side in (raw, scalars))
+            asked = {name: {kind: maps[rows] for kind, maps in kinds.items()} for name, kinds in negatives.items()}
+            there = truth[rows].to(device)
+            size = tuple(there.shape[1:])
+            maps = enlarge({name: values.to(device) for name, values in own.items()}, interpolation, alpha, size)
+            large = (there, maps) if device.type == "cpu" else None
+            batch = ScoredBatch(ids[rows], own, own_scalars, asked, make, large)
+            steps, masks = half_steps(there), self.ground_truth.masks
+            relative = maps | {name: normalize_maps(maps[name]) for name in maps if name == ABSOLUTE}
+            columns = {name: map_columns(values, there, masks, steps) for name, values in relative.items()}
+            columns = {name: in_numpy(found) for name, found in columns.items()}
             self._add_columns(columns, batch, relative)
-            return batch, columns, reference_columns(batch.truth, masks, steps)
+            references = {name: in_numpy(found) for name, found in reference_columns(there, masks, steps).items()}
+            area = (there > 0).flatten(1).sum(1)
+            return Scored(batch, columns, references, in_numpy({"area": area, **own_scalars}))
 
-        for batch, *tables in in_parts(score, len(ids)):
-            self.ids += batch.ids
-            for kept, columns_of in zip((self.maps, self.references), tables, strict=True):
-                for name, columns in columns_of.items():
-                    kept.setdefault(name, Table()).extend(columns)
-            self.scalars.extend({"area": (batch.truth > 0).flatten(1).sum(1), **batch.scalars})
-            yield batch
+        return in_parts(score, len(ids)) if device.type == "cpu" else iter([score(slice(len(ids)))])
+
+    def enlarged(self, batch: ScoredBatch, interpolation: str, alpha: float | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Truth and maps of a batch that another process, or another device, has scored."""
+        truth = torch.stack([self.ground_truth.truth_of(name) for name in batch.ids])
+        return truth, enlarge(batch.raw, interpolation, alpha, tuple(truth.shape[1:]))
 
     def _add_columns(self, columns: dict[str, dict], batch: ScoredBatch, maps: Mapping[str, Tensor]) -> None:
         """Add what absolute maps have, with the negatives that they were asked with, and what several sources have."""
-        truth, size = self.ground_truth, tuple(batch.truth.shape[1:])
+        truth = self.ground_truth
+        if not (self.thresholds or truth.siblings):
+            return
+        size = tuple(batch.truth.shape[1:])
         for name, threshold in self.thresholds.items():
             own = enlarge_absolute(batch.raw[name], size)
             asked = {
@@ -148,7 +212,7 @@ class SetScores:
             }
             found = negative_columns(own, asked, batch.truth, threshold, truth.robust)
             in_view = torch.tensor([i not in truth.silent for i in batch.ids])
-            columns[name] |= found | {"iou_u": found["iou_u"].where(in_view, torch.nan)}
+            columns[name] |= in_numpy(found | {"iou_u": found["iou_u"].where(in_view, torch.nan)})
         if truth.siblings:
             most = max(map(len, truth.siblings.values()))
             sources = torch.full((len(batch.ids), most, *size), torch.nan)
@@ -156,7 +220,7 @@ class SetScores:
                 for place, sibling in enumerate(truth.siblings[i]):
                     sources[row, place] = batch.truth[row] if sibling == i else truth.truth_of(sibling)
             for name, values in maps.items():
-                columns[name] |= source_columns(values, batch.truth, sources)
+                columns[name] |= in_numpy(source_columns(values.cpu(), batch.truth, sources))
 
     def _in_order(self) -> tuple[list[str], Samples, Columns]:
         """Ids, samples and scalars, sorted by id: the order of the pass changes nothing."""
