@@ -18,7 +18,7 @@ from model_maxpool import MaxPoolModel
 from models import load
 from scoring.metrics import share_above
 from transforms import eval_transform
-from utils import UserError, save_checkpoint
+from utils import UserError, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +179,14 @@ def test_a_shorter_window_hears_less_and_is_repeated_to_the_models_length(checkp
     assert np.allclose(step.share, share[0], atol=1e-4)
     with pytest.raises(UserError, match="window"):
         Localizer(checkpoint, window=0.01)
+
+
+def test_a_model_that_is_tested_with_larger_images_is_asked_about_larger_ones(checkpoint, film, tmp_path):
+    """checkpoint: of 64 px, which are 4 x 4 tokens."""
+    larger = tmp_path / "larger.pth"
+    save_checkpoint(larger, load_checkpoint(checkpoint) | {"args": {"infer_image_size": 96}})
+    steps = [next(Localizer(path).clip(film)) for path in (checkpoint, larger)]
+    assert [step.share.shape for step in steps] == [(4, 4), (6, 6)]
 
 
 # ---------------------------------------------------------------- images
