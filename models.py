@@ -213,15 +213,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """Whether a file is to be read as safetensors: by its first bytes; without any that tell, by its name."""
+    """Whether a file is to be read as safetensors: by its name, or by its first bytes, a length and then JSON."""
     path = Path(path)
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        start = file.read(9)
-    if start.startswith((b"PK", b"\x80")) and start[8:] != b"{":
-        return False  # PyTorch's, whatever its name
-    return start[8:] == b"{" or path.suffix == SAFETENSORS
+        return path.suffix == SAFETENSORS or file.read(9)[8:] == b"{"
 
 
 def settings_of(trained: Trained) -> dict[str, Any]:

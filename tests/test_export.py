@@ -147,11 +147,13 @@ def test_files_that_are_cut_empty_foreign_or_of_other_weights_are_one_line(safe,
     assert not (tmp_path / "a.pt2").exists()
 
 
-def test_the_bytes_and_not_the_name_say_what_a_file_is(safe, kept, tmp_path):
+def test_a_safetensors_file_of_another_name_loads_and_a_checkpoint_that_is_called_one_is_refused(safe, kept, tmp_path):
     models.write_safetensors(tmp_path / "a.pth", models.load(kept["maxpool"]))
-    (tmp_path / "b.safetensors").write_bytes(kept["maxpool"].read_bytes())
-    first, second = (models.load(tmp_path / name).model.state_dict() for name in ("a.pth", "b.safetensors"))
+    first, second = (models.load(path).model.state_dict() for path in (tmp_path / "a.pth", kept["maxpool"]))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+    (tmp_path / "b.safetensors").write_bytes(kept["maxpool"].read_bytes())
+    with pytest.raises(UserError, match="b.safetensors is not a safetensors file"):
+        models.load(tmp_path / "b.safetensors")
 
 
 # ---------------------------------------------------------------- programs
