@@ -152,7 +152,7 @@ def test_a_safetensors_file_of_another_name_loads_and_a_checkpoint_that_is_calle
     first, second = (models.load(path).model.state_dict() for path in (tmp_path / "a.pth", kept["maxpool"]))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     (tmp_path / "b.safetensors").write_bytes(kept["maxpool"].read_bytes())
-    with pytest.raises(UserError, match="b.safetensors is not a safetensors file"):
+    with pytest.raises(UserError, match=r"b\.safetensors is not a safetensors file"):
         models.load(tmp_path / "b.safetensors")
 
 
