@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
@@ -109,7 +110,7 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(_fail(re.sub(r"^utils\.\w+: ", "", last_line), 2))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; what was finished is kept", 130))
-    except (OSError, RuntimeError, MemoryError) as error:
+    except (OSError, RuntimeError, MemoryError, EOFError) as error:
         if remedy := what_ran_out(error):
             sys.exit(_fail(remedy, 2))
         if not isinstance(error, OSError):
@@ -125,6 +126,9 @@ def _fail(message: str, status: int) -> int:
 def what_ran_out(error: BaseException) -> str | None:
     """What the machine lacked and what helps, in one line; None for an error that says nothing of the kind."""
     text = f"{type(error).__name__}: {error}"
+    files = [Path(frame.f_code.co_filename).name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if "resource_sharer.py" in files:  # whoever held the batch is gone
+        text = "DataLoader worker (pid unknown) exited unexpectedly"
     for pattern, what, helps in RAN_OUT:
         if found := re.search(pattern, text):
             return f"{what.format(shm=_size_of(SHARED_MEMORY))} ({found[0].strip()}): {helps}"

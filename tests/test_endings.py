@@ -1,5 +1,6 @@
 """A run that fails ends within seconds, with a status that is not 0 and one line that says what helps."""
 
+import multiprocessing.resource_sharer
 import os
 import shutil
 import subprocess
@@ -68,3 +69,11 @@ def test_what_a_machine_lacks_is_told_from_an_error_of_the_code(error, pieces):
     told = utils.what_ran_out(error)
     assert told is None if pieces is None else all(piece in told for piece in pieces), told
     assert told is None or "\n" not in told
+
+
+def test_a_batch_whose_worker_is_gone_is_told_as_a_lost_worker(tmp_path, capsys):
+    address = str(tmp_path / "socket"), 1
+    with pytest.raises(SystemExit, match="2"):
+        utils.run_cli(lambda: multiprocessing.resource_sharer._resource_sharer.get_connection(address))
+    told = capsys.readouterr().err
+    assert "a data-loading worker ended" in told and "--num_workers 0" in told
