@@ -111,7 +111,11 @@ def run_cli(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; what was finished is kept", 130))
     except (OSError, RuntimeError, MemoryError, EOFError) as error:
-        if remedy := what_ran_out(error):
+        try:
+            remedy = what_ran_out(error)
+        except RuntimeError as later:  # PyTorch tells the end of a worker from a signal handler, at any time
+            remedy = what_ran_out(later)
+        if remedy:
             sys.exit(_fail(remedy, 2))
         if not isinstance(error, OSError):
             raise
