@@ -807,17 +807,18 @@ def make_loader(
     """
     batches = in_order(len(dataset), batch_size) if batches is None else batches
     if not (keep_workers and workers):
-        return Loader(dataset, workers, device).over(batches)
+        return Loader(dataset, workers, device).over(batches, dataset)
     if dataset.loader is None or (dataset.loader.workers, dataset.loader.device) != (workers, device):
-        dataset.loader = Loader(dataset, workers, device, persistent=True)
-    return dataset.loader.over(batches)
+        # of a copy: a circle would leave the end of the workers to the garbage collector, which ends their queues first
+        dataset.loader = Loader(copy(dataset), workers, device, persistent=True)
+    return dataset.loader.over(batches, dataset)
 
 
 class Loader:
     """Batches of a data set in the order that `over` says: made of bytes by workers, finished on a device."""
 
     def __init__(self, dataset: Dataset, workers: int, device: torch.device, persistent: bool = False) -> None:
-        self.dataset, self.workers, self.device, self.keys = dataset, workers, device, _Keys(dataset)
+        self.workers, self.device, self.keys = workers, device, _Keys()
         self.batches = DataLoader(
             _Sent(dataset),
             batch_sampler=self.keys,
@@ -829,8 +830,9 @@ class Loader:
             persistent_workers=persistent,
         )
 
-    def over(self, batches: Sequence[Sequence[int]]) -> "Loader":
-        self.keys.batches = batches
+    def over(self, batches: Sequence[Sequence[int]], dataset: Dataset) -> "Loader":
+        """These batches, as the data set draws them in the epoch it is in."""
+        self.keys.batches, self.keys.epoch = batches, getattr(dataset, "epoch", 0)
         return self
 
     def __len__(self) -> int:
@@ -860,15 +862,14 @@ class Loader:
 class _Keys:
     """Batches of (epoch, index): the epoch travels with the index to workers that outlive it."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset, self.batches = dataset, []
+    batches: Sequence[Sequence[int]] = ()
+    epoch = 0
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = getattr(self.dataset, "epoch", 0)
-        return ([(epoch, index) for index in batch] for batch in self.batches)
+        return ([(self.epoch, index) for index in batch] for batch in self.batches)
 
 
 class _Sent(Dataset):

@@ -5,6 +5,7 @@ which starts at 0 with whatever begins first, image or sound. Nothing but the fi
 that it names, no network protocol, no device, no pipe.
 """
 
+import gc
 import heapq
 import os
 import stat
@@ -66,6 +67,10 @@ UNTIMED = {
     "h263",
 }
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError)
+
+# A frame holds threads of its decoder, which a forked process does not have: freeing one there would wait for them for
+# ever, so a child never collects what it has from its parent.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 class Limits(NamedTuple):

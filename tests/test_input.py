@@ -1,5 +1,7 @@
 """What workers send, and what becomes of it: the numbers of every pair by itself, few bytes, workers that stay."""
 
+import gc
+import multiprocessing
 import os
 import shutil
 from collections import namedtuple
@@ -113,6 +115,18 @@ def test_workers_stay_and_the_epoch_reaches_them(pairs):
     next(abandoned)  # a run that stops within an epoch and starts another
     again = list(make_loader(data, 1, 2, [[3]], keep_workers=True))
     assert len(again) == 1 and again[0].id[0].split()[0] == "3"
+
+
+def test_workers_end_with_the_pairs_that_they_load(pairs):
+    data, others = TrainingPairs(pairs, 64, 1.0), set(multiprocessing.active_children())
+    list(make_loader(data, 1, 2, [[0]], keep_workers=True))
+    workers = set(multiprocessing.active_children()) - others
+    gc.disable()
+    try:
+        del data
+        assert len(workers) == 2 and not workers & set(multiprocessing.active_children())
+    finally:
+        gc.enable()
 
 
 Usage = namedtuple("Usage", ["total", "used", "free"])

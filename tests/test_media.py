@@ -1,8 +1,11 @@
 """Films, sounds and images through the one door: time, colour and pitch against truth, in every dress (films.py)."""
 
+import gc
+import multiprocessing
 import os
 from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 from films import COLOURS, SECONDS, TONES, copy_from, damage, make_film
@@ -327,3 +330,20 @@ def test_an_image_or_film_of_too_many_pixels_is_refused(tmp_path, film):
             media.open(path, few) as opened,
         ):
             opened.frame_at(0)
+
+
+def test_a_forked_process_does_not_wait_for_threads_of_frames_that_it_inherits():
+    holder = {"frame": av.VideoFrame.from_ndarray(np.zeros((480, 640, 3), np.uint8), "rgb24")}
+    holder["converted"] = holder["frame"].reformat(format="yuv420p")  # by threads
+    holder["self"] = holder  # a circle, which only the garbage collector frees
+    gc.disable()
+    try:
+        del holder
+        child = multiprocessing.get_context("fork").Process(target=gc.collect)
+        child.start()
+    finally:
+        gc.enable()
+    child.join(30)
+    ended = child.exitcode
+    child.kill()
+    assert ended == 0
