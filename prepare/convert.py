@@ -22,7 +22,7 @@ import media
 from audio_io import SAMPLE_RATE
 from media import Media, MediaError
 from prepare.names import Failure, Task
-from utils import atomic_path
+from utils import UserError, atomic_path
 
 PAIR_SECONDS = 10.0  # of sound in a pair, where nothing else is asked for
 MOMENT = 5.0  # s of a VGG-Sound clip at which VGG-SS drew its boxes
@@ -256,9 +256,9 @@ def _write(
             for name, frame in zip(names, frames, strict=True):
                 with atomic_path(name) as new_jpeg:
                     Image.fromarray(frame.image).save(new_jpeg, "JPEG", quality=JPEG_QUALITY, comment=comment)
-    except (OSError, soundfile.LibsndfileError) as error:
+    except (OSError, UserError, soundfile.LibsndfileError) as error:
         problem = _CannotWrite(f"cannot write: the pair {piece.id} in {out}: {error}")
-        problem.its_own_fault = getattr(error, "errno", None) == errno.ENAMETOOLONG
+        problem.its_own_fault = getattr(error.__cause__ or error, "errno", None) == errno.ENAMETOOLONG
         raise problem from error
     return row
 

@@ -8,6 +8,7 @@ import pytest
 
 from film.localizer import Box, Peak, Step
 from film.tables import Rows, read_about, write_failures
+from utils import UserError
 
 BOX = Box(1.04, 2, 3, 4.06)
 
@@ -33,7 +34,7 @@ def test_both_files_hold_the_same_rows_and_the_json_says_where_they_come_from(tm
 
 
 def test_after_an_error_no_file_is_left_and_no_row_is_a_table_too(tmp_path):
-    with pytest.raises(OSError), Rows(tmp_path / "a.csv", tmp_path / "a.json", {}) as rows:
+    with pytest.raises(UserError), Rows(tmp_path / "a.csv", tmp_path / "a.json", {}) as rows:
         rows.add(step(0.1))
         raise OSError
     assert not list(tmp_path.iterdir())

@@ -172,7 +172,8 @@ def test_it_is_tested_drawn_kept_and_compared_by_aud_alone(trained, synthetic_ro
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "file" / "synthetic_offscreen" / "results.json").read_text())
     assert again["maps"] == own["maps"]
-    done = cli(*test, "--out_dir", tmp_path / "plain", "--imagenet_weights", "none", "--infer_sharpening", "7")
+    asked = "--negatives", "silence,noise,offscreen"  # as the page does
+    done = cli(*test, "--out_dir", tmp_path / "plain", "--imagenet_weights", "none", "--infer_sharpening", "7", *asked)
     plain = json.loads((tmp_path / "plain" / "synthetic_offscreen" / "results.json").read_text())["maps"]
     assert plain == {name: own["maps"][name] for name in ("AUD", "AUD_wrong", "AUD_share")}  # sharpening has no effect
     assert -1 < own["checkpoint"]["threshold"]["value"] < 1

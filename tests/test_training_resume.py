@@ -497,7 +497,7 @@ def test_two_processes_train_on_one_global_batch_and_score_every_pair_once(synth
     again = cli(
         "test_model", "--model_dir", tmp_path, "--experiment_name", "run", "--testset", "synthetic", "--gpu", "cpu",
         "--test_data_path", synthetic_root, "--out_dir", tmp_path / "one", "--imagenet_weights", "none",
-        "--batch_size", "14", "--num_workers", "0",
+        "--batch_size", "14", "--num_workers", "0", "--negatives", "silence,noise,offscreen",
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     two = json.loads((tmp_path / "one" / "synthetic" / "results.json").read_text())
