@@ -1,5 +1,6 @@
 """Films of known time, colour and pitch in every dress: a colour a second, and a tone that changes every second."""
 
+import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -164,6 +165,8 @@ def make_film(
             packets += stream.encode()
         for packet in sorted(packets, key=lambda p: float((p.dts or 0) * p.time_base)):
             film.mux(packet)
+    if video == "libsvtav1":  # started by root, it makes the whole process a real-time one, which starves all others
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def copy_from(film: Path, path: Path, begin: float, format: str | None = None, from_key_frame: bool = True) -> None:
