@@ -49,6 +49,10 @@ def run(args) -> Iterator[Timing]:
     scored = score_with(ROOT, args.pairs)
     yield Timing(f"eval: every metric and interval, {args.pairs} samples, six maps", scored["seconds"], None, "s")
     yield Timing("eval: every metric, per map", 1000 * scored["seconds"] / scored["maps"], None, "ms")
+    asked = score_with(ROOT, args.pairs, "negatives")
+    name = f"eval: the same with negative audio of one map, one seed, {args.pairs} samples (baseline: without)"
+    yield Timing(name, asked["seconds"], scored["seconds"], "s")
+    yield Timing("eval: its peak memory (baseline: without)", asked["memory_gib"], scored["memory_gib"], "GiB")
 
 
 # ---------------------------------------------------------------- against the released code
@@ -79,10 +83,17 @@ def bench_figures(rounds: int) -> Iterator[Timing]:
 # ---------------------------------------------------------------- against another revision
 
 
-def score_with(tree: Path, pairs: int) -> dict[str, Any]:
-    """What `stored_set` gives in a process of its own, with the code of a tree."""
+def score_with(tree: Path, pairs: int, *more: str) -> dict[str, Any]:
+    """What `stored_set` gives in a process of its own, with the code of a tree; more: words of its command line."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "experiments" / "stored_set.py", pairs, RESAMPLES, f"{folder}/out.json"]
+        command = [
+            sys.executable,
+            ROOT / "experiments" / "stored_set.py",
+            pairs,
+            RESAMPLES,
+            f"{folder}/out.json",
+            *more,
+        ]
         environment = os.environ | {"PYTHONPATH": str(tree)}
         done = subprocess.run([*map(str, command)], env=environment, cwd=tree, stderr=subprocess.PIPE, text=True)
         if done.returncode:
