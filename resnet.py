@@ -182,7 +182,7 @@ class TimmTrunk(nn.Module):
             self.channels, self.stride = info["num_chs"], info["reduction"]
             self.network.prune_intermediate_layers([self.stage], prune_norm=False, prune_head=True)
         config = self.network.pretrained_cfg
-        self.fixed_size = bool(config.get("fixed_input_size")) and not self.any_size
+        self.fixed_size = bool(config.get("fixed_input_size"))  # by its configuration: it may take others nevertheless
         scale = torch.tensor([b / a for a, b in zip(config["std"], IMAGENET_STD, strict=True)])
         shift = [(b - a) / s for a, b, s in zip(config["mean"], IMAGENET_MEAN, config["std"], strict=True)]
         rescaled = in_channels == len(scale)
@@ -193,11 +193,9 @@ class TimmTrunk(nn.Module):
         """The whole network; one whose position embedding has a fixed size adapts it to that of the image."""
         timm, network = import_timm(), split_name(self.name)[0]
         channels = {} if self.in_channels == 3 else {"in_chans": self.in_channels}
-        self.any_size = True
         try:
             return timm.create_model(network, dynamic_img_size=True, **channels, **more)
         except TypeError:  # it is not a transformer, or one that cannot
-            self.any_size = False
             return timm.create_model(network, **channels, **more)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -260,6 +258,10 @@ class Encoder(nn.Module):
     def tokens_along(self, size: int) -> int:
         """Tokens along a side of `size` pixels. ValueError where there are none."""
         raise NotImplementedError
+
+    def check_size(self, size: int) -> None:
+        """ValueError for images of a size that the encoder does not take."""
+        self.tokens_along(size)
 
     def stage_parameters(self) -> list[list[nn.Parameter]]:
         """The trunk's parameters by stage, the stem and first stage first."""
@@ -365,6 +367,25 @@ class TimmImageEncoder(Encoder):
                 f"{self.timm.name} takes images whose side is a multiple of {self.stride}, not {size} px: {near}"
             )
         return tokens
+
+    @torch.no_grad()
+    def takes(self, size: int) -> bool:
+        """Whether the network runs on images of that size; some transformers are made for one alone."""
+        was_training = self.training
+        self.eval()
+        try:
+            self.timm(torch.zeros(1, 3, size, size, device=self.proj.weight.device))
+        except (AssertionError, RuntimeError, ValueError):
+            return False
+        finally:
+            self.train(was_training)
+        return True
+
+    def check_size(self, size: int) -> None:
+        super().check_size(size)
+        if self.timm.fixed_size and not self.takes(size):
+            own = configured_size(self.timm.name)
+            raise ValueError(f"{self.timm.name} takes images of {own} px alone, not {size} px")
 
     def stage_parameters(self) -> list[list[nn.Parameter]]:
         return self.timm.stage_parameters()

@@ -149,7 +149,7 @@ def score_model(args) -> None:
         if args.infer_image_size:
             model.infer_image_size = args.infer_image_size
         with as_user_error(ValueError):
-            model.imgnet.tokens_along(model.infer_image_size)
+            model.imgnet.check_size(model.infer_image_size)
         test_sets = build_test_sets(args, model.infer_image_size, model.shape["audio_seconds"])
         given = {name: getattr(args, name) for name in trained.inference if getattr(args, name) is not None}
         settings = trained.inference | given | {"alpha": 0.6 if args.alpha is None else args.alpha}

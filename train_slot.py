@@ -100,9 +100,10 @@ def build_model(args, device: torch.device) -> Model:
         model = kind(**settings, standardise=args.freeze_image)
         if args.image_weights != "none":
             load_image_weights(model.imgnet, args.image_encoder, args.image_weights)
-        align(model.imgnet, args.image_size)
+        align(model.imgnet)
         model.infer_image_size = args.infer_image_size or args.image_size
-        model.imgnet.tokens_along(model.infer_image_size)
+        for size in {args.image_size, model.infer_image_size}:
+            model.imgnet.check_size(size)
     if args.sync_bn:
         model = with_sync_bn(model, device)
     return model.to(device, memory_format=torch.channels_last)

@@ -22,6 +22,7 @@ from resnet import (
     tokens_along,
     weights_digest,
 )
+from training.alignment import align
 
 
 def count(*modules) -> float:
@@ -262,3 +263,20 @@ def test_the_digest_of_weights_knows_names_and_values_and_not_the_file_format(ti
     assert weights_digest(weights | {key: weights[key] + 1e-3}) != weights_digest(weights)
     renamed = {f"x.{k}": v for k, v in weights.items()}
     assert weights_digest(renamed) != weights_digest(weights)
+
+
+def test_a_network_that_takes_images_of_one_size_alone_gets_no_border_and_refuses_others(monkeypatch):
+    needs_timm()
+    encoder, forward = TimmImageEncoder(SMALL_NETWORK, 8), TimmTrunk.forward
+
+    def strict(trunk, image):
+        assert image.shape[2] == 224, "Input height doesn't match"
+        return forward(trunk, image)
+
+    monkeypatch.setattr(TimmTrunk, "forward", strict)
+    encoder.timm.fixed_size = True
+    encoder.check_size(224)
+    with pytest.raises(ValueError, match="images of 224 px alone, not 448 px"):
+        encoder.check_size(448)
+    align(encoder)
+    assert encoder.token_shift == 0 and encoder.training

@@ -29,7 +29,7 @@ def test_maps_of_networks_of_timm_are_drawn_where_their_tokens_look(name):
     pytest.importorskip("timm")
     torch.manual_seed(0)
     encoder = TimmImageEncoder(name, 8).eval()
-    align(encoder, encoder.stride * 14)
+    align(encoder)
     assert worst_distance(encoder, 14) < 0.25
     grid = encoder.trunk(torch.zeros(1, 3, 6 * encoder.stride, 7 * encoder.stride)).shape[2:]
     assert grid == (6, 7)

@@ -15,17 +15,17 @@ STEP = 0.25  # of a token, to which a shift is rounded
 TOKENS = 14  # along a side of the images that are looked at, where the network takes images of any size
 
 
-def align(encoder: Encoder, image_size: int) -> None:
-    """Measure and set `token_shift` of a network of timm, for images of image_size pixels and of any other size.
+def align(encoder: Encoder) -> None:
+    """Measure and set `token_shift` of a network of timm.
 
     The small encoder is aligned by design. The paper's ResNet-18 is not, but its published figures are those of maps
     that are drawn as if it were.
     """
     if isinstance(encoder, TimmImageEncoder):
         was_training, encoder.token_shift = encoder.training, 0.0
-        tokens = encoder.tokens_along(image_size) if encoder.timm.fixed_size else TOKENS
         encoder.eval()
-        encoder.token_shift = STEP * round(measured_shift(encoder.trunk, encoder.stride, tokens) / STEP)
+        if encoder.takes(TOKENS * encoder.stride):  # else it takes images of one size alone, and no border
+            encoder.token_shift = STEP * round(measured_shift(encoder.trunk, encoder.stride) / STEP)
         encoder.train(was_training)
 
 
