@@ -74,8 +74,11 @@ FROZEN = SMALL | {  # learns from photographs in minutes on a CPU: its image enc
     "dim": 144,
     "image_weights": "auto",
     "freeze_image": True,
-    "infer_image_size": 448,
+    "infer_image_size": 384,  # this and the settings of each objective: chosen on photographs_val
     "epochs": 22,
+}
+FROZEN_OBJECTIVES = {  # objective: settings that differ from those of the recipe frozen and of OBJECTIVES
+    "listen": {"infer_sharpening": 0.05, "infer_smoothing": 0.15},
 }
 RECIPES = {
     "paper": PAPER,
@@ -88,6 +91,7 @@ RECIPE_OF = {  # training sets with another recipe than `paper`
     "vggss_heard": "paper_144k",
     "flickr_144k": "paper_144k",
     "synthetic": "small",
+    "photographs": "frozen",
 }
 
 
@@ -386,7 +390,9 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> argparse
     early, _ = first.parse_known_args(argv)
     name, own = read_recipe(early.recipe, RECIPE_OF.get(early.trainset, "paper"))
     weights, settings = OBJECTIVES.get(early.objective, ({}, {}))
-    settings = RECIPES[name] | settings | own
+    settings = RECIPES[name] | settings | (FROZEN_OBJECTIVES.get(early.objective, {}) if name == "frozen" else {}) | own
+    if early.image_encoder not in (None, settings["image_encoder"]):
+        settings["infer_image_size"] = None  # the recipe's is of its own encoder
     if (early.image_encoder or settings["image_encoder"]).startswith(TIMM):
         settings["image_size"] = None  # of the network's configuration
     parser.set_defaults(**{key: value for key, value in settings.items() if key not in WITHOUT_FLAG})

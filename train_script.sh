@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # bash train_script.sh TRAINSET TESTSET GPU [NAME] [further flags of train_slot.py]
 #
-#   TRAINSET  vggss_10k vggss_144k vggss_heard flickr_10k flickr_144k synthetic custom; vggss, flickr: all pairs found
+#   TRAINSET  vggss_10k vggss_144k vggss_heard flickr_10k flickr_144k synthetic photographs custom; vggss, flickr: all found
 #   TESTSET   vggss vggss_heard vggss_unheard flickr vggss_plus_silent flickr_plus_silent s4 ms3 s4_box ms3_box is3 is3_seg
 #             vpo_ss vpo_ss_seg vpo_ms vpo_ms_seg synthetic synthetic_distractor synthetic_interactive
-#             synthetic_offscreen custom, several with commas, or all: every one whose data are present
+#             synthetic_offscreen photographs... custom, several with commas, or all: every one whose data are present
 #   GPU       number of a CUDA device, or cpu
 #   NAME      folder below checkpoints/ (default: TRAINSET)
 #
@@ -69,9 +69,9 @@ esac
 case $OBJECTIVE-$ABLATION in listen-no_match | listen-one_slot | maxpool-?*)
     refuse "OBJECTIVE=$OBJECTIVE has no part that ABLATION=$ABLATION could leave out" ;;
 esac
-case "$trainset $*" in synthetic* | *"--recipe small"*) # whose recipe has the false-negative rule off
+case "$trainset $*" in synthetic* | photographs* | *"--recipe small"* | *"--recipe frozen"*) # whose recipe has the false-negative rule off
     [ "$ABLATION" != no_false_negatives ] ||
-        refuse "the small recipe has no false-negative rule to leave out: compare it with --reciprocal_k 5" ;;
+        refuse "the recipes small and frozen have no false-negative rule to leave out: compare it with --reciprocal_k 5" ;;
 esac
 if [ "$OBJECTIVE$ABLATION" != paper ]; then # the user's flags come last and would undo what the name says
     for word in "$@"; do

@@ -35,6 +35,20 @@ def test_one_word_gives_any_set_the_small_recipe_with_either_objective():
     assert (listen["infer_sharpening"], listen["infer_smoothing"]) == (0.1, 0.1)
 
 
+def test_the_recipe_frozen_has_settings_for_each_objective_and_its_tested_size_is_of_its_own_encoder():
+    pytest.importorskip("timm")
+    frozen = "--trainset", "custom", "--recipe", "frozen", "--objective"
+    own, listen = settings(*frozen, "paper"), settings(*frozen, "listen")
+    assert own["freeze_image"] and own["image_encoder"] == "timm:tf_efficientnet_lite0" and own["image_size"] == 224
+    assert own["audio_encoder"] == "small" and own["cached_views"] == recipes.CACHED_VIEWS
+    assert own["infer_image_size"] == listen["infer_image_size"] == 384
+    assert (listen["infer_sharpening"], listen["infer_smoothing"]) == (0.05, 0.15)
+    assert settings("--objective", "listen")["infer_sharpening"] == 0.1  # of other recipes
+    other = settings("--recipe", "frozen", "--image_encoder", "timm:vit_small_patch14_dinov2")
+    assert other["infer_image_size"] is None and other["image_size"] == 518
+    assert settings("--trainset", "photographs")["recipe"] == "frozen"
+
+
 def test_a_flag_beats_the_recipe_and_so_does_a_setting_after_its_name():
     found = settings("--recipe", "small", "clip=1", "dim=32", "--epochs", "3", "--recipe", "warmup=2")
     assert (found["clip"], found["dim"], found["epochs"], found["warmup"]) == (1, 32, 3, 2)
