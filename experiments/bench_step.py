@@ -55,9 +55,9 @@ def random_inputs(model: JointSlotModel, batch: int) -> Inputs:
     return Inputs(image, torch.randn(batch, 1, 257, num_frames(AUDIO_SECONDS)), model.draw_masks(batch))
 
 
-def full_model() -> JointSlotModel:
+def full_model(**settings) -> JointSlotModel:
     torch.manual_seed(0)
-    return JointSlotModel(image_size=IMAGE_SIZE, audio_seconds=AUDIO_SECONDS).train()
+    return JointSlotModel(image_size=IMAGE_SIZE, audio_seconds=AUDIO_SECONDS, **settings).train()
 
 
 def our_step(batch: int, micro_batch: int | None = None) -> Callable[[], object]:

@@ -1,6 +1,7 @@
 """Speed against the way the released code works, as ratios within one run.
 
-    python -m experiments.benchmark step|scaling|frozen|input|clips|localize|eval|all
+    python -m experiments.benchmark step|scaling|frozen|input|shards|clips|localize|eval|all
+    python -m experiments.benchmark plan --pairs 2000000 --gpus 8 --cores 96
 
 The baselines do the work as the released code does; each is timed in alternation with ours, and medians are compared.
 After the table comes one JSON object per figure: name, value, baseline, ratio (baseline / value), unit.
@@ -18,6 +19,8 @@ import experiments.bench_eval as bench_eval
 import experiments.bench_frozen as bench_frozen
 import experiments.bench_input as bench_input
 import experiments.bench_localize as bench_localize
+import experiments.bench_plan as bench_plan
+import experiments.bench_shards as bench_shards
 import experiments.bench_step as bench_step
 from experiments.timing import Timing, add_rounds, results_table
 from utils import ArgumentParser, provenance, run_cli, strict_json
@@ -27,6 +30,7 @@ class Bench(NamedTuple):
     what: str
     add_flags: Callable
     run: Callable[..., Iterator[Timing]]
+    in_all: bool = True
 
 
 BENCHES = {
@@ -36,9 +40,11 @@ BENCHES = {
     ),
     "frozen": Bench("a step from kept features of a frozen image encoder", bench_frozen.add_flags, bench_frozen.run),
     "input": Bench("reading, decoding and augmenting pairs", bench_input.add_flags, bench_input.run),
+    "shards": Bench("reading pairs from shards and from loose files", bench_shards.add_flags, bench_shards.run),
     "clips": Bench("films to pairs", bench_clips.add_flags, bench_clips.run),
     "localize": Bench("maps over a film, from the file to the film", bench_localize.add_flags, bench_localize.run),
     "eval": Bench("scoring stored maps", bench_eval.add_flags, bench_eval.run),
+    "plan": Bench("what so many pairs take, from unit costs", bench_plan.add_flags, bench_plan.run, in_all=False),
 }
 
 
@@ -57,7 +63,8 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in provenance().items()) + f", {torch.get_num_threads()} threads")
     chosen = {args.bench: args}
     if args.bench == "all":
-        chosen = {name: parser.parse_args([name, "--rounds", str(args.rounds)]) for name in BENCHES}
+        in_all = [name for name, bench in BENCHES.items() if bench.in_all]
+        chosen = {name: parser.parse_args([name, "--rounds", str(args.rounds)]) for name in in_all}
     timings = [timing.figures() for name, given in chosen.items() for timing in BENCHES[name].run(given)]
     print(f"\n{results_table(timings)}\n")
     for line in timings:

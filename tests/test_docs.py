@@ -71,7 +71,7 @@ SCRIPTS = (
     "experiments.benchmark",
 )
 PREPARATIONS = ("metadata", "clips", "shards", "check", "synthetic")
-BENCHES = ("step", "scaling", "input", "eval", "all")
+BENCHES = ("step", "scaling", "input", "shards", "eval", "plan", "all")
 FOREIGN_FLAGS = {"--max-restarts", "--shm-size", "--init_lr"}  # named in prose: torchrun's, Docker's, EZ-VSL's
 FOREIGN_FILES = {"train.py", "test.py"}  # EZ-VSL's
 AUTHORS = [("Inho", "Kim"), ("Youngkil", "Song"), ("Jicheol", "Park"), ("Won Hwa", "Kim"), ("Suha", "Kwak")]
