@@ -38,7 +38,8 @@ class GroundTruth(NamedTuple):
     silent: frozenset[str] = frozenset()  # ids whose image does not show the source: extended sets
     masks: bool = False  # G are masks: AVSBench's mIoU and F are defined
     interactive: bool = False  # images with several sources: the entries of one share a unit
-    sources: Mapping[str, tuple[str, str]] = {}  # id: names of its image and its audio, where these are not the id
+    # id: names of its image and its audio, where these are not the id; of several side by side, or at once, all
+    sources: Mapping[str, tuple[str | Sequence[str], str | Sequence[str]]] = {}
     siblings: Mapping[str, Sequence[str]] = {}  # id: ids of all sources of its image, in sets of several sources
     seen: Mapping[str, frozenset[str]] = {}  # id: classes in view, silent ones too, where they are more than its class
     heard: Mapping[str, frozenset[str]] = {}  # id: classes in its audio, where they are more than its class

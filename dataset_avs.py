@@ -309,6 +309,7 @@ def _source_truth(name: str, entries: Mapping[str, Entry], notes: Sequence[str])
         {i: entry.source.class_name for i, entry in entries.items()},
         {i: entry.scene.unit for i, entry in entries.items()},
         interactive=row.interactive,
+        sources={i: (entry.scene.videos, entry.scene.videos) for i, entry in entries.items()},
         siblings={i: entry.siblings for i, entry in entries.items()},
         seen=together,
         heard=together,

@@ -338,17 +338,18 @@ def trained_on(train_ids: Sequence[str], truth: GroundTruth, ids: Sequence[str])
     """How much of the scored `ids` of a test set was trained on, by the rule of `overlap_with_tests`.
 
     pairs: whose image or audio is that of a training pair, or whose video has one (S4); images, audio: those of which
-    it is the image, the audio; same_video: further pairs of the same YouTube video as a training pair.
+    it is the image, the audio, of several one at least; same_video: further pairs of the same YouTube video as a
+    training pair.
     """
     known, videos = set(train_ids), {video_of(i) for i in train_ids} - {""}
     found = dict.fromkeys(("pairs", "images", "audio", "same_video"), 0)
     for i in ids:
-        image, audio = truth.sources.get(i, (i, i))
+        images, audio = map(files_of, truth.sources.get(i, (i, i)))
         whole_video = truth.unit_of.get(i, "")
-        found["images"] += image in known
-        found["audio"] += audio in known
-        if image in known or audio in known or (whole_video == video_of(whole_video) and whole_video in videos):
+        found["images"] += not known.isdisjoint(images)
+        found["audio"] += not known.isdisjoint(audio)
+        if not known.isdisjoint([*images, *audio]) or (whole_video == video_of(whole_video) and whole_video in videos):
             found["pairs"] += 1
-        elif not videos.isdisjoint([video_of(image), video_of(audio)]):
+        elif not videos.isdisjoint(map(video_of, [*images, *audio])):
             found["same_video"] += 1
     return found

@@ -1,5 +1,6 @@
 """What is in the files: broken, silent, short and repeated pairs, problems of boxes, overlap with test lists."""
 
+import itertools
 import json
 import shutil
 from argparse import Namespace
@@ -12,9 +13,10 @@ from PIL import Image
 
 import sets
 from annotations import GroundTruth, read_ids
-from dataset import build_ground_truth, find_pairs
-from dataset_avs import read_videos
+from dataset import EvaluationPairs, Pair, build_ground_truth, find_pairs
+from dataset_avs import build_source_truth, read_videos
 from model_slot import JointSlotModel
+from scoring.negative_audio import WithNegativeAudio
 from utils import UserError, save_checkpoint
 
 
@@ -123,6 +125,17 @@ def test_what_was_trained_on_is_counted_by_image_audio_and_video():
     assert sets.trained_on(trained, frames, frames.ids)["pairs"] == 5
 
 
+def test_a_duet_was_trained_on_where_either_of_its_two_pairs_was(tmp_path):
+    ids = ["aaaaaaaaaaa_000010", "bbbbbbbbbbb_000020", "ccccccccccc_000030", "ddddddddddd_000040"]
+    boxes = [{"file": i, "class": i[0], "bbox": [[0, 0, 0.5, 0.5]]} for i in ids]
+    (tmp_path / "vggss.json").write_text(json.dumps(boxes))
+    lines = [f"{one},{one[0]},{other},{other[0]}\n" for one, other in itertools.pairwise(ids)]
+    (tmp_path / "vggsound_duet_test.csv").write_text("".join(lines))
+    truth = build_source_truth("vggsound_duet", None, None, tmp_path)  # a with b, b with c, c with d
+    found = sets.trained_on([ids[1], "ddddddddddd_000090"], truth, truth.ids)
+    assert found == {"pairs": 4, "images": 4, "audio": 4, "same_video": 2}
+
+
 def test_every_way_to_the_overlap_follows_one_rule(tmp_path):
     (tmp_path / "vggss_heard_test.csv").write_text("aaaaaaaaaaa_000010\nbbbbbbbbbbb_000020\n")
     (tmp_path / "s4_meta_data.csv").write_text("name,start,category,split\nccccccccccc,0,dog,test\n")
@@ -218,6 +231,27 @@ def test_an_image_that_entries_name_with_different_audio_makes_a_set_interactive
     assert "IIoU" not in plain["maps"]["AUD"] and plain["retrieval"].keys() == {"by_class", "by_pair"}
     named = score("--test_gt_path", scenes / "named.json", "--interactive", "false", out="no")["custom"]
     assert "IIoU" not in named["maps"]["AUD"] and named["retrieval"] == {}, "an image has two classes"
+
+
+def test_off_screen_sounds_of_an_own_set_are_of_no_source_in_the_image(tmp_path):
+    kinds = {"one": "dog cat", "two": "cat bird", "three": "bird horse", "four": "horse dog", "five": "cow hen"}
+    entries = [
+        {"image": image, "audio": f"{image}-{kind}", "class": kind, "bbox": [[0, 0, 1, 1]]}
+        for image, shown in kinds.items()
+        for kind in shown.split()
+    ]
+    entries.append({"image": "five", "audio": "one-dog", "class": "dog", "bbox": []})  # the dog is not in view
+    (tmp_path / "boxes.json").write_text(json.dumps(entries))
+    for interactive in (None, False):
+        truth = build_ground_truth("custom", None, tmp_path / "boxes.json", "", interactive=interactive)
+        pairs = [Pair(i, image, audio) for i, (image, audio) in truth.sources.items()]
+        assert truth.seen["five+one-dog"] == {"cow", "hen"}
+        for seed in range(6):
+            asked = WithNegativeAudio(EvaluationPairs(pairs, truth, [], 32, 0.8), seed, truth.class_of)
+            assert asked.offscreen == "another class"
+            for pair, partner in zip(pairs, asked.partner, strict=True):
+                image, _ = truth.sources[pair.id]
+                assert truth.class_of[pairs[partner].id] not in kinds[image].split(), (seed, pair.id)
 
 
 def test_an_image_counts_only_with_all_its_sources_and_comparing_knows_it(scenes, score, cli, tmp_path):
