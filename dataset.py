@@ -660,16 +660,10 @@ def build_ground_truth(
         sources = read_silent_pairs(Path(metadata) / row.silent)
         others = frozenset(sources)
         ids, silent = [*ids, *sources], silent | others
-    seen, heard, notes = in_view(folder, ids) if row.lists_in_root else {}, {}, []
-    if row.labels:
-        labels, of = read_labels(Path(metadata) / row.labels), len(ids)
-        ids = [i for i in ids if i in labels and class_of[i] in labels[i].seen & labels[i].heard]
-        seen, heard = {i: labels[i].seen for i in ids}, {i: labels[i].heard for i in ids}
-        notes = [f"{len(ids):,} of {of:,} pairs: those whose class can be seen and heard, by {row.labels}"]
-    units = {i: image for i, (image, _) in sources.items()}
     interactive = interactive if row.annotation is None else row.interactive
     if interactive is None:
         interactive = bool(_several_sources(sources, silent))
+    units = {i: image for i, (image, _) in sources.items()}
     if interactive:
         units = units or {i: i.rpartition("_")[0] or i for i in ids}
         if row.annotation is None and not _shared_by([i for i in ids if i not in silent], units):
@@ -677,7 +671,10 @@ def build_ground_truth(
                 f"--interactive true, but no image of {annotation} has two entries: those of one image share their "
                 "name up to the last underscore (dogs_1, dogs_2), or name `image` and `audio`"
             )
-    return GroundTruth(
+    seen = in_view(folder, ids) if row.lists_in_root else {}
+    if units and not seen:
+        seen = seen_together({i: units.get(i, i) for i in ids}, class_of, silent)
+    truth = GroundTruth(
         name,
         ids,
         partial(_truth_or_nothing, truth_of, others),
@@ -689,9 +686,34 @@ def build_ground_truth(
         interactive=interactive,
         sources=sources,
         seen=seen,
-        heard=heard,
-        notes=notes,
     )
+    return with_labels(truth, Path(metadata) / row.labels) if row.labels else truth
+
+
+def with_labels(truth: GroundTruth, path: Path) -> GroundTruth:
+    """The pairs whose class can be seen and heard by VGGSounder's list, with all their classes."""
+    labels = read_labels(path)
+    ids = [i for i in truth.ids if i in labels and truth.class_of[i] in labels[i].seen & labels[i].heard]
+    return truth._replace(
+        ids=ids,
+        expected=len(ids),
+        seen={i: labels[i].seen for i in ids},
+        heard={i: labels[i].heard for i in ids},
+        notes=[f"{len(ids):,} of {len(truth.ids):,} pairs: those whose class can be seen and heard, by {path.name}"],
+    )
+
+
+def seen_together(
+    images: Mapping[str, str], class_of: Mapping[str, str], silent: Collection[str]
+) -> dict[str, frozenset[str]]:
+    """{id: classes of all sources in its image}, images: that of each id; empty where a class is not known."""
+    if not all(class_of.get(i) for i in images):
+        return {}
+    shown: dict[str, set[str]] = {image: set() for image in images.values()}
+    for i, image in images.items():
+        if i not in silent:
+            shown[image].add(class_of[i])
+    return {i: frozenset(shown[image]) for i, image in images.items()}
 
 
 def in_view(folder: Path, ids: Sequence[str]) -> dict[str, frozenset[str]]:
