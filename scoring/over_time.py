@@ -99,7 +99,7 @@ def held(seen: Sequence[Seen], times: Sequence[float], window: float) -> list[Se
 
     seen: of windows around the steps of one film. Before the first one is whole, its answer counts already.
     """
-    middles = [max(0.0, (int((time + 1e-6) / window) - 0.5) * window) for time in times]
+    middles = [(max(1, int((time + 1e-6) / window)) - 0.5) * window for time in times]
     return [seen[int(np.abs(np.asarray(times) - middle).argmin())] for middle in middles]
 
 

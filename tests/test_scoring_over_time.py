@@ -86,7 +86,7 @@ def test_the_deaf_oracle_is_the_mean_of_taking_either_object(film):
 def test_a_window_is_held_until_the_next_one_is_whole():
     seen = [Seen(time, 0, 0) for time in TIMES]
     kept = held(seen, TIMES, 1.6)
-    assert [kept[k].x for k in (0, 15, 16, 31, 32, 99)] == pytest.approx([0, 0, 0.8, 0.8, 2.4, 8.8])
+    assert [kept[k].x for k in (0, 15, 16, 31, 32, 99)] == pytest.approx([0.8, 0.8, 0.8, 0.8, 2.4, 8.8])
 
 
 def test_films_are_resampled_and_seeds_repeat(film):
