@@ -24,7 +24,7 @@ from distributed import barrier, own_device, process_group, world_size
 from models import MODELS, Model
 from recipes import OUR_LOSSES, add_flags, parse
 from resnet import Encoder, load_image_weights, weights_digest
-from scoring.threshold import universal_threshold
+from scoring.threshold import known_classes, universal_threshold
 from sets import ALL_SETS, SAME_VIDEO, build_test_sets, overlap_with_tests, parse_testsets, requests, undecodable
 from shards.addresses import are_shards, shown
 from shards.pairs import PairsInShards, ShardedPairs, hold_out_shards, select_from_shards
@@ -90,6 +90,7 @@ class TrainingData(NamedTuple):
     held_out: TrainingPairs
     counts: dict[str, int]  # expected, left out, train, held_out
     left_out: dict[str, str]  # id: why
+    class_of: Mapping[str, str] = {}  # as far as `classes.csv` in the root says; the universal threshold alone asks
 
 
 def build_model(args, device: torch.device) -> Model:
@@ -162,7 +163,8 @@ def build_training_data(args) -> TrainingData:
         args.train_data_path = shown(root)  # what is printed and stored holds no signature
     kind = ShardedPairs if sharded else TrainingPairs
     training_pairs = kind(train, *sizes, args.augment, args.seed, silence="silence" in args.weights)
-    return TrainingData(training_pairs, kind(held_out, *sizes, "none"), counts, left_out)
+    classes = {} if sharded else known_classes(Path(root or TRAIN_SETS[args.trainset].root))
+    return TrainingData(training_pairs, kind(held_out, *sizes, "none"), counts, left_out, classes)
 
 
 def leave_out(pairs: Sequence, ids: Collection[str]) -> Sequence:
@@ -275,7 +277,7 @@ def choose_threshold(model: Model, data: TrainingData, device: torch.device, **s
         pairs, source = data.held_out.pairs, "held-out training pairs"
     else:
         pairs, source = data.train.pairs, "training pairs, as none were held out"
-    return universal_threshold(model, pairs, device, source, **settings)
+    return universal_threshold(model, pairs, device, source, class_of=data.class_of, **settings)
 
 
 def dry_run(train: Callable, validate: Callable, test: Callable) -> None:

@@ -145,7 +145,7 @@ def _provenance(results: Mapping[str, Any]) -> list[str]:
     if last := results.get("last_epoch"):
         lines.append(_last_epoch(last, (checkpoint or {}).get("epoch"), [*maps]))
     if checkpoint and "threshold" in checkpoint:
-        lines.append(describe_threshold(checkpoint["threshold"]))
+        lines.append(describe_threshold(checkpoint["threshold"], results.get("settings", {}).get("infer_image_size")))
     lines += [f"note: {note}" for note in results.get("notes", ())]
     if test_list := results.get("test_list"):
         lines.append(f"list: {test_list}, in place of the set's own")

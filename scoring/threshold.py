@@ -79,6 +79,7 @@ def universal_threshold(
         "pairs": len(taken),
         "pairs_from": pairs_from,
         "offscreen": f"audio of {dataset.offscreen}",
+        "infer_image_size": model.infer_image_size,
         "seed": seed,
     }
 
@@ -191,11 +192,13 @@ def main() -> None:
     print(f"written into {out}")
 
 
-def describe_threshold(chosen: Mapping[str, Any]) -> str:
-    """One line about u and how it was chosen."""
+def describe_threshold(chosen: Mapping[str, Any], tested_size: int | None = None) -> str:
+    """One line about u and how it was chosen; tested_size: px of the images that it is used with, where it is known."""
+    size = chosen.get("infer_image_size", tested_size)
+    other = f"; chosen on images of {size} px, not {tested_size}" if tested_size and size != tested_size else ""
     return (
         f"universal threshold {chosen['value']:.4f} ({chosen['rule']}; {chosen['pairs']} pairs, "
-        f"{chosen['pairs_from']}; off-screen: {chosen['offscreen']})"
+        f"{chosen['pairs_from']}; off-screen: {chosen['offscreen']}{other})"
     )
 
 

@@ -68,6 +68,17 @@ def test_the_table_says_how_much_was_trained_on():
     assert "pairs that were trained on: 2,820\n" in text
 
 
+def test_a_threshold_of_images_of_another_size_is_told():
+    chosen = {"value": 0.25, "rule": "r", "pairs": 9, "pairs_from": "p", "offscreen": "o", "infer_image_size": 384}
+    known = results()
+    known["checkpoint"]["threshold"] = chosen
+    for size, told in ((384, False), (224, True)):
+        known["settings"]["infer_image_size"] = size
+        assert ("chosen on images of 384 px, not 224" in report.results_table(known)) == told
+    del chosen["infer_image_size"]  # older code did not note it
+    assert "0.2500" in report.results_table(known) and "384" not in report.results_table(known)
+
+
 def test_the_table_tolerates_missing_parts():
     for missing in ("references", "retrieval", "pairs", "checkpoint", "settings"):
         partial = {key: value for key, value in results().items() if key != missing}

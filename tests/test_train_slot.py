@@ -109,6 +109,18 @@ def test_without_held_out_pairs_training_pairs_choose_the_threshold_and_it_says_
     assert chosen["pairs"] == 5 and chosen["pairs_from"] == "training pairs, as none were held out"
 
 
+def test_classes_beside_the_training_pairs_choose_the_off_screen_sounds_of_the_threshold(damaged, tmp_path):
+    ids = "adef"  # whole ones
+    (damaged / "classes.csv").write_text("id,class\n" + "".join(f"{i},class {i}\n" for i in ids))
+    (damaged / "train.txt").write_text("\n".join(ids))
+    where = ["--train_data_path", damaged, "--train_list", damaged / "train.txt", "--metadata", tmp_path]
+    fixed = ["--trainset", "custom", "--experiment_name", "x", "--batch_size", 2, "--reciprocal_k", 1, "--gpu", "cpu"]
+    data = train_slot.build_training_data(train_slot.parse_args([*map(str, [*fixed, *where, *SMALL])]))
+    model = JointSlotModel("small", 16, image_size=64, audio_seconds=0.8)
+    chosen = train_slot.choose_threshold(model, data, torch.device("cpu"))
+    assert chosen["offscreen"] == "audio of another class" and chosen["infer_image_size"] == 64
+
+
 def test_the_test_script_gives_the_figures_of_the_training_run(finished, synthetic_root, tmp_path, cli):
     done = cli(
         "test_model", "--model_dir", finished[0].parent, "--experiment_name", "run", "--testset", "synthetic",
