@@ -9,19 +9,20 @@
 """
 
 from argparse import ArgumentTypeError
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from annotations import GroundTruth, first_ids, read_ids
+from annotations import first_ids, read_ids
 from dataset import TRAIN_SETS, EvaluationPairs, TrainingPairs, select_training_pairs
 from distributed import any_rank, is_main, own_device, process_group, under_torchrun
 from film.localizer import Localizer
 from film.over_time import ROOT, TRUTH, publish_films, score_films
 from maps import MAP_SIZE, enlarge_absolute
-from models import Trained, load
+from models import Model, Trained, load
 from recipes import add_infer_image_size
 from reports.diagnose import check_slots, diagnose
 from reports.own_files import note_own, remove_own
@@ -146,23 +147,22 @@ def score_model(args) -> None:
         model = trained.model.to(memory_format=torch.channels_last)  # rounds as in training
         if args.diagnose:
             check_slots(model)
-        if args.infer_image_size:
-            model.infer_image_size = args.infer_image_size
-        with as_user_error(ValueError):
-            model.imgnet.check_size(model.infer_image_size)
+        set_image_size(model, args.infer_image_size)
         test_sets = build_test_sets(args, model.infer_image_size, model.shape["audio_seconds"])
         given = {name: getattr(args, name) for name in trained.inference if getattr(args, name) is not None}
         settings = trained.inference | given | {"alpha": 0.6 if args.alpha is None else args.alpha}
         settings |= {"saliency": load_saliency(args.imagenet_weights, device), "resamples": RESAMPLES}
         settings["threshold"] = trained.threshold
         run = {"batch_size": args.batch_size, "workers": args.num_workers, "seed": args.seed}
+        asked = negatives_by_set(args, trained, path, test_sets)
         own = "results_last" if args.checkpoint == "latest" else "results"
         out_dir = make_out_dir(args, path.parent / (own if args.experiment_name else f"{path.stem}_results"))
         for name, dataset in test_sets.items():
+            if name not in asked:
+                continue
             keepsakes = Keepsakes(args, out_dir / name, dataset, len(dataset)) if is_main() else None
             on_batch = keepsakes.on_batch if keepsakes else ()
-            asked = negatives_of(args, trained, path, dataset.ground_truth)
-            score = partial(evaluate, model, device=device, **settings, **run, negatives=asked)
+            score = partial(evaluate, model, device=device, **settings, **run, negatives=asked[name])
             evaluation = score(dataset, on_batch=on_batch)
             noisy = {f"{level:g}": score(dataset.noisy(level)) for level in args.snr}
             if evaluation is None:
@@ -183,29 +183,54 @@ def score_model(args) -> None:
                 print("\n".join(f"diagnosis: {picture}" for picture in pictures))
 
 
+def set_image_size(model: Model, asked: int | None) -> None:
+    """Test a model with images of the size that was asked for. UserError for one that it does not take."""
+    model.infer_image_size = asked or model.infer_image_size
+    with as_user_error(ValueError):
+        model.imgnet.check_size(model.infer_image_size)
+
+
+NOT_FOR_FILMS = ("test_gt_path", "test_list", "alpha", "negatives", "snr", "save_visualizations", "save_overlays",
+                 "save_maps", "report", "diagnose")  # fmt: skip
+
+
+def film_root(args) -> Path:
+    return Path(args.test_data_path) if args.test_data_path else ROOT
+
+
 def score_film_set(args) -> None:
     """Maps over the built-in films, whose truth is known in every frame."""
     path, device = checkpoint_path(args), pick_device(args.gpu)
     trained = load(path, device)
+    set_image_size(trained.model, args.infer_image_size)
     given = {name: getattr(args, name) for name in trained.inference if getattr(args, name) is not None}
     localizer = Localizer(trained._replace(inference=trained.inference | given), device)
     own = "results_last" if args.checkpoint == "latest" else "results"
     out_dir = make_out_dir(args, path.parent / (own if args.experiment_name else f"{path.stem}_results"))
-    root = Path(args.test_data_path) if args.test_data_path else ROOT
-    results, rows = score_films(localizer, root, RESAMPLES, args.seed)
+    results, rows = score_films(localizer, film_root(args), RESAMPLES, args.seed)
     publish_films(results, rows, out_dir / FILMS, testset=FILMS, checkpoint=trained.about)
 
 
-def negatives_of(args, trained: Trained, path: Path, truth: GroundTruth) -> Negatives | None:
-    """The negative audio that a set is asked with: what the flag says, all of it for the page and robust sets."""
-    kinds = args.negatives or (NEGATIVES if args.report or truth.robust else ())
-    if not kinds or trained.threshold is not None:
-        return Negatives(tuple(kinds), args.negative_seeds) if kinds else None
+def negatives_by_set(
+    args, trained: Trained, path: Path, test_sets: Mapping[str, EvaluationPairs]
+) -> dict[str, Negatives | None]:
+    """The negative audio that each set is asked with: what the flag says, all of it for the page and robust sets.
+
+    A model without a threshold can be asked with none: UserError, before anything is scored, where that is all that was
+    wanted. Of `all` sets the robust ones are left out then, and pages do without, with a line each.
+    """
     mend = f"{path} has no universal threshold: python -m scoring.threshold {path} PAIRS chooses one"
-    if args.negatives or truth.robust:
-        raise UserError(f"negative audio: {mend}")
-    print(f"no negative audio in the page: {mend}")
-    return None
+    robust = [name for name, dataset in test_sets.items() if dataset.ground_truth.robust]
+    if trained.threshold is None:
+        if args.negatives or (robust and args.testset != "all"):
+            raise UserError(f"negative audio: {mend}")
+        if args.report:
+            print(f"no negative audio in the page: {mend}")
+        if robust:
+            print(f"left out: {', '.join(robust)} ({mend})")
+        return {name: None for name in test_sets if name not in robust}
+    kinds = {name: args.negatives or (NEGATIVES if args.report or name in robust else ()) for name in test_sets}
+    return {name: Negatives(tuple(own), args.negative_seeds) if own else None for name, own in kinds.items()}
 
 
 def training_batch(path: Path, trained: Trained, seed: int) -> TrainingPairs | None:
@@ -370,7 +395,10 @@ def main() -> None:
         raise UserError("--interactive is for custom: films have no entries that share an image")
     else:
         names = [name for name in args.testset.split(",") if name != FILMS]
-        films = FILMS in args.testset.split(",") or (args.testset == "all" and (ROOT / TRUTH).is_file())
+        films = FILMS in args.testset.split(",") or (args.testset == "all" and (film_root(args) / TRUTH).is_file())
+        given = [f"--{flag}" for flag in NOT_FOR_FILMS if str(getattr(args, flag)) not in ("None", "False", "()")]
+        if given and not names:
+            raise UserError(f"{', '.join(given)}: not with {FILMS}, which has tables and truth of its own")
         if films and under_torchrun():
             raise UserError(f"{FILMS} is scored in one process: start it without torchrun")
         if names:

@@ -58,6 +58,7 @@ def score_films(localizer: Localizer, root: Path, resamples: int, seed: int) -> 
         "threshold": localizer.threshold if localizer.has_threshold else None,
         "resamples": resamples,
         "seed": seed,
+        "infer_image_size": localizer.model.infer_image_size,
         **localizer.trained.inference,
     }
     results["films"], results["steps"] = len(films), len(moments)

@@ -286,7 +286,7 @@ def test_the_noise_is_as_far_below_each_sound_as_asked(synthetic_root):
     assert clean.snr is None
 
 
-def test_masks_of_avsbench_robust_are_always_asked_with_negative_audio(thresholded, tmp_path, run):
+def test_masks_of_avsbench_robust_are_always_asked_with_negative_audio(thresholded, checkpoint, tmp_path, run):
     root = tmp_path / "avs"
     for video in ("vid_a", "vid_b"):
         write_tone(root / "ms3" / "audio_wav" / f"{video}.wav", 500)
@@ -303,6 +303,11 @@ def test_masks_of_avsbench_robust_are_always_asked_with_negative_audio(threshold
     figures = read(tmp_path / "out", "ms3_robust")["maps"]["AUD_share"]
     wanted = {f"{name}_{kind}" for name in ("mIoU", "F", "FPR") for kind in ("own", "silence", "noise", "offscreen")}
     assert wanted <= figures.keys() and "AVSBench-Robust" in done.stdout
+    old = run("--checkpoint", checkpoint, "--testset", "ms3,ms3_robust", *where[2:], "--out_dir", tmp_path / "old")
+    assert old.returncode == 2 and "python -m scoring.threshold" in old.stderr and not (tmp_path / "old").exists()
+    old = run("--checkpoint", checkpoint, "--testset", "all", *where[2:], "--out_dir", tmp_path / "old")
+    assert old.returncode == 0 and "left out: ms3_robust (" in old.stdout, old.stderr
+    assert [path.name for path in (tmp_path / "old").iterdir()] == ["ms3"]
     maps = np.load(tmp_path / "out" / "ms3_robust" / "maps.npz")
     large = enlarge_absolute(torch.from_numpy(maps["AUD_share_noise"][:, 0]))
     assert figures["FPR_noise"] == pytest.approx((large > 0.5).double().mean().item(), abs=1e-9)
