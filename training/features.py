@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pooch
 import torch
 from filelock import FileLock
 from torch.utils.data import Dataset
@@ -111,8 +112,7 @@ class Store:
 def view_key(path: str, view: int, by_contents: bool) -> bytes:
     """What finds the row of a view of a file: the file's absolute path, size and time of change, or its contents."""
     if by_contents:
-        with open(path, "rb") as file:
-            what = hashlib.file_digest(file, "sha256").hexdigest()
+        what = pooch.file_hash(path)  # sha256
     else:
         status = os.stat(path)
         what = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
