@@ -7,6 +7,7 @@ one of timm, by its name there: "timm:NAME", or "timm:NAME@STAGE" for another fe
 
 import hashlib
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -260,8 +261,14 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def check_size(self, size: int) -> None:
-        """ValueError for images of a size that the encoder does not take."""
-        self.tokens_along(size)
+        """ValueError for images of a size that the encoder does not take; a warning where tokens do not fit into it."""
+        tokens = self.tokens_along(size)
+        if beside := abs(tokens * self.stride - size):
+            warnings.warn(
+                f"images of {size} px are {tokens} tokens of {self.stride} px: maps are drawn up to {beside} px beside "
+                f"what they show; a multiple of {self.stride} px avoids that",
+                stacklevel=2,
+            )
 
     def stage_parameters(self) -> list[list[nn.Parameter]]:
         """The trunk's parameters by stage, the stem and first stage first."""

@@ -1,5 +1,6 @@
 """Encoders: recipes, shapes, ImageNet weights."""
 
+import warnings
 from urllib.error import URLError
 
 import pytest
@@ -168,6 +169,16 @@ def test_sizes_that_would_draw_maps_amiss_are_refused_with_those_that_do_not():
     needs_timm()
     with pytest.raises(ValueError, match="multiple of 32, not 100 px: 96 or 128"):
         TimmImageEncoder(SMALL_NETWORK, 8).eval()(torch.zeros(1, 3, 100, 100))
+
+
+def test_a_size_that_tokens_do_not_fill_is_told_with_what_it_does_to_maps():
+    for arch, size, beside in (("small", 127, 15), ("resnet18", 100, 28)):
+        encoder = ImageEncoder(arch, 16)
+        with pytest.warns(UserWarning, match=f"drawn up to {beside} px beside"):
+            encoder.check_size(size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            encoder.check_size(4 * encoder.stride)
 
 
 def test_weights_of_a_file_fill_the_trunk_key_by_key(timm_file, tmp_path):
