@@ -384,9 +384,12 @@ def read_frames(
         ids = read_ids(test_list)
         _refuse_unknown([i for i in ids if i not in frames], folder, Path(test_list))
         frames = {i: frames[i] for i in ids}
-    by_video: dict[str, set[tuple[str, str]]] = {}
+    by_frame: dict[tuple[str, str], set[tuple[str, str]]] = {}  # what sounds in it; several tasks may share a frame
     for frame in frames.values():
-        by_video.setdefault(frame.video, set()).add((frame.task, frame.category))
+        by_frame.setdefault((frame.video, frame.frame), set()).add((frame.task, frame.category))
+    by_video: dict[str, set[frozenset]] = {}
+    for (video, _), what in by_frame.items():
+        by_video.setdefault(video, set()).add(frozenset(what))
     parts = {task: frozenset(i for i, frame in frames.items() if frame.task == task) for task in
              sorted({frame.task for frame in frames.values()})}  # fmt: skip
     parts[CROSS_EVENT] = frozenset(i for i, frame in frames.items() if len(by_video[frame.video]) > 1)

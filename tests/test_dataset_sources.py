@@ -11,7 +11,7 @@ from PIL import Image
 
 from annotations import load_avatar, load_music, read_duets, read_labels
 from dataset import finish_one
-from dataset_avs import build_frame_set, build_source_set, build_source_truth, pair_up
+from dataset_avs import build_frame_set, build_source_set, build_source_truth, pair_up, read_frames
 from scoring.summary import images_by_id
 from utils import Absent, UserError
 
@@ -235,6 +235,17 @@ def test_avatar_has_an_item_for_each_frame_and_task_with_the_sound_around_it(ava
     wanted = {"one_00010": 500, "one_00035": 2500, "two_00005": 1000, "two_00039_mixed-sound": 3000}
     assert all(heard[name] == pytest.approx(hertz, abs=32) for name, hertz in wanted.items())
     assert "[x, y, width, height]" in truth.notes[0]
+
+
+def test_frames_of_one_video_that_all_hear_the_same_are_no_cross_event(avatar):
+    both = ("Mixed-sound", [0, 0, 50, 50]), ("Multi-entity", [150, 50, 50, 50])
+    for frame in ("00001", "00002"):
+        write_frame(avatar, "three", frame, *both)
+    _, truth = read_frames("avatar", avatar, None, None)
+    assert not any(i.startswith("three") for i in truth.parts["cross-event"])
+    write_frame(avatar, "three", "00003", both[0])
+    _, truth = read_frames("avatar", avatar, None, None)
+    assert sum(i.startswith("three") for i in truth.parts["cross-event"]) == 5
 
 
 def test_boxes_of_avatar_are_read_as_what_fits_their_images_and_polygons(avatar):
