@@ -8,6 +8,9 @@ From Python: `from localize import Localizer`.
 """
 
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read with torch: threads that wait leave drawing the processor
+
 from collections.abc import Sequence
 from pathlib import Path
 

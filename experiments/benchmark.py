@@ -9,6 +9,10 @@ Where nothing of the released code compares, the baseline is what the name says,
 its flags.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train_script.sh and localize.py set it
+
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from utils import UserError
 
@@ -55,6 +55,7 @@ class FilmWriter:
             self._audio.bit_rate = 96_000 * min(channels, 2)
         self._resampler: av.AudioResampler | None = None
         self._kind: tuple[int, int] | None = None  # channels and rate that it takes
+        self._colours = VideoReformatter()  # one for all frames: its tables take longer than a frame
         self._rate = rate
         self._last: tuple[float, np.ndarray] | None = None  # waits for the time at which it ends
         self._heard = 0
@@ -68,7 +69,8 @@ class FilmWriter:
     def _write_last(self, end: float) -> None:
         time, image = self._last
         frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-        frame = frame.reformat(
+        frame = self._colours.reformat(
+            frame,
             format="yuv420p",
             src_color_range=ColorRange.JPEG,
             dst_color_range=ColorRange.MPEG,

@@ -32,7 +32,10 @@ ImageOf = Callable[[str], np.ndarray]  # id -> (224, 224, 3) uint8
 
 TRUTH_COLOUR = (60, 255, 90)
 LEVELS = np.arange(256, dtype=np.uint8)[:, None]
-INFERNO = np.ascontiguousarray(cv2.applyColorMap(LEVELS, cv2.COLORMAP_INFERNO)[..., ::-1])  # (256, 1, 3), RGB
+INFERNO = cv2.applyColorMap(LEVELS, cv2.COLORMAP_INFERNO)[..., ::-1]  # (256, 1, 3), RGB
+OPACITY = (0.45 + 0.2 * LEVELS / 255)[..., None]  # of the heat's colour over the image, by level
+HEAT = np.ascontiguousarray((OPACITY * INFERNO).round().astype(np.uint8))
+VEIL = np.ascontiguousarray((255 * (1 - OPACITY)).round().astype(np.uint8).repeat(3, axis=2))
 INK, SOFT_INK, PAPER = (25, 25, 30), (105, 105, 115), (255, 255, 255)
 GAP, LABEL_HEIGHT, TITLE_HEIGHT, HEADER_HEIGHT = 8, 24, 26, 44  # pixels
 SHEET_SAMPLES = 16
@@ -57,9 +60,8 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     heat = np.clip(_as_array(heat), 0, 1)
     if heat.shape != image.shape[:2]:
         raise ValueError(f"a heat map {heat.shape} does not fit an image {image.shape[:2]}")
-    colours = cv2.applyColorMap((heat * 255).round().astype(np.uint8), INFERNO)
-    opacity = (0.45 + 0.2 * heat).astype(np.float32)
-    return cv2.blendLinear(image, colours, 1 - opacity, opacity)
+    levels = cv2.convertScaleAbs(heat, alpha=255)  # rounded
+    return cv2.add(cv2.multiply(image, cv2.applyColorMap(levels, VEIL), scale=1 / 255), cv2.applyColorMap(levels, HEAT))
 
 
 def draw_truth(image: np.ndarray, truth: np.ndarray) -> np.ndarray:

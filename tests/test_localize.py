@@ -108,6 +108,15 @@ def test_a_decoder_that_fails_costs_its_file_only(localize, folder, tmp_path, mo
     assert (tmp_path / "out" / "film.mov").parent.is_dir() and "1 made" in done.stdout
 
 
+@pytest.mark.parametrize("script", ["localize.py", "web/app.py", "experiments/benchmark.py"])
+def test_waiting_threads_are_told_to_leave_the_processor_before_torch_reads_it(script):
+    """A film is drawn beside the model: on two cores, threads that spin take twice the time."""
+    lines = (ROOT / script).read_text().splitlines()
+    imports = [line for line in lines if line.startswith(("import ", "from "))]
+    told = next(i for i, line in enumerate(lines) if line.startswith('os.environ.setdefault("OMP_WAIT_POLICY"'))
+    assert imports[0] == "import os" and told < lines.index(imports[1])
+
+
 def start(checkpoint, *arguments):
     command = [sys.executable, "localize.py", *map(str, arguments), "--checkpoint", str(checkpoint), "--gpu", "cpu"]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -17,6 +17,7 @@ from resnet import (
     ObjectSaliency,
     TimmImageEncoder,
     TimmTrunk,
+    fuse_batch_norm,
     load_image_weights,
     load_imagenet_weights,
     read_weights,
@@ -291,3 +292,34 @@ def test_a_network_that_takes_images_of_one_size_alone_gets_no_border_and_refuse
         encoder.check_size(448)
     align(encoder)
     assert encoder.token_shift == 0 and encoder.training
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "small"])
+def test_without_batch_norm_maps_and_presence_are_those_with_it_within_1e_5(arch):
+    """Running statistics are those of a trained model: neither 0 nor 1."""
+    torch.manual_seed(0)
+    model = JointSlotModel(arch, 16, image_size=64, audio_seconds=0.8)
+    with pytest.raises(ValueError, match="eval"):
+        fuse_batch_norm(model)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.normal_(0, 0.3)
+        norm.running_var.uniform_(0.5, 2)
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+        torch.nn.init.normal_(norm.bias, 0, 0.3)
+    image, spectrogram = torch.randn(3, 3, 64, 64), torch.randn(3, 1, 257, 81) / 3
+    model.eval()
+    whole, presence = model.localize(image, spectrogram), model.confidences(*states(model, image, spectrogram))
+    assert len(norms) > 10 and fuse_batch_norm(model) is model
+    assert not [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    fused = model.localize(image, spectrogram)
+    for name, values in whole._asdict().items():
+        assert torch.allclose(getattr(fused, name), values, rtol=0, atol=1e-5), name
+    assert torch.allclose(
+        model.confidences(*states(model, image, spectrogram))["presence"], presence["presence"], rtol=0, atol=1e-5
+    )
+
+
+@torch.no_grad()
+def states(model, image, spectrogram):
+    return model.attend_image(image)[0], model.attend_audio(spectrogram)

@@ -8,6 +8,9 @@ it ends, and asks nothing of any other computer.
 """
 
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read with torch: threads that wait leave drawing the processor
+
 import tempfile
 from pathlib import Path
 
