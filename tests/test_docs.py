@@ -17,13 +17,16 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import soundfile
 from conftest import ROOT
 from moving_films import write_film
+from PIL import Image
 from torch.distributed.run import get_args_parser
 
 import recipes
 import synthetic.generate
 import utils
+from film.tables import COLUMNS
 
 README = ROOT / "README.md"
 DOCS = (
@@ -34,6 +37,7 @@ DOCS = (
     "compare",
     "synthetic",
     "listening",
+    "localize",
     "results",
     "migrating",
     "development",
@@ -329,6 +333,21 @@ def test_a_clip_can_be_localized_from_python_as_shown(workplace, capsys):
     write_film(workplace / "film.mp4", 3)
     exec(code, {})
     assert len(capsys.readouterr().out.splitlines()) > 10
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save("photo.jpg")
+    soundfile.write("dog.wav", np.zeros(16000), 16000)
+    (code,) = python_blocks(ROOT / "docs" / "localize.md")
+    assert len([line for line in code.splitlines() if line]) <= 6
+    exec(code, {})
+    assert len(capsys.readouterr().out.splitlines()) > 10
+
+
+def test_the_page_about_ones_own_clips_names_every_flag_and_column(monkeypatch, capsys):
+    page = (ROOT / "docs" / "localize.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["localize.py", "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module("localize").main()
+    flags = set(re.findall(r"--\w+", capsys.readouterr().out)) - {"--help"}
+    assert not [name for name in (*flags, *COLUMNS) if f"`{name}" not in page]
 
 
 @pytest.mark.slow
@@ -470,7 +489,7 @@ ROOMS = {  # room: what else than the core it may import
     "web": {"film", "synthetic"},
     "experiments": {"training", "scoring", "reports", "prepare", "synthetic", "film", "shards"},
 }
-ENTRY_POINTS = {"train_slot", "test_model", "prepare_data", "localize"}
+ENTRY_POINTS = {"train_slot", "test_model", "prepare_data", "localize", "export"}
 
 
 def imported(path: Path) -> set[str]:
