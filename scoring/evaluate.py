@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from annotations import GroundTruth, check_finite, first_ids, repeated
-from dataset import EvaluationPairs, in_order, make_loader
+from dataset import EvaluationPairs, Sample, in_order, make_loader
 from distributed import gather_in_order, hidden_bar, is_main, shard
 from maps import ABSOLUTE, enlarge_absolute, smooth_maps
 from models import Model, rows_of
@@ -51,7 +51,7 @@ class Localized(NamedTuple):
     scalars: dict[str, torch.Tensor]  # (B,) each
     image_embedding: torch.Tensor  # (B, D), or (B, n, D) of which the best counts: what retrieval compares
     audio_embedding: torch.Tensor  # (B, D)
-    negatives: dict[str, torch.Tensor]  # (B, h, w) of the absolute map under each negative
+    negatives: dict[str, torch.Tensor]  # (B, h, w) of the absolute map under each negative; of S seeds (B, S, h, w)
 
 
 def localize_batch(
@@ -96,6 +96,41 @@ def localize_batch(
     return Localized(raw, scalars, *embeddings, negatives)
 
 
+def _joined(parts: Sequence[Localized]) -> Localized:
+    """The parts of a batch, one behind the other."""
+    sides = zip(*parts, strict=True)
+    return Localized(*(joined(side) if isinstance(side[0], dict) else torch.cat(side) for side in sides))
+
+
+def _localized(
+    model: Model,
+    questions: Questions,
+    seeded: Sequence[WithNegativeAudio],
+    device: torch.device,
+    batches: Sequence[range],
+    workers: int,
+    **asked_with: Any,
+) -> Iterator[tuple[Sample, Localized]]:
+    """Each of the batches and what the model says of it, with the maps under negatives of all seeds, (B, S, h, w).
+
+    seeded: the pairs with the negatives of each seed, the first of which `questions` ask; asked_with: of
+    `localize_batch`.
+    """
+    dataset, kinds, silent = questions.paired.dataset, questions.kinds, None
+    if "silence" in kinds:
+        silent = model.attend_audio(silence(dataset.audio_seconds)[None].to(device))
+    ask = partial(localize_batch, model, questions.names, **asked_with, silent=silent)
+    further = further_seeds(model, seeded[1:], kinds, device, batches, workers)
+    loader = counted_batches(make_loader(questions, 1, workers, batches, device), dataset, workers)
+    for place, (batch, *asked) in enumerate(loader):
+        found = _joined([*on_device(ask, device, batch.image, batch.spectrogram, *asked)])
+        of_seeds = {
+            kind: [first, *(of_seed[place][kind] for of_seed in further if kind in of_seed[place])]
+            for kind, first in found.negatives.items()
+        }
+        yield batch, found._replace(negatives={kind: torch.stack(maps, 1) for kind, maps in of_seeds.items()})
+
+
 @torch.no_grad()
 @full_precision()
 def evaluate(
@@ -125,37 +160,25 @@ def evaluate(
     """
     if negatives and threshold is None:
         raise UserError("negative audio needs the model's universal threshold, and it has none")
-    kinds = negatives.kinds if negatives else ()
-    paired = WithWrongAudio(dataset, seed)
+    paired, kinds = WithWrongAudio(dataset, seed), negatives.kinds if negatives else ()
     classes = dataset.ground_truth.class_of
     seeded = [WithNegativeAudio(dataset, seed + k, classes) for k in range(negatives.seeds if negatives else 0)]
     questions = Questions(paired, kinds, seeded[0] if seeded else None)
     batches = in_order(len(paired), batch_size)[:max_batches]
     scores = SetScores(dataset.ground_truth, {} if threshold is None else {ABSOLUTE: threshold})
+    asked_with = {"infer_sharpening": infer_sharpening, "infer_smoothing": infer_smoothing}
     embeddings, was_training = [], model.training
+
+    def scored() -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], list[Scored]]]:
+        own = shard(batches), workers
+        for batch, found in _localized(model, questions, seeded, device, *own, saliency=saliency, **asked_with):
+            maps = found.raw, found.scalars, "bicubic", alpha, {ABSOLUTE: found.negatives}
+            with as_user_error(ValueError):  # maps that are not finite
+                parts = [*scores.score(batch.id, batch.truth, *maps, device)]
+            yield (found.image_embedding, found.audio_embedding), parts
+
     model.eval()
     try:
-        silent = None
-        if "silence" in kinds:
-            silent = model.attend_audio(silence(dataset.audio_seconds)[None].to(device))
-        asked_with = {"infer_sharpening": infer_sharpening, "infer_smoothing": infer_smoothing}
-        ask = partial(localize_batch, model, questions.names, **asked_with, saliency=saliency, silent=silent)
-        further = further_seeds(model, seeded[1:], kinds, device, shard(batches), workers)
-        loader = counted_batches(make_loader(questions, batch_size, workers, shard(batches), device), dataset, workers)
-
-        def scored() -> Iterator[tuple[list[torch.Tensor], list[Scored]]]:
-            for place, (batch, *asked) in enumerate(loader):
-                found = list(on_device(ask, device, batch.image, batch.spectrogram, *asked))
-                first = joined([part.negatives for part in found])
-                more = {kind: [of_seed[place][kind] for of_seed in further if kind in of_seed[place]] for kind in first}
-                shares = {kind: torch.stack([values, *more[kind]], 1) for kind, values in first.items()}
-                both = [torch.cat([part[side] for part in found]) for side in (2, 3)]
-                raw, scalars = (joined([part[side] for part in found]) for side in (0, 1))
-                with as_user_error(ValueError):  # maps that are not finite
-                    asked = {ABSOLUTE: shares}
-                    parts = scores.score(batch.id, batch.truth, raw, scalars, "bicubic", alpha, asked, device)
-                    yield both, list(parts)
-
         everyones = gather_in_order(scored(), len(batches))
         for both, parts in tqdm(everyones, "evaluating", len(batches), **BAR, disable=hidden_bar()):
             embeddings.append(both)

@@ -75,7 +75,7 @@ class Questions(Dataset):
     """
 
     def __init__(self, paired: WithWrongAudio, kinds: Sequence[str], negative: WithNegativeAudio | None) -> None:
-        self.paired, self.negative = paired, negative
+        self.paired, self.kinds, self.negative = paired, kinds, negative
         alone = ["alone"] if paired.dataset.alone else []
         self.names = ["wrong", *alone, *(kind for kind in SEEDED if kind in kinds)]
 
