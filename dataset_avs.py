@@ -479,7 +479,11 @@ def times_of(frames: Mapping[str, FrameTruth], folder: Path) -> dict[str, float]
 
 def _rate(video: str, rates: Mapping[str, str], films: Mapping[str, str], table: Path) -> float:
     try:
-        rate = float(rates[video]) if video in rates else media.open(films[video]).rate
+        if video in rates:
+            rate = float(rates[video])
+        else:
+            with media.open(films[video]) as film:
+                rate = film.rate
     except KeyError:
         raise UserError(
             f"when is a frame of {video}? Put its film into {table.with_name('videos')}, or its frames per second into "

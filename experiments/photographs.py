@@ -44,7 +44,7 @@ ROWS = {  # epochs were chosen on VALIDATION
     "small_maxpool": Row("max-pool contrast, small from random weights", "--recipe small --objective maxpool"),
     "small_listen": Row("listen, small from random weights", "--recipe small --objective listen"),
 }
-OTHER_SIZE = 224  # px, at which models that are tested at 448 are tested as well
+OTHER_SIZE = 224  # px, that of training: models with frozen encoders are tested at it as well
 COLUMNS = (  # head, split, map, metric
     ("one object: cIoU", ONE, "AUD", "cIoU"),
     ("class R@1", ONE, "AUD", CLASS_RECALL),
