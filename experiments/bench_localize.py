@@ -46,8 +46,10 @@ def run(args) -> Iterator[Timing]:
             yield from time_model(name, film, args.seconds, Path(folder), args.rounds)
 
 
-def time_model(name: str, film: Path, seconds: float, folder: Path, rounds: int) -> Iterator[Timing]:
-    localizer = Localizer(untrained(MODELS[name]))
+def time_model(
+    name: str, film: Path, seconds: float, folder: Path, rounds: int, device: str = "cpu"
+) -> Iterator[Timing]:
+    localizer = Localizer(untrained(MODELS[name]), device)
     list(zip(range(1), localizer.clip(film)))  # what happens only once, such as choosing convolutions
     spent: dict[str, float] = {}
     wall, cpu = time.perf_counter(), time.process_time()

@@ -20,6 +20,7 @@ from utils import number, peak_memory_gib
 
 IMAGE_SIZE, AUDIO_SECONDS = 224, 5.0
 WITH_MAPS = PAPER_WEIGHTS | dict.fromkeys(MAP_LOSSES, 1.0)
+CPU = torch.device("cpu")
 MATRIX = 4096  # rows and columns, large enough to reach a machine's limit
 
 
@@ -60,15 +61,16 @@ def full_model(**settings) -> JointSlotModel:
     return JointSlotModel(image_size=IMAGE_SIZE, audio_seconds=AUDIO_SECONDS, **settings).train()
 
 
-def our_step(batch: int, micro_batch: int | None = None) -> Callable[[], object]:
-    """A function that takes one step of the full-size model exactly as train_slot.py does on this CPU."""
-    device = torch.device("cpu")
-    model = full_model().to(memory_format=torch.channels_last)
+def our_step(
+    batch: int, micro_batch: int | None = None, device: torch.device = CPU, **settings
+) -> Callable[[], dict[str, float]]:
+    """A function that takes one step exactly as train_slot.py does, from ready tensors. settings: of the model, in
+    place of the full size."""
+    model = full_model(**settings).to(device, memory_format=torch.channels_last)
     optimisation = Optimisation(model, device, 5e-5, amp=choose_amp("auto", device), micro_batch=micro_batch)
-    inputs = random_inputs(model, batch)
-    inputs = Inputs(
-        *(x[local_slice(batch)] for x in inputs[:2]), TokenMasks(*(x[local_slice(batch)] for x in inputs.masks))
-    )
+    inputs, rows = random_inputs(model, batch), local_slice(batch)
+    masks = TokenMasks(*(x[rows].to(device) for x in inputs.masks))
+    inputs = Inputs(*(x[rows].to(device) for x in inputs[:2]), masks)
     return lambda: optimisation.step(inputs, PAPER_WEIGHTS, 1.0)
 
 
@@ -85,7 +87,7 @@ def slots_and_losses(batch: int, weights: Mapping[str, float] = PAPER_WEIGHTS) -
         tokens = [x.detach().requires_grad_() for x in model.encode(*random_inputs(model, batch)[:2])]
     masks = model.draw_masks(batch)
 
-    amp = choose_amp("auto", torch.device("cpu"))
+    amp = choose_amp("auto", CPU)
 
     def run() -> None:
         with torch.autocast("cpu", amp, enabled=amp is not None):
@@ -100,7 +102,7 @@ def memory_of(make_step: Callable, *arguments) -> float:
     """Peak memory of this process in GiB, after two steps."""
     step = make_step(*arguments)
     step(), step()
-    return peak_memory_gib(torch.device("cpu"))
+    return peak_memory_gib(CPU)
 
 
 def limit_of_this_machine(dtype: torch.dtype) -> float:
@@ -115,7 +117,7 @@ def bench_step(rounds: int, batch: int) -> Iterator[Timing]:
         baseline()
     spent, released = alternate(ours, baseline, rounds)
     yield Timing(f"step: full size, batch {batch}", spent, released, "s")
-    limit = limit_of_this_machine(choose_amp("auto", torch.device("cpu")) or torch.float32)
+    limit = limit_of_this_machine(choose_amp("auto", CPU) or torch.float32)
     share = counter.get_total_flops() / spent / limit
     yield Timing(f"step: share of this machine's {limit / 1e9:.0f} GFLOP/s", 100 * share, None, "%")
     beside, _ = alternate(rest, lambda: None, rounds)
@@ -134,7 +136,7 @@ def time_of_step(batch: int, micro_batch: int | None, rounds: int) -> tuple[floa
     """Median seconds of a step after an untimed one, and the peak memory in GiB."""
     step = our_step(batch, micro_batch)
     step()
-    return median(seconds(step, time.perf_counter) for _ in range(rounds)), peak_memory_gib(torch.device("cpu"))
+    return median(seconds(step, time.perf_counter) for _ in range(rounds)), peak_memory_gib(CPU)
 
 
 def time_in_process(rank: int, world: int, threads: int, store: str, batch: int, rounds: int) -> None:

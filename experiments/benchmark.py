@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark step|scaling|frozen|input|shards|clips|localize|eval|all
     python -m experiments.benchmark plan --pairs 2000000 --gpus 8 --cores 96
+    python -m experiments.benchmark gpu
 
 The baselines do the work as the released code does; each is timed in alternation with ours, and medians are compared.
 After the table comes one JSON object per figure: name, value, baseline, ratio (baseline / value), unit.
@@ -21,6 +22,7 @@ import torch
 import experiments.bench_clips as bench_clips
 import experiments.bench_eval as bench_eval
 import experiments.bench_frozen as bench_frozen
+import experiments.bench_gpu as bench_gpu
 import experiments.bench_input as bench_input
 import experiments.bench_localize as bench_localize
 import experiments.bench_plan as bench_plan
@@ -48,6 +50,7 @@ BENCHES = {
     "clips": Bench("films to pairs", bench_clips.add_flags, bench_clips.run),
     "localize": Bench("maps over a film, from the file to the film", bench_localize.add_flags, bench_localize.run),
     "eval": Bench("scoring stored maps", bench_eval.add_flags, bench_eval.run),
+    "gpu": Bench("what only a GPU can say: a report", bench_gpu.add_flags, bench_gpu.run, in_all=False),
     "plan": Bench("what so many pairs take, from unit costs", bench_plan.add_flags, bench_plan.run, in_all=False),
 }
 
@@ -70,7 +73,8 @@ def main() -> None:
         in_all = [name for name, bench in BENCHES.items() if bench.in_all]
         chosen = {name: parser.parse_args([name, "--rounds", str(args.rounds)]) for name in in_all}
     timings = [timing.figures() for name, given in chosen.items() for timing in BENCHES[name].run(given)]
-    print(f"\n{results_table(timings)}\n")
+    if timings:
+        print(f"\n{results_table(timings)}\n")
     for line in timings:
         print(strict_json(line))
 

@@ -61,6 +61,7 @@ RUN_ELSEWHERE = {
         "tests/test_film_over_time.py::synthetic_video"
     ),
     "python prepare_data.py synthetic --video": "tests/test_synthetic_command.py::--video",
+    "python -m experiments.benchmark gpu --device cpu --quick": "tests/test_experiments_bench_gpu.py::measure(",
 }
 SCRIPTS = (
     "train_slot",
@@ -75,7 +76,7 @@ SCRIPTS = (
     "experiments.benchmark",
 )
 PREPARATIONS = ("metadata", "clips", "shards", "check", "synthetic")
-BENCHES = ("step", "scaling", "input", "shards", "eval", "plan", "all")
+BENCHES = ("step", "scaling", "input", "shards", "eval", "plan", "gpu", "all")
 FOREIGN_FLAGS = {"--max-restarts", "--shm-size", "--init_lr"}  # named in prose: torchrun's, Docker's, EZ-VSL's
 FOREIGN_FILES = {"train.py", "test.py"}  # EZ-VSL's
 AUTHORS = [("Inho", "Kim"), ("Youngkil", "Song"), ("Jicheol", "Park"), ("Won Hwa", "Kim"), ("Suha", "Kwak")]

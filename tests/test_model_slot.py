@@ -1,7 +1,6 @@
 """The method: reference numbers, properties of slot attention, losses."""
 
 import json
-import zlib
 
 import numpy as np
 import pytest
@@ -10,53 +9,31 @@ import torch.nn.functional as F
 from conftest import GOLDEN
 
 import model_slot
+from experiments.reference import reference_inputs, reference_numbers, reference_weights
 from model_slot import TARGET, JointSlotModel, MlpDecoder
 from models import load_model
 
 SMALL = {"image_encoder": "small", "dim": 16, "image_size": 64, "audio_seconds": 0.8}
 
 
-def golden_weights(shapes: dict) -> dict[str, torch.Tensor]:
-    weights = {}
-    for key, shape in shapes.items():
-        n = np.random.default_rng(zlib.crc32(f"public/{key}".encode())).standard_normal(shape)
-        if key.endswith("num_batches_tracked"):
-            weights[key] = torch.zeros((), dtype=torch.long)
-            continue
-        if key.endswith("running_var"):
-            value = 1 + 0.1 * abs(n)
-        elif key.endswith("running_mean"):
-            value = 0.1 * n
-        elif len(shape) <= 1:
-            value = 0.1 * n + key.endswith("weight")
-        elif key.endswith(("slots", "mask_token_img", "mask_token_aud")) or "embed" in key:
-            value = n
-        else:
-            value = 1.4142135 * n / np.sqrt(np.prod(shape[1:]))
-        weights[key] = torch.from_numpy(np.asarray(value, dtype=np.float32))
-    return weights
-
-
 @pytest.fixture(scope="module")
 def golden():
-    return json.loads((GOLDEN / "jsa_public.json").read_text()), np.load(GOLDEN / "jsa_public.npz")
+    return reference_numbers()
 
 
 @pytest.fixture(scope="module")
 def golden_model(golden, tmp_path_factory):
     """The reference weights, written as a released checkpoint is and read back."""
     folder = tmp_path_factory.mktemp("released")
-    weights = {f"module.{key}": value for key, value in golden_weights(golden[0]["shapes"]).items()}
+    weights = {f"module.{key}": value for key, value in reference_weights(golden[0]["shapes"]).items()}
     torch.save({"model": weights, "epoch": 3, "best_cIoU": np.float64(0.5)}, folder / "best.pth")
     (folder / "configs.json").write_text(json.dumps({"tau": 0.03, "reciprocal_k": 3, "mask_ratio": 0.0, "gpu": 7}))
     return load_model(folder / "best.pth")
 
 
 @pytest.fixture(scope="module")
-def golden_inputs(golden):
-    rng = np.random.default_rng(zlib.crc32(b"public/inputs"))
-    image = rng.standard_normal((8, 3, 224, 224)).astype(np.float32)
-    return torch.from_numpy(image), torch.from_numpy(rng.standard_normal((8, 1, 257, 501)).astype(np.float32))
+def golden_inputs():
+    return reference_inputs()
 
 
 def assert_close(ours, reference: np.ndarray, tolerance: float = 1e-5):
