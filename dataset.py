@@ -526,7 +526,13 @@ class EvaluationPairs(DecodedPairs):
         return fewer
 
     def noisy(self, snr: float) -> "EvaluationPairs":
-        """The same set with white noise in all audio, `snr` dB below it."""
+        """The same set with white noise in all audio, `snr` dB below it. UserError where there is no waveform."""
+        stored = [pair.id for pair in self.pairs if any(path.endswith(".npy") for path in files_of(pair.audio))]
+        if stored:
+            raise UserError(
+                f"noise needs waveforms: the audio of {len(stored)} of {len(self.pairs)} pairs of "
+                f"{self.ground_truth.name} is a stored spectrogram (.npy): {first_ids(stored)}"
+            )
         other = copy(self)
         other.snr = snr
         return other

@@ -400,6 +400,8 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> argparse
     vars(args).update({key: settings[key] for key in WITHOUT_FLAG}, recipe=name)
     if args.cached_views is not None and not args.freeze_image:
         raise UserError("--cached_views: without --freeze_image no features are kept")
+    if args.cached_views and args.unfreeze_last:
+        raise UserError("--cached_views: with --unfreeze_last no features are kept, as they change")
     if args.cached_views is None:
         args.cached_views = CACHED_VIEWS if args.freeze_image else 0
     if not args.unfreeze_last:

@@ -169,7 +169,10 @@ def configured_size(name: str) -> int:
     timm = import_timm()
     network, _ = split_name(name)
     with _building(name):
-        return timm.models.get_pretrained_cfg(network).input_size[-1]
+        config = timm.models.get_pretrained_cfg(network)
+    if config is None:
+        raise ValueError(f"{name}: timm has no network of this name; timm.list_models() names them")
+    return config.input_size[-1]
 
 
 @contextmanager

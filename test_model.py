@@ -163,8 +163,9 @@ def score_model(args) -> None:
             keepsakes = Keepsakes(args, out_dir / name, dataset, len(dataset)) if is_main() else None
             on_batch = keepsakes.on_batch if keepsakes else ()
             score = partial(evaluate, model, device=device, **settings, **run, negatives=asked[name])
+            noisy_sets = {f"{level:g}": dataset.noisy(level) for level in args.snr}  # refused before anything is scored
             evaluation = score(dataset, on_batch=on_batch)
-            noisy = {f"{level:g}": score(dataset.noisy(level)) for level in args.snr}
+            noisy = {level: score(noisy_set) for level, noisy_set in noisy_sets.items()}
             if evaluation is None:
                 continue
             if noisy:

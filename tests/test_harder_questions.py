@@ -275,6 +275,19 @@ def test_noise_in_the_audio_gives_the_same_figures_again_at_every_level(threshol
     assert done.returncode == 2 and "loud" in done.stderr.splitlines()[-1]
 
 
+def test_noise_where_spectrograms_are_stored_is_refused_before_anything_is_scored(checkpoint, damaged, tmp_path, run):
+    boxes = [{"file": i, "class": "x", "bbox": [[0, 0, 0.5, 0.5]]} for i in "ad"]
+    (damaged / "two.json").write_text(json.dumps(boxes))
+    (damaged / "audio" / "d.wav").unlink()
+    np.save(damaged / "audio" / "d.npy", np.ones((1, 257, 81), np.float32))
+    where = ("--testset", "custom", "--test_data_path", damaged, "--test_gt_path", damaged / "two.json")
+    done = run(
+        "--checkpoint", checkpoint, *where, "--imagenet_weights", "none", "--out_dir", tmp_path / "x", "--snr", "5"
+    )
+    assert done.returncode == 2 and "1 of 2 pairs of custom is a stored spectrogram (.npy): d" in done.stderr
+    assert "scored" not in done.stdout
+
+
 def test_the_noise_is_as_far_below_each_sound_as_asked(synthetic_root):
     clean = build_test_set("synthetic", str(synthetic_root), None, "", 64, 0.8)
     noisy = clean.noisy(10.0)

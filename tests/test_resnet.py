@@ -17,6 +17,7 @@ from resnet import (
     ObjectSaliency,
     TimmImageEncoder,
     TimmTrunk,
+    configured_size,
     fuse_batch_norm,
     load_image_weights,
     load_imagenet_weights,
@@ -164,6 +165,12 @@ def test_a_network_or_stage_that_timm_does_not_have_is_one_line(name, message):
     needs_timm()
     with pytest.raises(ValueError, match=message):
         TimmImageEncoder(name, 8)
+
+
+def test_the_size_of_a_network_that_timm_does_not_have_is_one_line_that_says_so():
+    needs_timm()
+    with pytest.raises(ValueError, match="timm:no_such_network: timm has no network of this name"):
+        configured_size("timm:no_such_network")
 
 
 def test_sizes_that_would_draw_maps_amiss_are_refused_with_those_that_do_not():

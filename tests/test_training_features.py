@@ -261,7 +261,17 @@ def test_a_checkpoint_may_refer_to_frozen_weights_and_never_lacks_them_silently(
 
 
 def test_unfrozen_stages_are_trained_at_a_rate_of_their_own(train, synthetic_root, tmp_path, weights, cache):
-    flags = [*flags_of(weights), "--epochs", "1", "--unfreeze_last", "1", "--recipe", "unfrozen_lr=0.5"]
+    flags = [
+        *flags_of(weights),
+        "--cached_views",
+        "0",
+        "--epochs",
+        "1",
+        "--unfreeze_last",
+        "1",
+        "--recipe",
+        "unfrozen_lr=0.5",
+    ]
     done = train(synthetic_root, tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     assert "views" not in done.stdout.partition("held_out")[2]
@@ -278,6 +288,7 @@ def test_unfrozen_stages_are_trained_at_a_rate_of_their_own(train, synthetic_roo
     [
         (["--unfreeze_last", "1"], "without --freeze_image"),
         (["--cached_views", "2"], "without --freeze_image"),
+        (["--freeze_image", "--cached_views", "2", "--unfreeze_last", "1"], "with --unfreeze_last no features"),
         (["--freeze_image", "--recipe", "frozen_weights=reference"], "only weights of a file or download"),
         (["--freeze_image", "--unfreeze_last", "9"], "9: the trunk has 3 stages"),
         (["--infer_image_size", "16", "--image_encoder", "resnet18", "--recipe", "frozen_weights=maybe"], "stored or"),
