@@ -18,7 +18,7 @@ import torch
 
 from film.inputs import Task, find_tasks
 from film.jobs import Outcome, Settings, describe_settings, is_done, run_all
-from film.localizer import Box, Localizer, Peak, Step
+from film.localizer import Box, Localizer, Peak, Step, add_window
 from film.page import write_index
 from film.render import SHOWS, Look, Outputs
 from film.tables import read_about, write_failures
@@ -41,10 +41,7 @@ def parse_args():
     parser.add_argument(
         "--sound", type=Path, metavar="FILE", help="the sound of an image; of a film, in place of its own"
     )
-    parser.add_argument(
-        "--window", type=number(float, low=0.1, high=60),
-        help="seconds of sound around each frame (default: as the model was trained)",
-    )  # fmt: skip
+    add_window(parser)
     parser.add_argument(
         "--map_fps", type=number(float, low=0.1, high=120), default=10.0,
         help="maps per second of a film; between them the heat map is interpolated",

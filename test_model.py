@@ -19,7 +19,7 @@ import torch
 from annotations import first_ids, read_ids
 from dataset import TRAIN_SETS, EvaluationPairs, TrainingPairs, select_training_pairs
 from distributed import any_rank, is_main, own_device, process_group, under_torchrun
-from film.localizer import Localizer
+from film.localizer import Localizer, add_window
 from film.over_time import ROOT, TRUTH, publish_films, score_films
 from maps import MAP_SIZE, enlarge_absolute
 from models import Model, Trained, load
@@ -205,7 +205,7 @@ def score_film_set(args) -> None:
     trained = load(path, device)
     set_image_size(trained.model, args.infer_image_size)
     given = {name: getattr(args, name) for name in trained.inference if getattr(args, name) is not None}
-    localizer = Localizer(trained._replace(inference=trained.inference | given), device)
+    localizer = Localizer(trained._replace(inference=trained.inference | given), device, args.window)
     own = "results_last" if args.checkpoint == "latest" else "results"
     out_dir = make_out_dir(args, path.parent / (own if args.experiment_name else f"{path.stem}_results"))
     results, rows = score_films(localizer, film_root(args), RESAMPLES, args.seed)
@@ -261,7 +261,7 @@ def score_file(args) -> None:
                  "--infer_smoothing": args.infer_smoothing is not None, "--checkpoint": args.checkpoint != "best",
                  "--infer_image_size": args.infer_image_size, "--compare_map": args.compare_map,
                  "--negatives": args.negatives, "--negative_seeds": args.negative_seeds != 1,
-                 "--snr": args.snr}  # fmt: skip
+                 "--snr": args.snr, "--window": args.window}  # fmt: skip
     wrong = [flag for flag, given in of_models.items() if given]
     if wrong:
         raise UserError(f"{', '.join(wrong)}: not with --maps, which scores a file and no model")
@@ -348,6 +348,7 @@ def parse_args():
     smoothing = "smoothing of the token maps: kernel (s, 1-2s, s) along both axes (default: as the model was trained "
     smoothing += "for, else the paper's 0)"
     group.add_argument("--infer_smoothing", type=number(float, low=0, high=1 / 3), help=smoothing)
+    add_window(group, f"{FILMS}: ")
     group = parser.add_argument_group("harder questions")
     negatives = f"ask every image also with negative audio: {', '.join(NEGATIVES)}, several separated by commas "
     negatives += "(default: all with --report, else none); files of --maps hold maps of it, see docs/protocols.md"
@@ -400,6 +401,8 @@ def main() -> None:
         given = [f"--{flag}" for flag in NOT_FOR_FILMS if str(getattr(args, flag)) not in ("None", "False", "()")]
         if given and not names:
             raise UserError(f"{', '.join(given)}: not with {FILMS}, which has tables and truth of its own")
+        if args.window and not films:
+            raise UserError(f"--window is for films, --testset {FILMS}: a pair's sound is as long as the model hears")
         if films and under_torchrun():
             raise UserError(f"{FILMS} is scored in one process: start it without torchrun")
         if names:

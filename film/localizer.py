@@ -24,7 +24,7 @@ from models import Trained, load, rows_of
 from resnet import fuse_batch_norm
 from scoring.metrics import share_above
 from transforms import eval_transform
-from utils import UserError, full_precision
+from utils import UserError, full_precision, number
 
 BATCH = 8  # steps that go through the model at once: more take no less time on a CPU, but memory
 BUFFER_BYTES = 2**28  # of frames that wait for the map of the step after them
@@ -32,6 +32,12 @@ THRESHOLD = 0.5  # where a checkpoint has none
 SHORTEST_WINDOW = 0.1  # seconds
 CLOCK_ERROR = 0.002  # seconds: containers round their time stamps to milliseconds
 LONG = 1.5  # steps: a frame that is shown for longer is shown again at each step, as its map moves on
+
+
+def add_window(group, of: str = "") -> None:
+    """The flag --window, the same wherever films are asked; `of` names the films."""
+    text = f"{of}seconds of sound around each frame (default: as the model was trained)"
+    group.add_argument("--window", type=number(float, low=SHORTEST_WINDOW, high=60), help=text)
 
 
 class Peak(NamedTuple):

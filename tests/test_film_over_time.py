@@ -48,18 +48,21 @@ def test_the_rows_give_the_figures_again(scored):
     assert sum(hits) / len(hits) == pytest.approx(results["maps"]["AUD"]["pointing"])
 
 
-def test_the_asked_size_of_images_holds_for_films_and_flags_of_pairs_are_refused(film_root, checkpoint, cli, tmp_path):
+def test_asked_size_and_window_hold_for_films_and_flags_of_pairs_are_refused(film_root, checkpoint, cli, tmp_path):
     truth = json.loads((film_root / "truth.json").read_text())
     (tmp_path / "truth.json").write_text(json.dumps(truth | {"films": truth["films"][:1]}))
     (tmp_path / "clips").symlink_to(film_root / "clips")
     out = tmp_path / "out"
     flags = ["--testset", "synthetic_video", "--gpu", "cpu", "--test_data_path", tmp_path, "--out_dir", out]
-    done = cli("test_model", "--checkpoint", checkpoint, *flags, "--infer_image_size", 48)
+    done = cli("test_model", "--checkpoint", checkpoint, *flags, "--infer_image_size", 48, "--window", 0.4)
     assert done.returncode == 0, done.stderr
     settings = json.loads((out / "synthetic_video" / "results.json").read_text())["settings"]
-    assert settings["infer_image_size"] == 48
+    assert (settings["infer_image_size"], settings["window"]) == (48, 0.4)
+    assert settings["on_time"] == pytest.approx(0.3)
     done = cli("test_model", "--checkpoint", checkpoint, *flags, "--report", "--alpha", 0, "--snr", 10)
     assert done.returncode == 2 and "--alpha, --snr, --report: not with synthetic_video" in done.stderr
+    done = cli("test_model", "--checkpoint", checkpoint, "--testset", "synthetic", "--window", 0.4, "--gpu", "cpu")
+    assert done.returncode == 2 and "--window is for films" in done.stderr
 
 
 def test_missing_films_and_their_truth_are_named_in_one_line(film_root, checkpoint, cli, tmp_path):
