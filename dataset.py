@@ -102,6 +102,7 @@ class SetRow(NamedTuple):
     silent: str | None = None  # list of further pairs, whose image does not show the source
     lists_in_root: bool = False  # lists and annotation are in the data's root, not in metadata/
     interactive: bool = False  # images with several sources, whose entries share the id up to the last underscore
+    class_in_id: bool = False  # what follows the last underscore of an id is the class of its sound
     labels: str | None = None  # VGGSounder's list: only pairs whose class can be seen and heard, and all their classes
 
 
@@ -123,6 +124,7 @@ MASK_FOLDERS = ("gt_masks", "gray_masks")  # beside the folder of images
 
 _vggsound, _flickr = partial(SetRow, "vggsound", "VGGSOUND_ROOT"), partial(SetRow, "flickr", "FLICKR_ROOT")
 _built_in = partial(SetRow, "vggsound", "data/synthetic", lists_in_root=True)
+_is3 = partial(SetRow, "is3", "IS3_ROOT", None, interactive=True, class_in_id=True)
 _photographs = partial(SetRow, "vggsound", "data/photographs", lists_in_root=True)  # experiments/photographs.py
 TRAIN_SETS = {
     "vggss": _vggsound(),
@@ -150,8 +152,8 @@ TEST_SETS = {
         "flickr_extended", "FLICKR_ROOT", "flickr_test.csv", "Annotations", 500, "xml",
         silent="flickr_test_plus_silent.csv",
     ),
-    "is3": SetRow("is3", "IS3_ROOT", None, "synthetic3240_bbox.json", 6_480, "pixels", interactive=True),
-    "is3_seg": SetRow("is3", "IS3_ROOT", None, "synthetic3240_seg.json", 6_480, "masks", interactive=True),
+    "is3": _is3("synthetic3240_bbox.json", 6_480, "pixels"),
+    "is3_seg": _is3("synthetic3240_seg.json", 6_480, "masks"),
     "vpo_ss": SetRow("vpo_ss", "VPO_ROOT", None, "vpo_ss_bbox.json", 890, "pixels"),
     "vpo_ss_seg": SetRow("vpo_ss", "VPO_ROOT", None, "vpo_ss_seg.json", 890, "masks"),
     "vpo_ms": SetRow("vpo_ms", "VPO_ROOT", None, "vpo_ms_bbox.json", 2_157, "pixels", interactive=True),
@@ -758,13 +760,14 @@ def read_annotation(row: SetRow, path: Path, root: Path) -> tuple[dict, Callable
         boxes = {name: drawn for name, (_, drawn) in entries.items()}
         return boxes, partial(_box_truth, boxes), {name: class_name for name, (class_name, _) in entries.items()}
     drawn = load_frames(path, masks=row.kind == "masks")
+    classes = {name: name.rpartition("_")[2] for name in drawn} if row.class_in_id else {}
     if row.kind == "pixels":
-        return drawn, partial(_pixel_truth, drawn), {}
+        return drawn, partial(_pixel_truth, drawn), classes
     masks: dict[str, str] = {}
     for frames, _ in reversed(folders_there(root, row.layout)):
         for folder in filter(Path.is_dir, (frames.with_name(name) for name in MASK_FOLDERS)):
             masks |= index_folder(folder, "image")[0]
-    return drawn, partial(_mask_truth, {name: masks.get(mask) for name, mask in drawn.items()}), {}
+    return drawn, partial(_mask_truth, {name: masks.get(mask) for name, mask in drawn.items()}), classes
 
 
 def build_test_set(

@@ -279,6 +279,9 @@ def test_boxes_and_masks_of_one_set_are_two_rows(name, below, tmp_path):
     assert seg[0].truth[:, :110].min() == 1 and seg[0].truth[:, 114:].max() == 0
     assert seg.ground_truth.masks and not boxes.ground_truth.masks
     assert boxes.ground_truth.interactive == (name != "vpo_ss")
+    known = dict(zip(ids, ("cat", "bell"))) if name == "is3" else {}  # IS3 has the class in its names
+    assert boxes.ground_truth.class_of == seg.ground_truth.class_of == known
+    assert boxes.ground_truth.seen == {i: {"cat", "bell"} for i in known}
     for wrong, other in ((name, f"{name}_seg"), (f"{name}_seg", name)):
         with pytest.raises(UserError, match="this set needs"):
             path = str(tmp_path / dataset.TEST_SETS[other].annotation)
