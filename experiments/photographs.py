@@ -33,9 +33,8 @@ ONE, DISTRACTOR, INTERACTIVE, OFFSCREEN, UNSEEN, UNSEEN_DISTRACTOR = SPLITS = (
     "photographs", "photographs_distractor", "photographs_interactive", "photographs_offscreen", "photographs_unseen",
     "photographs_unseen_distractor",
 )  # fmt: skip
-VALIDATION = "photographs_val"  # what choices are made on: photographs of its own
 FROZEN = "--recipe frozen --image_weights {weights}"
-ROWS = {  # epochs were chosen on VALIDATION
+ROWS = {  # epochs were chosen on photographs_val, which has photographs of its own
     "published": Row("published", f"{FROZEN} --epochs 8"),
     "maxpool": Row("max-pool contrast", f"{FROZEN} --objective maxpool"),
     "listen": Row("listen", f"{FROZEN} --objective listen"),

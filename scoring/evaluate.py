@@ -29,7 +29,9 @@ from scoring.summary import Scored, ScoredBatch, SetScores, images_by_id
 from sets import count_undecodable
 from utils import UserError, as_user_error, full_precision
 
-OF_THIS_SET = "third quartile of the largest values under the negative audio of this very set, so not universal"
+OF_THIS_SET = (
+    "third quartile of the largest values under negative audio on this very set: not universal, give NAME_threshold"
+)
 NOT_SCORED = "image, audio or mask not found or not decodable"
 
 
@@ -368,11 +370,8 @@ def stored_thresholds(stored: StoredMaps, batches: Callable[[], Iterable[MapBatc
         for name in lacking:
             for maps in batch.negatives[name].values():
                 largest[name].append(enlarge_absolute(maps.flatten(0, 1)).flatten(1).amax(1).numpy())
-    of_set = (
-        "third quartile of the largest values under negative audio on this very set: not universal, give NAME_threshold"
-    )
     found = {
-        name: {"value": third_quartile(np.concatenate(values)), "from": of_set} for name, values in largest.items()
+        name: {"value": third_quartile(np.concatenate(values)), "from": OF_THIS_SET} for name, values in largest.items()
     }
     return {name: (chosen | found)[name] for name in stored.negatives}
 

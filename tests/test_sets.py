@@ -101,6 +101,8 @@ def test_the_overlaps_of_the_public_lists_are_the_known_ones():
         truth = build_ground_truth(name, None, None, str(folder))
         shared = sets.trained_on(train_ids, truth, truth.ids)
         assert (shared["pairs"], shared["images"], shared["same_video"]) == found, name
+    truth = build_source_truth("vggsound_duet", None, None, str(folder))
+    assert sets.trained_on(train_ids, truth, truth.ids)["pairs"] == 9456
     truth = avs_truth([video.name for video in read_videos(folder / "s4_meta_data.csv")])
     assert sets.trained_on(train_ids, truth, truth.ids)["pairs"] == 5 * 564
 
