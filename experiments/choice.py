@@ -17,7 +17,7 @@ from typing import Any
 
 import experiments.objectives as objectives
 from experiments.runs import DATA, SPLITS, TEST, Row, Rows, Training, make_data, train_all
-from experiments.tables import TABLES, markdown, provenance_line, read_results, write_tables
+from experiments.tables import TABLES, markdown, mean_and_worst, provenance_line, read_results, write_tables
 from utils import ArgumentParser, UserError, add_boolean, number, run_cli
 
 TRAINED = {"published": "published_one", "listen": "listen_one"}  # rows of experiments.objectives
@@ -113,10 +113,6 @@ def choice_table(rows: Rows) -> str:
             cells = [mean_and_worst([line[f"{split}/AUD/{metric}"] for line in kept]) for _, split, metric in FIGURES]
             table.append([label, rule, epochs, *cells])
     return markdown(["trained with", "kept", "epochs", *(head for head, _, _ in FIGURES)], table)
-
-
-def mean_and_worst(values: Sequence[float]) -> str:
-    return f"{100 * fmean(values):.1f}" + f" ({100 * min(values):.1f})" * (len(values) > 1)
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ import subprocess
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
 import cv2
 import numpy as np
@@ -24,7 +23,15 @@ from tqdm import tqdm
 
 from experiments.pasted import COUNTS, Material, make_set, read_kinds, split_photos
 from experiments.runs import PYTHON, Row, Training, call, train_all
-from experiments.tables import CLASS_RECALL, figure, markdown, provenance_line, read_results, write_tables
+from experiments.tables import (
+    CLASS_RECALL,
+    figure,
+    markdown,
+    mean_and_worst,
+    provenance_line,
+    read_results,
+    write_tables,
+)
 from scoring.bootstrap import bootstrap, interval
 from scoring.compare import Configuration, read_run, seed_means
 from utils import ArgumentParser, UserError, add_boolean, number, run_cli
@@ -139,16 +146,12 @@ def test_again(run: Training, size: int) -> Training:
 
 def cells(runs: Sequence[Training], last: bool = False) -> list[str]:
     """Mean over seeds and, of several, the worst in brackets, in %."""
-    found = []
-    for _, split, name, metric in COLUMNS:
-        values = [figure(run, split, metric, name, last) for run in runs if split in run.splits]
-        if not values or None in values:
-            found.append("-")
-            continue
-        pick = max if name.endswith("_wrong") else min
-        worst = f" ({100 * pick(values):.1f})" if len(values) > 1 else ""
-        found.append(f"{100 * fmean(values):.1f}{worst}")
-    return found
+    return [
+        mean_and_worst(
+            [figure(run, split, metric, name, last) for run in runs if split in run.splits], name.endswith("_wrong")
+        )
+        for _, split, name, metric in COLUMNS
+    ]
 
 
 def table(rows: dict[str, list[Training]], sizes: Sequence[int]) -> str:

@@ -72,10 +72,14 @@ def read_results(run: Training, split: str) -> dict[str, Any]:
 
 def cell(runs: Sequence[Training], split: str, metric: str) -> str:
     """Mean over seeds and, of several, the worst in brackets, in %."""
-    values = [figure(run, split, metric) for run in runs]
-    if None in values:
+    return mean_and_worst([figure(run, split, metric) for run in runs], lower_is_better=metric in LOWER)
+
+
+def mean_and_worst(values: Sequence[float | None], lower_is_better: bool = False) -> str:
+    """Fractions of seeds in %: their mean and, of several, the worst in brackets; `-` where one is undefined."""
+    if not values or None in values:
         return "-"
-    worst = f" ({100 * (max if metric in LOWER else min)(values):.1f})" if len(values) > 1 else ""
+    worst = f" ({100 * (max if lower_is_better else min)(values):.1f})" if len(values) > 1 else ""
     return f"{100 * fmean(values):.1f}{worst}"
 
 
