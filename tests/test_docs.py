@@ -77,7 +77,8 @@ SCRIPTS = (
 )
 PREPARATIONS = ("metadata", "clips", "shards", "check", "synthetic")
 BENCHES = ("step", "scaling", "input", "shards", "eval", "plan", "gpu", "all")
-FOREIGN_FLAGS = {"--max-restarts", "--shm-size", "--init_lr"}  # named in prose: torchrun's, Docker's, EZ-VSL's
+# named in prose: torchrun's, Docker's, EZ-VSL's
+FOREIGN_FLAGS = {"--max-restarts", "--shm-size", "--user", "--build-arg", "--init_lr"}
 FOREIGN_FILES = {"train.py", "test.py"}  # EZ-VSL's
 AUTHORS = [("Inho", "Kim"), ("Youngkil", "Song"), ("Jicheol", "Park"), ("Won Hwa", "Kim"), ("Suha", "Kwak")]
 TINY = {"train": 70, "val": 10, "test": 20, "distractor": 20, "interactive": 10, "offscreen": 20}
