@@ -111,15 +111,23 @@ def limit_of_this_machine(dtype: torch.dtype) -> float:
     return 2 * MATRIX**3 / min(seconds(lambda: a @ b, time.perf_counter) for _ in range(5))
 
 
+def instruction_set() -> str:
+    """The widest vector instructions that PyTorch takes on this CPU, and whether it has tiles for matrices."""
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return torch.backends.cpu.get_cpu_capability() + " with AMX" * tiles
+
+
 def bench_step(rounds: int, batch: int) -> Iterator[Timing]:
     ours, baseline, rest = our_step(batch), their_step(batch), slots_and_losses(batch)
     with FlopCounterMode(display=False) as counter:
         baseline()
     spent, released = alternate(ours, baseline, rounds)
     yield Timing(f"step: full size, batch {batch}", spent, released, "s")
-    limit = limit_of_this_machine(choose_amp("auto", CPU) or torch.float32)
+    precision = choose_amp("auto", CPU) or torch.float32
+    limit = limit_of_this_machine(precision)
+    what = f"{limit / 1e9:.0f} GFLOP/s in {str(precision).removeprefix('torch.')}, {instruction_set()}"
     share = counter.get_total_flops() / spent / limit
-    yield Timing(f"step: share of this machine's {limit / 1e9:.0f} GFLOP/s", 100 * share, None, "%")
+    yield Timing(f"step: share of this machine's {what}", 100 * share, None, "%")
     beside, _ = alternate(rest, lambda: None, rounds)
     yield Timing("step: slots and losses, share of the step", 100 * beside / spent, None, "%")
     with_maps, beside = alternate(slots_and_losses(batch, WITH_MAPS), rest, rounds)

@@ -4,6 +4,7 @@ import json
 from functools import partial
 
 import pytest
+import torch
 
 import experiments.bench_step as bench_step
 from model_slot import JointSlotModel
@@ -11,6 +12,7 @@ from model_slot import JointSlotModel
 
 def test_a_step_is_timed_against_the_same_work(cli, monkeypatch):
     """Both take the losses and the gradient of one batch; the figures come in the order of the table."""
+    monkeypatch.setattr(bench_step, "choose_amp", lambda *_: None)
     for name, value in {"MATRIX": 256, "IMAGE_SIZE": 64, "AUDIO_SECONDS": 1.0}.items():
         monkeypatch.setattr(bench_step, name, value)
     monkeypatch.setattr(bench_step, "apart", lambda work, *arguments: work(*arguments))
@@ -19,6 +21,7 @@ def test_a_step_is_timed_against_the_same_work(cli, monkeypatch):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [line["unit"] for line in lines] == ["s", "%", "%", "%", "GiB"]
+    assert f"in float32, {torch.backends.cpu.get_cpu_capability()}" in lines[1]["name"]
     assert "losses of the map" in lines.pop(3)["name"]  # a difference, which noise may make negative
     assert all(line["value"] > 0 for line in lines) and lines[0]["baseline"] > 0
 
