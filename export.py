@@ -1,8 +1,8 @@
 """Take a trained model elsewhere: one file without this code's own format.
 
-    python export.py checkpoints/demo.pth --format safetensors
-    python export.py checkpoints/demo.pth --format torch
-    python export.py checkpoints/demo.pth --format onnx --out model.onnx
+    python export.py checkpoints/listen.pth --format safetensors
+    python export.py checkpoints/listen.pth --format torch
+    python export.py checkpoints/listen.pth --format onnx --out model.onnx
 
 safetensors: weights, and in the header all settings; `models.load` and every script read it like a checkpoint.
 torch, onnx: a program that needs no code of ours. It takes any number B of pairs, of the size that the model is tested

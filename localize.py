@@ -1,8 +1,8 @@
 """Where the sound comes from, in images and films of one's own, without a box.
 
-    python localize.py film.mp4 --checkpoint checkpoints/demo.pth --out maps
-    python localize.py photo.jpg --sound dog.wav --checkpoint checkpoints/demo.pth --out maps
-    python localize.py /path/to/folder --checkpoint checkpoints/demo.pth --out maps
+    python localize.py film.mp4 --checkpoint checkpoints/listen.pth --out maps
+    python localize.py photo.jpg --sound dog.wav --checkpoint checkpoints/listen.pth --out maps
+    python localize.py /path/to/folder --checkpoint checkpoints/listen.pth --out maps
 
 From Python: `from localize import Localizer`.
 """

@@ -164,7 +164,7 @@ def _filled(sounds: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
 class Localizer:
     """A trained model, ready to be asked about images and films.
 
-        localizer = Localizer("checkpoints/demo.pth")
+        localizer = Localizer("checkpoints/listen.pth")
         step = localizer.image("photo.jpg", "sound.wav")
         for step in localizer.clip("film.mp4"): ...
 
