@@ -146,7 +146,7 @@ def lacking_shared_memory(needed: int) -> str | None:
     except OSError:
         return None
     _, what, helps = RAN_OUT[0]
-    need = f"they need {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free"
+    need = f"they need {needed / 2**20:.1f} MiB, and {free / 2**20:.1f} MiB are free"
     return f"{what.format(shm=_size_of(SHARED_MEMORY))} ({need}): {helps}" if needed > free else None
 
 

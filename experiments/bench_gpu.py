@@ -42,16 +42,19 @@ def run(args) -> Iterator[Timing]:
     if args.device == "cpu" and not args.quick:
         raise UserError("benchmark gpu --device cpu needs --quick: the parts in full are made for a GPU")
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
-    report = measure(device, args.quick)
-    write_text(args.out.with_suffix(".json"), strict_json(report, indent=1) + "\n")
-    page = page_of(report)
-    write_text(args.out.with_suffix(".txt"), page)
-    print(f"{page}\nwritten: {args.out.with_suffix('.json')} and {args.out.with_suffix('.txt')}")
+    json_file, text_file = (args.out.with_name(f"{args.out.name}.{suffix}") for suffix in ("json", "txt"))
+    for report in reports(device, args.quick):  # after each part: what ends the program leaves those before it
+        write_text(json_file, strict_json(report, indent=1) + "\n")
+        write_text(text_file, page_of(report))
+    print(f"{page_of(report)}\nwritten: {json_file} and {text_file}")
     yield from ()
 
 
-def measure(device: torch.device, quick: bool) -> dict[str, Any]:
-    """Every part -> {about, rows, steps, failed}: rows with part, what, value, unit; failed: names of parts."""
+def reports(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
+    """After every part the report up to then, {about, rows, steps, failed}.
+
+    rows: with part, what, value, unit; steps: figures of the timed ones; failed: names of parts.
+    """
     start, rows, steps, failed = time.monotonic(), [], [], []
     torch.backends.cudnn.benchmark = True  # as in training
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -64,7 +67,8 @@ def measure(device: torch.device, quick: bool) -> dict[str, Any]:
                 steps += [dict(row.step)] if row.step else []
                 if row.what in (FAILED, LEFT_OUT):
                     failed.append(part)
-    return {"about": about(device, quick, time.monotonic() - start), "rows": rows, "steps": steps, "failed": failed}
+            known = about(device, quick, time.monotonic() - start)
+            yield {"about": known, "rows": rows, "steps": steps, "failed": failed}
 
 
 def rows_of(part: str, setting: Setting) -> Iterator[Row]:

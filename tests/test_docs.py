@@ -61,7 +61,7 @@ RUN_ELSEWHERE = {
         "tests/test_film_over_time.py::synthetic_video"
     ),
     "python prepare_data.py synthetic --video": "tests/test_synthetic_command.py::--video",
-    "python -m experiments.benchmark gpu --device cpu --quick": "tests/test_experiments_bench_gpu.py::measure(",
+    "python -m experiments.benchmark gpu --device cpu --quick": "tests/test_experiments_bench_gpu.py::reports(",
 }
 SCRIPTS = (
     "train_slot",

@@ -61,8 +61,20 @@ def test_a_part_that_fails_is_a_row_and_the_next_one_follows(cli, two_parts, tmp
 
 def test_parts_that_would_begin_too_late_are_left_out_and_named(two_parts, monkeypatch):
     monkeypatch.setattr(bench_gpu, "LIMIT", -1.0)
-    report = bench_gpu.measure(torch.device("cpu"), True)
+    *_, report = bench_gpu.reports(torch.device("cpu"), True)
     assert report["failed"] == ["breaks", "works"] and {row["what"] for row in report["rows"]} == {"LEFT OUT"}
+
+
+def test_what_ends_the_program_leaves_the_report_of_the_parts_before_it(cli, two_parts, monkeypatch, tmp_path):
+    def interrupted(setting):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setitem(bench_gpu.PARTS, "interrupted", interrupted)
+    done = cli("experiments.benchmark", "gpu", "--device", "cpu", "--quick", "--out", tmp_path / "of.today")
+    assert done.returncode == 130
+    report = json.loads((tmp_path / "of.today.json").read_text())
+    assert {row["part"] for row in report["rows"]} == {"breaks", "works"} and (tmp_path / "of.today.txt").is_file()
 
 
 def test_differences_of_figures_are_found_at_any_depth():
@@ -76,7 +88,7 @@ def test_differences_of_figures_are_found_at_any_depth():
 @pytest.mark.slow
 def test_the_whole_path_works_without_a_gpu(monkeypatch):
     monkeypatch.setattr(bench_gpu, "LIMIT", 3600.0)
-    report = bench_gpu.measure(torch.device("cpu"), True)
+    *_, report = bench_gpu.reports(torch.device("cpu"), True)
     assert not report["failed"], [row for row in report["rows"] if row["what"] == "FAILED"]
     assert {row["part"] for row in report["rows"]} == gpu_parts.PARTS.keys()
     value = {row["what"]: row["value"] for row in report["rows"]}
