@@ -296,7 +296,7 @@ def test_every_flag_in_prose_is_a_flag(monkeypatch, capsys):
 def workplace(tmp_path, monkeypatch):
     """A folder in which relative paths of the pages lead to what they name, but for what the commands make."""
     (tmp_path / "checkpoints").mkdir()
-    shutil.copy(ROOT / "checkpoints" / "demo.pth", tmp_path / "checkpoints")
+    shutil.copy(ROOT / "checkpoints" / "listen.pth", tmp_path / "checkpoints")
     (tmp_path / "metadata").symlink_to(ROOT / "metadata")
     monkeypatch.chdir(tmp_path)
     return tmp_path
