@@ -23,6 +23,7 @@ from torch.utils.data import default_collate
 import media
 from media import SAMPLE_RATE, MediaError, mix_down
 from transforms import mask_bands
+from utils import writing
 
 N_FFT = 512
 HOP = 160
@@ -115,6 +116,17 @@ def with_noise(sound: Sound, path: str | Path | Sequence[str], seconds: float, s
     level = np.sqrt(np.mean(np.square(waveform, dtype=np.float64)) * 10 ** (-snr / 10))
     noise = draw.standard_normal(len(waveform), np.float32)
     return Sound(waveform + np.float32(level) * noise, 0, len(waveform))
+
+
+def write_audio(path: str | Path, samples: np.ndarray, kind: str = "WAV") -> None:
+    """Write (samples,) or (samples, C) at 16 kHz, WAV in 16 bits; Unwritable where the disk does not take it.
+
+    kind: of soundfile's formats. libsndfile does not say what is wrong with a disk, so it never writes to one.
+    """
+    content = io.BytesIO()
+    soundfile.write(content, samples, SAMPLE_RATE, "PCM_16" if kind == "WAV" else None, format=kind)
+    with writing(path):
+        Path(path).write_bytes(content.getbuffer())
 
 
 def _load_waveform(path: str | Path, length: int | None, positions: tuple[float, float]) -> Sound:

@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import errno
 import json
 import math
 import multiprocessing
@@ -38,6 +39,10 @@ class Absent(UserError):
 
 class Undecodable(UserError):
     """An image, audio or mask file that cannot be decoded; the message names the file."""
+
+
+class Unwritable(UserError):
+    """A file that cannot be written, whatever is to be in it: the disk is full, or may only be read."""
 
 
 # ---------------------------------------------------------------- command line
@@ -343,23 +348,56 @@ def provenance() -> dict[str, str]:
 def atomic_path(path: str | Path):
     """Yield a temporary path beside `path` that replaces it when the block ends without an error.
 
-    UserError where it cannot be written: a full disk, a folder that may only be read.
+    Unwritable where it cannot be written: a full disk, a folder that may only be read.
     """
     path = Path(path)
     name = path.with_name(f".{path.stem:.100}.{secrets.token_hex(4)}{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the user's umask takes away
-        yield name
-        os.replace(name, path)
-    except OSError as error:
-        if error.filename not in (None, name, str(name), str(path), str(path.parent)):
-            raise  # of another file
-        kept = "; the one before is kept" if path.exists() else ""
-        raise UserError(f"{path} cannot be written ({error.strerror or error}){kept}") from error
+        with writing(path, name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the umask takes away
+            yield name
+            os.replace(name, path)
     finally:
         with suppress(OSError):
             name.unlink(missing_ok=True)
+
+
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)  # of a disk or folder
+
+
+@contextmanager
+def writing(path: str | Path, draft: str | Path | None = None):
+    """Turn an error of the disk in a block that writes `path` into an Unwritable that names it and the reason.
+
+    draft: the name under which it is written. What another file would not meet, such as a name that is too long, is a
+    plain UserError.
+    """
+    path, draft = Path(path), Path(draft or path)
+    try:
+        yield
+    except OSError as error:
+        if error.filename not in (None, draft, *map(str, (draft, path, path.parent))):
+            raise  # of another file
+        kept = "; the one before is kept" if path.is_file() and draft != path else ""
+        kind = Unwritable if error.errno in REFUSALS else UserError
+        raise kind(f"{path} cannot be written ({error.strerror or error}){kept}") from error
+
+
+def reserve(path: str | Path, size: int) -> None:
+    """Make a file at least so many bytes long, on the disk, too. Unwritable where there is no room.
+
+    A file that only claims its length ends the process when it is written to through memory and the disk is full.
+    """
+    with writing(path):
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file, 0, size)
+            elif os.fstat(file).st_size < size:
+                os.truncate(file, size)
+        finally:
+            os.close(file)
 
 
 def cache_folder(kind: str) -> Path:
@@ -419,9 +457,10 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], also: Iterable[str 
             for name in also:
                 _link(temporary, Path(name))
     except RuntimeError as error:  # torch.save reports some errors of the disk so
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = (getattr(first, "strerror", None) or str(first).strip() or type(first).__name__).splitlines()[0]
         kept = "; the one before is kept" if Path(path).exists() else ""
-        raise UserError(f"the checkpoint {path} cannot be written ({reason}){kept}") from error
+        raise Unwritable(f"the checkpoint {path} cannot be written ({reason}){kept}") from error
 
 
 def _link(path: Path, name: Path) -> None:

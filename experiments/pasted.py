@@ -17,13 +17,12 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import soundfile
 from numpy.random import Generator
 from PIL import Image
 from tqdm import tqdm
 
 from annotations import AUDIO_SUFFIXES, IMAGE_SUFFIXES
-from audio_io import SAMPLE_RATE, load_audio
+from audio_io import SAMPLE_RATE, load_audio, write_audio
 from synthetic.generate import NOISE, SILENCE, Entry, write_lists
 from transforms import load_image
 from utils import UserError, as_user_error, write_text
@@ -288,7 +287,7 @@ def write_sample(task: Task) -> list[Entry]:
         jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
         (task.root / "frames" / f"{name}.jpg").write_bytes(jpeg.tobytes())
         path = task.root / "audio" / f"{name}.wav"
-        soundfile.write(path, make_waveform(sound, rng), SAMPLE_RATE, subtype="PCM_16")
+        write_audio(path, make_waveform(sound, rng))
         things = [{"kind": k.name, "bbox": box, "sounding": k.name == sounding} for k, box in zip(in_view, boxes)]
         entries.append(Entry(name, sounding, things))
     return entries

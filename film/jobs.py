@@ -21,7 +21,7 @@ from film.localizer import Localizer
 from film.render import Look, Outputs, render_clip, render_image
 from film.tables import read_about
 from media import MediaError
-from utils import UserError, write_json
+from utils import Unwritable, UserError, write_json
 
 MADE_BY = "localize.py"
 
@@ -86,11 +86,16 @@ def run_task(
     stopped: Callable[[], bool] = lambda: False,
     hide_bar: bool | None = True,
 ) -> Outcome:
-    """Make the files of one input. Whatever is wrong with it is an outcome, and none of its files are left."""
+    """Make the files of one input. Whatever is wrong with it is an outcome, and none of its files are left.
+
+    Unwritable where the disk takes no more: the other inputs would end alike.
+    """
     outputs = Outputs(task.stem)
     try:
         about = about_task(task, described)
         claim(task, about)
+    except Unwritable:
+        raise
     except (UserError, OSError) as error:
         return Outcome(_reason(error, task))
     try:
@@ -106,6 +111,8 @@ def run_task(
         return Outcome()
     except Exception as error:  # whatever a decoder raises: the other inputs go on
         clear(task)
+        if isinstance(error, Unwritable):
+            raise
         return Outcome(_reason(error, task))
 
 

@@ -15,11 +15,10 @@ from typing import NamedTuple
 import av
 import cv2
 import numpy as np
-import soundfile
 from PIL import Image
 
 import media
-from audio_io import SAMPLE_RATE
+from audio_io import SAMPLE_RATE, write_audio
 from media import Media, MediaError
 from prepare.names import Failure, Task
 from utils import UserError, atomic_path
@@ -252,11 +251,11 @@ def _write(
         names = [folder / piece.id / f"{number:02d}.jpg" for number in range(wish.frames)]
     try:
         with atomic_path(out / "audio" / f"{piece.id}.wav") as new_wav:
-            soundfile.write(new_wav, sound, SAMPLE_RATE, subtype="PCM_16")
+            write_audio(new_wav, sound)
             for name, frame in zip(names, frames, strict=True):
                 with atomic_path(name) as new_jpeg:
                     Image.fromarray(frame.image).save(new_jpeg, "JPEG", quality=JPEG_QUALITY, comment=comment)
-    except (OSError, UserError, soundfile.LibsndfileError) as error:
+    except (OSError, UserError) as error:
         problem = _CannotWrite(f"cannot write: the pair {piece.id} in {out}: {error}")
         problem.its_own_fault = getattr(error.__cause__ or error, "errno", None) == errno.ENAMETOOLONG
         raise problem from error

@@ -18,7 +18,7 @@ import requests
 from tabulate import tabulate
 from tqdm import tqdm
 
-from utils import UserError, add_boolean, number
+from utils import Unwritable, UserError, add_boolean, number
 
 SOURCES = Path(__file__).resolve().parents[1] / "metadata" / "sources.json"
 CHUNK = 1 << 16  # bytes
@@ -96,7 +96,7 @@ def origin_of(source: Source, args: Namespace) -> str:
 
 
 def bring(source: Source, args: Namespace, retries: int) -> str:
-    """Put a file into its place, checked; what was done, in a word. Raises NotFetched."""
+    """Put a file into its place, checked; what was done, in a word. Raises NotFetched, Unwritable."""
     target = args.out / source.name
     if target.exists():
         found = pooch.file_hash(target)
@@ -121,6 +121,10 @@ def bring(source: Source, args: Namespace, retries: int) -> str:
         raise GaveUp(f"{origin}: {' '.join(str(error).split())} (tries: {retries + 1})") from error
     except ValueError as error:
         raise NotFetched(f"{origin}: wrong checksum: {str(error).partition('. ')[0]}") from error
+    except OSError as error:
+        if error.filename == origin and error.filename2 is None:
+            raise  # it cannot be read
+        raise Unwritable(f"{target} cannot be written ({error.strerror or error}); files before it are kept") from error
     os.chmod(target, 0o644)  # pooch's temporary file is its user's only
     return "copied" if args.from_folder else "fetched"
 

@@ -19,12 +19,12 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from audio_io import SAMPLE_RATE, crop_or_tile, load_audio, num_samples
+from audio_io import crop_or_tile, load_audio, num_samples, write_audio
 from reports.harder import blocks
 from reports.pictures import draw_truth, overlay
 from scoring.metrics import RULES, success_steps
 from scoring.negatives import NEGATIVES
-from utils import as_user_error, strict_json, write_text
+from utils import as_user_error, strict_json, write_text, writing
 
 PAGE, FILES = "report.html", "report_files"
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -71,7 +71,8 @@ class Gallery:
         self.shown, self.wide = self.shown or shown_maps(maps, self.maps), truth.shape[1] / truth.shape[0]
         name = f"{len(self.files):05d}"  # an id may hold anything, a file name may not
         strip = Image.fromarray(sample_strip(image, truth, {m: maps[m] for m in self.shown}))
-        strip.save(self.draft / f"{name}.jpg", quality=JPEG_QUALITY)
+        with writing(self.draft / f"{name}.jpg"):
+            strip.save(self.draft / f"{name}.jpg", quality=JPEG_QUALITY)
         self.files[id] = (f"{name}.jpg", self._write_audio(name, audio))
 
     def _write_audio(self, name: str, audio: Path | np.ndarray | None) -> str | None:
@@ -82,7 +83,7 @@ class Gallery:
             heard = crop_or_tile(heard, num_samples(self.seconds))
         kind = audio_format()
         name = f"{name}.{kind.lower()}"
-        soundfile.write(self.draft / name, heard, SAMPLE_RATE, format=kind)
+        write_audio(self.draft / name, heard, kind)
         return name
 
     def finish(self, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from scoring.negatives import NEGATIVES
-from utils import UserError, as_user_error, atomic_path
+from utils import UserError, as_user_error, atomic_path, reserve, writing
 
 SCALARS = (
     "confidence",
@@ -73,13 +73,16 @@ class MapWriter:
         for name, values in arrays.items():
             values = values.detach().cpu().numpy()
             if name not in self.arrays:
-                self.arrays[name] = np.lib.format.open_memmap(
-                    Path(self.drafts.name) / f"{len(self.arrays)}.npy",
-                    "w+",
-                    values.dtype,
-                    (self.count, *values.shape[1:]),
-                )
+                self.arrays[name] = self._room(f"{len(self.arrays)}.npy", values)
             self.arrays[name][start : start + len(values)] = values
+
+    def _room(self, name: str, values: np.ndarray) -> np.memmap:
+        """An array for the values of all samples, on disk. Unwritable where it has no room for them."""
+        draft, shape = Path(self.drafts.name) / name, (self.count, *values.shape[1:])
+        with writing(draft):
+            array = np.lib.format.open_memmap(draft, "w+", values.dtype, shape)
+        reserve(draft, draft.stat().st_size)
+        return array
 
     def finish(self, **settings: Any) -> Path:
         """Write the file, whole or not at all; settings: `interpolation`, `alpha`."""

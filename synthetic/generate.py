@@ -20,11 +20,10 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import soundfile
 from numpy.random import Generator
 from tqdm import tqdm
 
-from audio_io import SAMPLE_RATE
+from audio_io import write_audio
 from synthetic.kinds import (
     BACKGROUND_CONTRAST,
     CLUTTER_CONTRAST,
@@ -184,7 +183,7 @@ def write_sample(task: Task) -> list[Entry]:
         jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
         (task.root / "frames" / f"{name}.jpg").write_bytes(jpeg.tobytes())
         path = task.root / "audio" / f"{name}.wav"
-        soundfile.write(path, make_waveform(heard, rng), SAMPLE_RATE, subtype="PCM_16")
+        write_audio(path, make_waveform(heard, rng))
         in_view = [{"kind": kind, "bbox": box, "sounding": kind == heard} for kind, box in zip(kinds, boxes)]
         entries.append(Entry(name, heard, in_view))
     return entries

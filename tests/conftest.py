@@ -5,7 +5,9 @@ import importlib
 import io
 import json
 import os
+import resource
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +76,19 @@ def two_processes(tmp_path_factory) -> list[dict]:
         if not (folder / "result_1").is_file():
             processes.spawn_two(folder)
     return [torch.load(folder / f"result_{rank}", weights_only=True) for rank in range(2)]
+
+
+@contextlib.contextmanager
+def files_up_to(size: int):
+    """No file of this process may grow beyond so many bytes: stands for a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 class Finished(NamedTuple):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, files_up_to
 
 import audio_io
+from utils import UserError
 
 HUGE_HEADER = b"\x93NUMPY\x01\x00\x50\x00{'descr': '<f4', 'fortran_order': False, 'shape': (1, 257, 10000000000)}      "
 
@@ -42,6 +43,15 @@ def test_stereo_is_mixed_and_other_rates_are_resampled(tmp_path):
     assert mono.shape == (16000,)
     spectrum = np.abs(np.fft.rfft(mono))
     assert spectrum.argmax() == 440
+
+
+def test_a_sound_that_the_disk_does_not_take_is_one_line(tmp_path):
+    tone = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000) / 2
+    audio_io.write_audio(tmp_path / "a.wav", tone)
+    assert soundfile.info(tmp_path / "a.wav").subtype == "PCM_16"
+    assert np.abs(audio_io.load_audio(tmp_path / "a.wav") - tone).max() < 2**-14
+    with files_up_to(5_000), pytest.raises(UserError, match=r"b\.wav cannot be written \(File too large\)"):
+        audio_io.write_audio(tmp_path / "b.wav", tone)
 
 
 @pytest.mark.parametrize("right", [-1.0, -0.9, -0.8])

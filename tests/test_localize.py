@@ -10,7 +10,7 @@ import time
 import moving_films as films
 import pytest
 import soundfile
-from conftest import ROOT
+from conftest import ROOT, files_up_to
 from PIL import Image
 
 import film.jobs as jobs
@@ -106,6 +106,18 @@ def test_a_decoder_that_fails_costs_its_file_only(localize, folder, tmp_path, mo
     done = localize(folder / "sub", folder / "film.mp4")
     assert done.returncode == 2 and "film.mp4: RuntimeError: out of memory" in done.stderr
     assert (tmp_path / "out" / "film.mov").parent.is_dir() and "1 made" in done.stdout
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_was_made(localize, folder, tmp_path):
+    assert localize(folder / "photo.jpg", "--sound", folder / "photo.wav").returncode == 0
+    photo = (tmp_path / "out" / "photo.png").read_bytes()
+    with files_up_to(4_000):  # room for a row, none for a film
+        done = localize(folder / "sub", folder / "film.mp4")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "cannot be written (File too large)" in done.stderr
+    out = tmp_path / "out"
+    assert (out / "photo.png").read_bytes() == photo
+    assert not list(out.rglob("film*")), "nothing half made is left"
 
 
 @pytest.mark.parametrize("script", ["localize.py", "web/app.py", "experiments/benchmark.py"])

@@ -3,13 +3,15 @@
 import hashlib
 import json
 import threading
+from argparse import Namespace
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, shared_folder
+from conftest import ROOT, files_up_to, shared_folder
 
 import prepare.metadata as prepare_metadata
 from annotations import read_ids
@@ -173,6 +175,32 @@ def test_a_force_that_fails_leaves_what_was_there(fetch, server, tmp_path):
     (tmp_path / "metadata/a.txt").write_text("mine")
     assert fetch("--only", "a.txt", "--force").returncode == 2
     assert (tmp_path / "metadata/a.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("transfer", ["fetched", "copied"])
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(fetch, server, tmp_path, transfer):
+    (tmp_path / "copies").mkdir()
+    for name in ("a.txt", "b.csv"):
+        (tmp_path / "copies" / name).write_bytes(CONTENT[name])
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata/b.csv").write_text("mine")
+    origin = ["--from", tmp_path / "copies"] * (transfer == "copied")
+    assert fetch("--only", "a.txt", *origin).returncode == 0
+    with files_up_to(50_000):
+        done = fetch("--only", "a.txt", "b.csv", "--force", *origin)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert f"{tmp_path}/metadata/b.csv cannot be written (File too large)" in done.stderr
+    assert kept(tmp_path) == ["a.txt", "b.csv"] and (tmp_path / "metadata/b.csv").read_text() == "mine"
+
+
+def test_two_runs_fill_one_folder_together(server, tmp_path, monkeypatch):
+    sources = prepare_metadata.load_sources(prepare_metadata.SOURCES)
+    args = Namespace(out=tmp_path / "metadata", from_folder=None, base_url=server.url, timeout=5, force=False)
+    with ThreadPoolExecutor(8) as pool:
+        states = list(pool.map(lambda name: prepare_metadata.bring(sources[name], args, 0), [*CONTENT] * 8))
+    assert {*states} <= {"fetched", "there already"} and states.count("fetched") >= len(CONTENT)
+    assert kept(tmp_path) == sorted(CONTENT)
+    assert all((tmp_path / "metadata" / name).read_bytes() == body for name, body in CONTENT.items())
 
 
 def test_a_gated_file_is_explained_and_fails_only_when_asked_for(fetch):

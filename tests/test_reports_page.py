@@ -9,6 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 import soundfile
+from conftest import files_up_to
 from PIL import Image
 
 import reports.page as page_module
@@ -159,6 +160,11 @@ def test_nothing_that_breaks_off_leaves_a_page_of_two_runs(sample, tmp_path, mon
     with pytest.raises(OSError, match="disk"):
         make(tmp_path, sample, ["b"])
     assert not page.exists()
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(sample, tmp_path):
+    with files_up_to(2000), pytest.raises(UserError, match=r"00000\.\w+ cannot be written \(File too large\)"):
+        Gallery(tmp_path).add("a", *sample, np.random.default_rng(0).uniform(-0.5, 0.5, 80000))
 
 
 def test_two_samples_of_one_id_or_none_at_all_are_refused(sample, tmp_path):

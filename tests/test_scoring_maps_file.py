@@ -6,6 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from conftest import files_up_to
 
 from annotations import GroundTruth, box_map
 from scoring.evaluate import evaluate_stored
@@ -152,6 +153,17 @@ def test_what_is_written_is_read_back(tmp_path):
     assert torch.equal(torch.cat([b.maps["AUD"] for b in batches]), maps) and stored.alpha == 0.4
     assert [i for b in batches for i in b.ids] == IDS[:5]
     assert np.allclose(stored.scalars["confidence"], sure)
+
+
+def test_maps_of_a_set_have_their_room_on_disk_before_they_are_drawn_or_are_one_line(tmp_path, monkeypatch):
+    """Written through memory, a file without room would end the process by a signal."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    writer = MapWriter(tmp_path / "maps.npz", 5000)
+    writer.add(["a"], {"AUD": torch.rand(1, 7, 7)})
+    (draft,) = tmp_path.glob("*/*.npy")
+    assert draft.stat().st_blocks * 512 >= 5000 * 7 * 7 * 4
+    with files_up_to(100_000), pytest.raises(UserError, match=r"\.npy cannot be written \(File too large\)"):
+        MapWriter(tmp_path / "maps.npz", 5000).add(["a"], {"AUD": torch.rand(1, 7, 7)})
 
 
 def test_the_command_needs_neither_pictures_nor_a_model(tmp_path, cli):

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import MEASURED
+from conftest import MEASURED, files_up_to
 
 import utils
 from dataset import TrainingPairs, select_training_pairs
@@ -163,6 +163,18 @@ def test_features_travel_to_workers_that_are_started_anew(cache, pairs, encoder)
     cache_features(encoder, [(train, 1)], CPU, 0)
     first = train.views.get(0, 0)
     assert torch.equal(pickle.loads(pickle.dumps(train.views)).get(0, 0), first)
+
+
+def test_every_row_has_its_room_on_disk_before_it_is_computed(cache, pairs, encoder, monkeypatch):
+    """Written through memory, a file without room would end the process by a signal."""
+    monkeypatch.setattr(features, "compute", lambda *arguments: None)
+    cache_features(encoder, [(training_pairs(pairs), 300)], CPU, 0)
+    (rows,) = cache.glob("*/rows")
+    assert rows.stat().st_blocks * 512 >= rows.stat().st_size > 10**5
+    shutil.rmtree(cache)
+    with files_up_to(10_000), pytest.raises(utils.UserError, match=r"rows cannot be written \(File too large\)"):
+        cache_features(encoder, [(training_pairs(pairs), 300)], CPU, 0)
+    assert not list(cache.glob("*/keys")), "a key would claim a row"
 
 
 def test_what_cannot_be_kept_is_one_line(cache, pairs, encoder, monkeypatch):

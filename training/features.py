@@ -29,7 +29,7 @@ from distributed import barrier, hidden_bar, is_main, shard
 from resnet import Encoder, weights_digest
 from sets import count_undecodable
 from transforms import augmentation, load_image, resize_whole
-from utils import Undecodable, UserError, as_user_error, cache_folder, write_json
+from utils import Undecodable, UserError, as_user_error, cache_folder, reserve, write_json, writing
 
 KEY_BYTES = 32
 BATCH = 32  # images that go through the trunk at once
@@ -78,13 +78,12 @@ class Store:
                 f"the features of {len(new)} views take {needed / 2**30:.1f} GiB, and {self.folder} has "
                 f"{free / 2**30:.1f} free: lower --cached_views (0: compute them in every epoch), or set CACHE_ROOT"
             )
-        with open(self.folder / "keys", "ab") as file:
+        for name, size in (("rows", self.row_bytes), ("done", 1)):
+            reserve(self.folder / name, (len(known) + len(new)) * size)
+        with writing(self.folder / "keys"), open(self.folder / "keys", "ab") as file:
             file.truncate(KEY_BYTES * len(known))  # a kill may have left half a key
             file.seek(0, os.SEEK_END)
-            file.write(b"".join(new))
-        for name, size in (("rows", self.row_bytes), ("done", 1)):
-            with open(self.folder / name, "ab") as file:
-                file.truncate((len(known) + len(new)) * size)
+            file.write(b"".join(new))  # last: there is room for every row that has a key
 
     def _keys(self) -> dict[bytes, int]:
         path = self.folder / "keys"

@@ -28,6 +28,7 @@ from training.step import Inputs, NotFinite, Optimisation
 from utils import UserError, as_user_error, peak_memory_gib, random_states
 
 TABLE_ROWS = 10_000  # wandb's limit
+SHORTEST = 1e-9  # s that a step takes at least, whatever the clock says
 UNAVERAGED = ("seconds", "waiting", "skipped_steps", "lost_steps")  # among the sums of an epoch
 
 
@@ -69,7 +70,8 @@ def train_one_epoch(
             factor = lr_factor(first_step + state.step)
             figures = train_step(optimisation, batch, folder, weights, factor, batch_size)
             state.step += 1
-            waiting, seconds = loaded - clock, time.monotonic() - clock
+            seconds = max(time.monotonic() - clock, SHORTEST)
+            waiting = min(max(loaded - clock, 0.0), seconds)
             for name, value in {**figures, "waiting": waiting, "seconds": seconds}.items():
                 state.sums[name] = state.sums.get(name, 0.0) + value
             if folder.log:

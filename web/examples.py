@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 from PIL import Image
 
-from audio_io import SAMPLE_RATE
+from audio_io import write_audio
 from synthetic.generate import make_image
 from synthetic.kinds import make_sound
 from synthetic.video import Task, write_film
@@ -32,5 +31,5 @@ def make_examples(folder: Path) -> Examples:
     sounds = []
     for kind in KINDS:
         sounds.append(folder / f"{kind}.wav")
-        soundfile.write(sounds[-1], sum(make_sound(kind, rng)), SAMPLE_RATE, subtype="PCM_16")
+        write_audio(sounds[-1], sum(make_sound(kind, rng)))
     return Examples(film, image, tuple(sounds))
