@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import endings
+import numpy as np
 import pytest
+import soundfile
 from conftest import ROOT
 
 import utils
@@ -77,3 +79,26 @@ def test_a_batch_whose_worker_is_gone_is_told_as_a_lost_worker(tmp_path, capsys)
         utils.run_cli(lambda: multiprocessing.resource_sharer._resource_sharer.get_connection(address))
     told = capsys.readouterr().err
     assert "a data-loading worker ended" in told and "--num_workers 0" in told
+
+
+NOWHERE_TO_WRITE = """
+import sys
+import localize, test_model, train_slot
+from audio_io import log_spectrogram, load_audio
+from reports.curves import plot_curves
+assert log_spectrogram(load_audio(sys.argv[1])).isfinite().all()
+plot_curves([{"epoch": 1, "loss": 1.0}], sys.argv[2])
+print(*sorted({"librosa", "numba"} & sys.modules.keys()))
+"""
+
+
+def test_a_home_that_cannot_be_written_is_no_hindrance(tmp_path):
+    """As in a container that runs as another user: whoever keeps compiled code in a home fails there."""
+    soundfile.write(tmp_path / "a.wav", np.sin(np.arange(44100)), 44100)
+    nowhere = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"), "/dev/null/none")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MPL", "NUMBA"))}
+    files = tmp_path / "a.wav", tmp_path / "curves.png"
+    done = run("-c", NOWHERE_TO_WRITE, *files, env=kept | nowhere | {"PYTHONDONTWRITEBYTECODE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout.strip(), f"{done.stdout} is imported, which compiles into a cache"
+    assert files[1].stat().st_size > 0
