@@ -11,6 +11,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read with torch: threads that wait leave drawing the processor
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,8 +87,8 @@ def main() -> None:
     localizer = settings.localizer()
     if not localizer.has_threshold:
         print(
-            f"{args.checkpoint} has no universal threshold, {localizer.threshold} is taken: "
-            "python -m scoring.threshold gives it one"
+            f"{args.checkpoint} has no universal threshold: what is above {localizer.threshold} counts as lit. This "
+            f"gives it one: python -m scoring.threshold {shlex.quote(args.checkpoint)} FOLDER_OF_PAIRS --gpu {gpu}"
         )
     args.out.mkdir(parents=True, exist_ok=True)
     described = describe_settings(settings, localizer)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import moving_films as films
 import numpy as np
 import pytest
 import soundfile
@@ -135,27 +136,90 @@ def asked_for(browser):
     return {address for address in found if address.startswith(("http", "ws"))}
 
 
-@pytest.mark.slow
-def test_a_clip_plays_as_a_heat_map_and_a_text_is_refused(server, browser, tmp_path):
+def upload(browser, place, path):
+    """Put a file into a place for files, in which another one may lie."""
+    browser.execute_script(f"document.querySelector('#{place} button[aria-label]')?.click()")
+    until(browser, f"document.querySelector('#{place} input[type=file]')")
+    browser.find_element("css selector", f"#{place} input[type=file]").send_keys(str(path))
+    until(browser, f"document.getElementById('{place}').textContent.includes(arguments[0])", path.suffix[1:])
+
+
+def no_complaint_and_no_other_computer(browser):
+    assert all(address.split("/")[2].startswith("127.0.0.1") for address in asked_for(browser))
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+PLAYABLE = "document.querySelector('#heat video')?.readyState >= 2"
+TEXT = "document.body.innerText"
+
+
+def test_a_clip_plays_under_its_heat_map(server, browser, tmp_path):
+    """The quick one of those in the browser."""
     browser.get(server)
-    click(browser, "example-clip")
-    until(browser, "document.getElementById('film').textContent.includes('mp4')")
+    until(browser, "document.getElementById('run-clip')")
+    upload(browser, "film", films.write_film(tmp_path / "film.mp4", 1))
     click(browser, "run-clip")
-    until(browser, "document.querySelector('#heat video')?.readyState >= 2")
+    until(browser, PLAYABLE)
     browser.execute_script("const v = document.querySelector('#heat video'); v.muted = true; v.play()")
     until(browser, "document.querySelector('#heat video').currentTime > 0.3")
     until(browser, "document.querySelector('#strip img')?.naturalWidth > 100")
     until(browser, "document.getElementById('clip-files').textContent.includes('csv')")
-    (tmp_path / "words.txt").write_text("no film")
-    browser.execute_script("document.querySelector('#film button[aria-label]')?.click()")
-    until(browser, "document.querySelector('#film input[type=file]')")
-    browser.find_element("css selector", "#film input[type=file]").send_keys(str(tmp_path / "words.txt"))
-    until(browser, "document.getElementById('film').textContent.includes('txt')")
+    assert "no threshold of its own" in browser.execute_script(f"return {TEXT}")
+    no_complaint_and_no_other_computer(browser)
+
+
+@pytest.mark.slow
+def test_a_text_is_refused_and_a_name_that_is_html_stays_a_name(server, browser, tmp_path):
+    browser.get(server)
+    click(browser, "example-clip")
+    until(browser, "document.getElementById('film').textContent.includes('mp4')")
     click(browser, "run-clip")
-    until(browser, "document.body.innerText.includes('cannot be opened')")
-    assert str(tmp_path) not in browser.execute_script("return document.body.innerText")
-    assert all(address.split("/")[2].startswith("127.0.0.1") for address in asked_for(browser))
-    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    until(browser, PLAYABLE)
+    (tmp_path / "words.txt").write_text("no film")
+    upload(browser, "film", tmp_path / "words.txt")
+    click(browser, "run-clip")
+    until(browser, f"{TEXT}.includes('cannot be opened')")
+    assert str(tmp_path) not in browser.execute_script(f"return {TEXT}")
+    name = "<img src=x onerror='window.injected=1'><b>bold<b>.mp4"
+    upload(browser, "film", films.write_film(tmp_path / "film.mp4", 0.5).rename(tmp_path / name))
+    click(browser, "run-clip")
+    until(browser, PLAYABLE)
+    until(browser, "document.getElementById('clip-files').textContent.includes('csv')")
+    assert browser.execute_script("return window.injected === undefined && !document.querySelector('#film b')")
+    no_complaint_and_no_other_computer(browser)
+
+
+@pytest.mark.slow
+def test_one_job_at_a_time_the_second_one_waits_and_both_can_be_cancelled(server, browser, tmp_path):
+    """In two windows: the first one's film takes minutes, and is cancelled."""
+    long = films.write_film(tmp_path / "long.mp4", 250, fps=2, size=(320, 240))
+    short = films.write_film(tmp_path / "short.mp4", 0.5)
+    browser.get(server)
+    upload(browser, "film", long)
+    click(browser, "run-clip")
+    until(browser, "document.querySelector('#progress progress')")
+    until(browser, "Number(document.querySelector('#progress progress').value) > 0")
+    first = browser.current_window_handle
+    browser.switch_to.new_window("window")
+    try:
+        browser.get(server)
+        upload(browser, "film", short)
+        click(browser, "run-clip")
+        until(browser, f"/queue/i.test({TEXT})")
+        time.sleep(2)
+        assert not browser.execute_script(f"return {PLAYABLE}")
+        second = browser.current_window_handle
+        browser.switch_to.window(first)
+        assert browser.execute_script("return document.querySelector('#progress progress').value") < 1
+        click(browser, "cancel-clip")
+        until(browser, "!document.querySelector('#progress progress')")
+        browser.switch_to.window(second)
+        until(browser, PLAYABLE)  # its turn has come, long before the first one would have ended
+        no_complaint_and_no_other_computer(browser)
+    finally:
+        browser.close()
+        browser.switch_to.window(first)
+    assert not browser.execute_script(f"return {PLAYABLE}")
 
 
 @pytest.mark.slow
@@ -164,17 +228,38 @@ def test_swapping_the_sound_changes_the_maps_in_both_themes_and_on_a_phone(serve
         browser.get(f"{server}?__theme={theme}")
         until(browser, "document.querySelectorAll('button[role=tab]').length >= 2")
         browser.execute_script("[...document.querySelectorAll('button[role=tab]')].at(-1).click()")
+        until(browser, "document.querySelectorAll('[id^=sound-] button[aria-label=\"Record audio\"]').length == 2")
         click(browser, "example-image")
         until(browser, "document.querySelector('#image img') && document.querySelector('#sound-B')")
         time.sleep(3)  # both sounds arrive
         click(browser, "run-image")
-        until(browser, "document.querySelectorAll('#maps img').length >= 2")
+        until(browser, "document.querySelectorAll('#maps img').length == 2")
         sources = "[...document.querySelectorAll('#maps img')].map((i) => i.src).join()"
         before = browser.execute_script(f"return {sources}")
         browser.execute_script("document.querySelectorAll('#which input')[1].click()")
         until(browser, f"{sources} !== arguments[0] && {sources}", before)
-    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-    until(browser, "document.documentElement.scrollWidth <= 390")
-    assert all(address.split("/")[2].startswith("127.0.0.1") for address in asked_for(browser))
-    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+        contrast = browser.execute_script(CONTRAST)
+        assert len(contrast) >= 3 and min(contrast) >= 4.5, (theme, contrast)
+    try:
+        phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        for tab in range(2):
+            browser.execute_script("document.querySelectorAll('button[role=tab]')[arguments[0]].click()", tab)
+            until(browser, "document.documentElement.scrollWidth <= 390")
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    no_complaint_and_no_other_computer(browser)
+
+
+CONTRAST = """
+const light = (text) => {
+    const parts = text.match(/[\\d.]+/g).slice(0, 3).map((x) => x / 255);
+    const linear = parts.map((x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+};
+const ground = light(getComputedStyle(document.body).backgroundColor);
+return [...document.querySelectorAll('#intro h1, #intro p, .note p')].map((element) => {
+    const ink = light(getComputedStyle(element).color);
+    return (Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05);
+});
+"""  # of text over the page, as WCAG defines it

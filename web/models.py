@@ -30,11 +30,19 @@ class Models:
         return self._load(self.files[name])
 
     def describe(self, name: str) -> str:
-        """What a model has learnt from, in a sentence."""
-        about = self.load(name).trained.about
+        """What a model has learnt from, and whether it knows when nothing sounds, in a sentence or two."""
+        localizer = self.load(name)
+        about = localizer.trained.about
         if about["trained_on"] == "synthetic":
-            return (
+            known = (
                 "This model knows the ten kinds of drawn objects of the built-in data and their sounds, nothing else: "
                 "what it shows on photographs and recordings means nothing."
             )
-        return f"Trained on {about['trained_on']}, {about['selected_by']}."
+        else:
+            known = f"Trained on {about['trained_on']}, {about['selected_by']}."
+        if localizer.has_threshold:
+            return known
+        return (
+            f"{known} It has no threshold of its own: in the table, what is above {localizer.threshold} counts as lit. "
+            "`python -m scoring.threshold` gives it one."
+        )

@@ -20,10 +20,11 @@ from web.models import Models
 
 LONGEST = 300.0  # seconds of a film
 LONGEST_SOUND = 60.0
-PROGRESS = gr.Progress()
+PLACES = "Model", "Beside it"  # of the two maps of one image
 PRIVATE = {"api_visibility": "private"}  # no interface for programs
 POLL_SECONDS = 0.2
 KEPT_SECONDS = 3600  # what was made is removed after an hour, and when the page ends
+NOTHING = None, gr.update(value=None, visible=False), gr.update(value=None, visible=False)  # film, strip, files
 TITLE = "Where does the sound come from?"
 INTRO = """# Where does the sound come from?
 Heat shows what the model takes for the source of what is heard. Everything stays on this computer."""
@@ -37,9 +38,12 @@ THEME = gr.themes.Base(
 CSS = """
 .gradio-container { max-width: 76rem !important; margin: 0 auto !important; }
 #intro h1 { font-size: 1.9rem; letter-spacing: -.02em; margin-bottom: .2rem; }
-#intro p, .note p { color: var(--neutral-600); }
-.dark #intro p, .dark .note p { color: var(--neutral-300); }
+#intro p, .note p { color: var(--body-text-color-subdued); }
 #heat video { max-height: 26rem; }
+#progress { padding: 0; }
+#progress progress { width: 100%; height: .5rem; accent-color: var(--color-accent); }
+#progress small { color: var(--body-text-color-subdued); }
+#maps img { width: 100%; object-fit: contain; }
 footer { display: none !important; }
 """
 HEAD = '<meta name="referrer" content="no-referrer">'
@@ -70,8 +74,8 @@ def check_film(path: str) -> float:
         return film.duration
 
 
-def run_clip(models: Models, work: Path, path: str | None, name: str, show: str, progress: Any) -> Iterator[tuple]:
-    """Heat-map film, strip with the curve of presence, and files to take away; ends early when cancelled."""
+def run_clip(models: Models, work: Path, path: str | None, name: str, show: str) -> Iterator[tuple]:
+    """How far it is, then heat-map film, strip with the curve of presence, and files; ends early when it is closed."""
     if not path:
         raise gr.Error("Choose a clip first, or take the built-in one", duration=None, print_exception=False)
     try:
@@ -97,17 +101,24 @@ def run_clip(models: Models, work: Path, path: str | None, name: str, show: str,
     thread.start()
     try:
         while thread.is_alive():
-            done = min(count[0] / localizer.map_fps / max(length, 0.1), 1.0)
-            progress(done, desc=f"{done * length:.0f} of {length:.0f} s")
+            yield bar(min(count[0] / localizer.map_fps, length), length), *NOTHING
             time.sleep(POLL_SECONDS)
-            yield None, None, None
     finally:
         stop.set()
         thread.join()
     if failed:
+        yield "", *NOTHING
         raise message(failed[0])
-    film, table = str(outputs.file(".mp4")), str(outputs.file(".csv"))
-    yield film, str(outputs.file(".png")), [film, table]
+    film, strip, table = (str(outputs.file(suffix)) for suffix in (".mp4", ".png", ".csv"))
+    yield "", film, gr.update(value=strip, visible=True), gr.update(value=[film, table], visible=True)
+
+
+def bar(done: float, length: float) -> str:
+    """HTML of how far a film is, in s."""
+    return (
+        f'<progress max="1" value="{done / max(length, 0.1):.3f}"></progress>'
+        f"<small>{done:.0f} of {length:.0f} s of the film</small>"
+    )
 
 
 def clear_old(work: Path) -> None:
@@ -149,7 +160,9 @@ def run_image(models: Models, image: Any, first: Any, second: Any, names: tuple[
 
 
 def choose(found: dict[str, list] | None, label: str) -> list:
-    return (found or {}).get(label) or []
+    """What both places show: the images painted under a sound, labelled; empty before anything is found."""
+    drawn = (found or {}).get(label) or [(None, label) for label in PLACES]
+    return [gr.update(value=image, label=caption) for image, caption in drawn]
 
 
 # ---------------------------------------------------------------- the page
@@ -158,7 +171,7 @@ def choose(found: dict[str, list] | None, label: str) -> list:
 def clip_tab(models: Models, work: Path, examples: Examples) -> None:
     with gr.Row():
         with gr.Column(scale=2):
-            film = gr.File(label=f"A film with its sound, at most {LONGEST:.0f} s", elem_id="film", height=150)
+            film = gr.File(label=f"A film with its sound, at most {LONGEST:.0f} s", elem_id="film", height=170)
             model = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="clip-model")
             show = gr.Radio(
                 [("Dark where nothing in view sounds", "share"), ("Stretched to each map's range", "relative")],
@@ -170,19 +183,18 @@ def clip_tab(models: Models, work: Path, examples: Examples) -> None:
             example = gr.Button("Take the built-in film", size="sm", elem_id="example-clip")
             note = gr.Markdown(models.describe(models.names[0]), elem_classes="note", elem_id="clip-note")
         with gr.Column(scale=3):
+            progress = gr.HTML("", elem_id="progress")
             shown = gr.Video(label="Heat map", interactive=False, elem_id="heat", autoplay=False, buttons=["download"])
             strip = gr.Image(label="Presence over time", interactive=False, elem_id="strip", type="filepath",
-                             format="png", buttons=["fullscreen"])  # fmt: skip
+                             format="png", buttons=["fullscreen"], visible=False)  # fmt: skip
             files = gr.File(label="To take away: film and table", interactive=False, file_count="multiple",
-                            elem_id="clip-files")  # fmt: skip
+                            elem_id="clip-files", visible=False)  # fmt: skip
 
-    def work_on(path, name, chosen, progress=PROGRESS):
-        yield from run_clip(models, work, path, name, chosen, progress)
+    def work_on(path, name, chosen):
+        yield from run_clip(models, work, path, name, chosen)
 
-    event = run.click(
-        work_on, [film, model, show], [shown, strip, files], concurrency_id="model", api_visibility="private"
-    )
-    cancel.click(None, cancels=[event], **PRIVATE)
+    event = run.click(work_on, [film, model, show], [progress, shown, strip, files], concurrency_id="model", **PRIVATE)
+    cancel.click(lambda: "", None, progress, cancels=[event], queue=False, **PRIVATE)
     example.click(lambda: str(examples.film), None, film, queue=False, **PRIVATE)
     model.change(lambda name: describe(models, name), model, note, queue=False, **PRIVATE)
 
@@ -207,14 +219,15 @@ def image_tab(models: Models, examples: Examples) -> None:
             ]
             names = [
                 gr.Dropdown(models.names, value=value, label=label)
-                for value, label in ((models.names[0], "Model"), (other, "Beside it"))
+                for value, label in zip((models.names[0], other), PLACES, strict=True)
             ]
             run = gr.Button("Show me", variant="primary", elem_id="run-image")
             example = gr.Button("Take the built-in image and sounds", size="sm", elem_id="example-image")
         with gr.Column(scale=3):
             which = gr.Radio(["A", "B"], value="A", label="Sound under the image: swap it", elem_id="which")
-            gallery = gr.Gallery(label="The same image", columns=2, object_fit="contain", elem_id="maps", height=420,
-                                 preview=False, buttons=["fullscreen"])  # fmt: skip
+            with gr.Row(elem_id="maps"):
+                maps = [gr.Image(label=label, interactive=False, buttons=["fullscreen"], min_width=260)
+                        for label in PLACES]  # fmt: skip
             gr.Markdown(
                 "A map that follows the sound moves when the sound is swapped; one that shows what is "
                 "salient stays. Heat is stretched to each map's own range.",
@@ -223,12 +236,12 @@ def image_tab(models: Models, examples: Examples) -> None:
     found = gr.State(None)
 
     def work_on(pixels, first, second, one, two, label):
-        maps = run_image(models, pixels, first, second, (one, two))
-        label = label if label in maps else next(iter(maps))
-        return maps, label, choose(maps, label)
+        painted = run_image(models, pixels, first, second, (one, two))
+        label = label if label in painted else next(iter(painted))
+        return painted, label, *choose(painted, label)
 
-    run.click(work_on, [image, *sounds, *names, which], [found, which, gallery], concurrency_id="model", **PRIVATE)
-    which.change(choose, [found, which], gallery, queue=False, **PRIVATE)
+    run.click(work_on, [image, *sounds, *names, which], [found, which, *maps], concurrency_id="model", **PRIVATE)
+    which.change(choose, [found, which], maps, queue=False, **PRIVATE)
     example.click(lambda: (str(examples.image), *map(str, examples.sounds)), None, [image, *sounds], queue=False,
                   **PRIVATE)  # fmt: skip
 
