@@ -94,7 +94,7 @@ def server(page_module, model_dir, tmp_path_factory):
         address = next((word for word in words if word.startswith("http://127.0.0.1")), "")
     assert address, Path(log.name).read_text()
     yield address
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     process.wait(timeout=120)
     assert not list(folder.glob("sound_source_*"))  # its files are gone
 
@@ -118,7 +118,7 @@ def browser():
 def until(browser, script, *arguments):
     from selenium.webdriver.support.wait import WebDriverWait
 
-    return WebDriverWait(browser, 240).until(lambda b: b.execute_script(f"return {script}", *arguments))
+    return WebDriverWait(browser, 120).until(lambda b: b.execute_script(f"return {script}", *arguments))
 
 
 def click(browser, name):
@@ -201,6 +201,7 @@ def test_one_job_at_a_time_the_second_one_waits_and_both_can_be_cancelled(server
     until(browser, "Number(document.querySelector('#progress progress').value) > 0")
     first = browser.current_window_handle
     browser.switch_to.new_window("window")
+    second = browser.current_window_handle
     try:
         browser.get(server)
         upload(browser, "film", short)
@@ -208,7 +209,6 @@ def test_one_job_at_a_time_the_second_one_waits_and_both_can_be_cancelled(server
         until(browser, f"/queue/i.test({TEXT})")
         time.sleep(2)
         assert not browser.execute_script(f"return {PLAYABLE}")
-        second = browser.current_window_handle
         browser.switch_to.window(first)
         assert browser.execute_script("return document.querySelector('#progress progress').value") < 1
         click(browser, "cancel-clip")
@@ -217,6 +217,7 @@ def test_one_job_at_a_time_the_second_one_waits_and_both_can_be_cancelled(server
         until(browser, PLAYABLE)  # its turn has come, long before the first one would have ended
         no_complaint_and_no_other_computer(browser)
     finally:
+        browser.switch_to.window(second)
         browser.close()
         browser.switch_to.window(first)
     assert not browser.execute_script(f"return {PLAYABLE}")

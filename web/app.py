@@ -11,6 +11,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read with torch: threads that wait leave drawing the processor
 
+import signal
 import tempfile
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
+    for ending in (signal.SIGINT, signal.SIGTERM):  # either ends it in order: its files are removed
+        signal.signal(ending, signal.default_int_handler)
     os.environ.update(QUIET)
     with tempfile.TemporaryDirectory(prefix="sound_source_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when Gradio is imported

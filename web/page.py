@@ -38,12 +38,17 @@ THEME = gr.themes.Base(
 CSS = """
 .gradio-container { max-width: 76rem !important; margin: 0 auto !important; }
 #intro h1 { font-size: 1.9rem; letter-spacing: -.02em; margin-bottom: .2rem; }
-#intro p, .note p { color: var(--body-text-color-subdued); }
+#intro p { color: var(--neutral-600) !important; }
+.note p { color: var(--neutral-600) !important; }
+.dark #intro p { color: var(--neutral-300) !important; }
+.dark .note p { color: var(--neutral-300) !important; }
 #heat video { max-height: 26rem; }
 #progress { padding: 0; }
-#progress progress { width: 100%; height: .5rem; accent-color: var(--color-accent); }
-#progress small { color: var(--body-text-color-subdued); }
-#maps img { width: 100%; object-fit: contain; }
+#progress progress { width: 100%; height: .5rem; appearance: none; border: 0; background: var(--border-color-primary); }
+#progress progress::-webkit-progress-bar { background: var(--border-color-primary); }
+#progress progress::-webkit-progress-value { background: var(--color-accent); }
+#progress progress::-moz-progress-bar { background: var(--color-accent); }
+#maps img { width: 100%; height: 100%; object-fit: contain !important; }
 footer { display: none !important; }
 """
 HEAD = '<meta name="referrer" content="no-referrer">'
@@ -193,8 +198,10 @@ def clip_tab(models: Models, work: Path, examples: Examples) -> None:
     def work_on(path, name, chosen):
         yield from run_clip(models, work, path, name, chosen)
 
-    event = run.click(work_on, [film, model, show], [progress, shown, strip, files], concurrency_id="model", **PRIVATE)
-    cancel.click(lambda: "", None, progress, cancels=[event], queue=False, **PRIVATE)
+    event = run.click(work_on, [film, model, show], [progress, shown, strip, files], concurrency_id="model",
+                      show_progress_on=shown, **PRIVATE)  # fmt: skip
+    ended = cancel.click(None, cancels=[event], **PRIVATE)
+    ended.then(lambda: "", None, progress, queue=False, **PRIVATE)
     example.click(lambda: str(examples.film), None, film, queue=False, **PRIVATE)
     model.change(lambda name: describe(models, name), model, note, queue=False, **PRIVATE)
 
@@ -226,7 +233,7 @@ def image_tab(models: Models, examples: Examples) -> None:
         with gr.Column(scale=3):
             which = gr.Radio(["A", "B"], value="A", label="Sound under the image: swap it", elem_id="which")
             with gr.Row(elem_id="maps"):
-                maps = [gr.Image(label=label, interactive=False, buttons=["fullscreen"], min_width=260)
+                maps = [gr.Image(label=label, interactive=False, buttons=["fullscreen"], min_width=260, height=320)
                         for label in PLACES]  # fmt: skip
             gr.Markdown(
                 "A map that follows the sound moves when the sound is swapped; one that shows what is "
