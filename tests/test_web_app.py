@@ -258,9 +258,12 @@ const light = (text) => {
     const linear = parts.map((x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
 };
-const ground = light(getComputedStyle(document.body).backgroundColor);
+const behind = (element) => {
+    const colour = getComputedStyle(element).backgroundColor;
+    return /, 0\\)$/.test(colour) && element.parentElement ? behind(element.parentElement) : light(colour);
+};
 return [...document.querySelectorAll('#intro h1, #intro p, .note p')].map((element) => {
-    const ink = light(getComputedStyle(element).color);
+    const ink = light(getComputedStyle(element).color), ground = behind(element);
     return (Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05);
 });
 """  # of text over the page, as WCAG defines it
