@@ -44,6 +44,7 @@ REFUSED_FORMATS = {  # formats that name other files or addresses, and text draw
     "sdp", "smoothstreaming", "tty", "vapoursynth", "webm_dash_manifest",
 }  # fmt: skip
 ANIMATIONS = ("gif", "apng", "webp", "ico")
+CONTAINER_HEADS = (b"\x1aE\xdf\xa3", b"RIFF", b"OggS", b"FLV\x01", b"fLaC", b"FORM")  # Matroska, AVI and WAV, Ogg, ...
 IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # of images in MP4's boxes
 FORMATS = ",".join(sorted(av.formats_available - REFUSED_FORMATS))
 TIMED_BY_ORDER = {"avi"}  # its time stamps count packets in the order of decoding, so that a seek may be off by two
@@ -262,6 +263,10 @@ def _container(path: str | Path, limits: Limits) -> av.container.InputContainer:
         file.close()
         if _head(path)[4:8] == b"ftyp" and isinstance(error, av.InvalidDataError):
             raise MediaError(path, "truncated: the index at the end of the file is missing") from error
+        if _head(path).startswith(CONTAINER_HEADS) or isinstance(error, EOFError):
+            raise MediaError(
+                path, "truncated or damaged: it begins like a film or sound and cannot be read on"
+            ) from error
         raise MediaError(path, f"no video or sound: it cannot be opened ({_reason(error)})") from error
     for stream in container.streams:
         if stream.type in ("video", "audio") and stream.codec_context is not None:

@@ -302,6 +302,15 @@ def test_what_is_no_plain_file_is_refused_and_never_waited_for(tmp_path):
             media.open(path)
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a.avi", "a.flv", "a.ogg"])
+def test_a_download_that_broke_off_at_once_is_called_truncated(tmp_path, name):
+    whole, path = tmp_path / name, tmp_path / f"cut_{name}"
+    make_film(whole, seconds=1, **({"video": None, **OPUS} if name == "a.ogg" else {}))
+    path.write_bytes(whole.read_bytes()[:300])
+    with pytest.raises(media.MediaError, match=rf"cut_{name}: truncated or damaged"):
+        media.open(path)
+
+
 @pytest.mark.parametrize(
     "text",
     [
