@@ -13,12 +13,16 @@ from experiments.timing import Timing
 
 def test_the_command_prints_a_table_and_one_object_a_line(cli, monkeypatch):
     monkeypatch.setattr(bench_eval, "BATCH", 8)
-    monkeypatch.setattr(bench_eval, "score_with", lambda _, pairs: score_stored_set(pairs, 20) | {"seconds": 2.0})
+
+    def score_with(_, pairs, *more):
+        return score_stored_set(pairs, 20, bool(more)) | {"seconds": 2.0}
+
+    monkeypatch.setattr(bench_eval, "score_with", score_with)
     done = cli("experiments.benchmark", "eval", "--pairs", "8", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert re.search(r"^eval: every metric, per map +[\d.]+ +ms +- +-$", done.stdout, re.M)
-    assert len(lines) == 3 and all(line.keys() == {"name", "value", "baseline", "ratio", "unit"} for line in lines)
+    assert len(lines) == 5 and all(line.keys() == {"name", "value", "baseline", "ratio", "unit"} for line in lines)
     assert lines[0]["ratio"] == pytest.approx(lines[0]["baseline"] / lines[0]["value"])
 
 
