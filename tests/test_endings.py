@@ -92,6 +92,7 @@ print(*sorted({"librosa", "numba"} & sys.modules.keys()))
 """
 
 
+@pytest.mark.slow
 def test_a_home_that_cannot_be_written_is_no_hindrance(tmp_path):
     """As in a container that runs as another user: whoever keeps compiled code in a home fails there."""
     soundfile.write(tmp_path / "a.wav", np.sin(np.arange(44100)), 44100)

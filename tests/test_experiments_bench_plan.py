@@ -74,6 +74,7 @@ def test_one_gpu_exchanges_nothing_and_what_is_assumed_is_said(capsys):
     assert "90 TFLOP/s (as measured)" in " ".join(assumptions(COSTS, measured))
 
 
+@pytest.mark.slow
 def test_the_operations_of_a_step_are_counted_as_a_real_step_has_them(small):
     model = bench_step.full_model()
     with FlopCounterMode(display=False) as counter:

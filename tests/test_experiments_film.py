@@ -1,11 +1,13 @@
 """The film that ends the demonstration: a panel per model, with the film's sound, and a small animated picture."""
 
+import pytest
 from PIL import Image
 
 import media
 from experiments.film import GIF_SIDE, draw_film
 
 
+@pytest.mark.slow
 def test_the_film_has_a_panel_per_model_and_its_sound(film_root, checkpoint, tmp_path):
     clip = next((film_root / "clips").glob("*.mp4"))
     models = {"one": checkpoint, "other": checkpoint}

@@ -119,6 +119,7 @@ def test_a_shard_that_dies_midway_is_asked_for_again_and_then_named(root, monkey
             with pytest.raises(UserError, match=r"pairs-000002.tar cannot be read beyond byte \d+") as error:
                 list(loader)
             assert "secret" not in str(error.value)
+            del error  # it holds this frame, and with it the workers
 
 
 @pytest.mark.parametrize("harm, wanted", [

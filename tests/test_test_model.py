@@ -88,6 +88,7 @@ def test_a_test_removes_what_an_earlier_one_wrote_and_nothing_else(checkpoint, s
     assert all(path.read_bytes() == b"mine" for path in theirs)
 
 
+@pytest.mark.slow
 def test_overlays_are_the_same_from_several_processes(checkpoint, synthetic_root, tmp_path, cli):
     drawn = []
     for workers in (0, 2):

@@ -412,6 +412,7 @@ def test_the_run_ends_with_the_command_that_tests_it(finished):
     assert "--experiment_name" in command and "synthetic,synthetic_interactive" in command and "cpu" in command
 
 
+@pytest.mark.slow
 def test_wandb_without_a_login_records_offline_and_says_so(synthetic_root, tmp_path):
     """In a process of its own: there the loader processes are the first to resample, while wandb watches imports."""
     shutil.copytree(synthetic_root, tmp_path / "data")

@@ -426,6 +426,7 @@ def test_a_run_of_older_code_continues_where_what_it_did_not_know_is_off():
     assert found.keys() == {"select", "infer_sharpening", "infer_smoothing", "weights"}
 
 
+@pytest.mark.slow
 def test_a_forced_resume_with_another_way_of_testing_forgets_the_best_that_tests_chose(synthetic_root, tmp_path, train):
     flags = ["--testset", "synthetic", "--select", "test"]
     assert train(synthetic_root, tmp_path, *flags, "--epochs", "1").returncode == 0
@@ -436,6 +437,7 @@ def test_a_forced_resume_with_another_way_of_testing_forgets_the_best_that_tests
     assert load_checkpoint(tmp_path / "run" / "best.pth")["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_a_forced_resume_with_another_measure_forgets_the_old_best(synthetic_root, tmp_path, train):
     flags = ["--testset", "synthetic"]
     assert train(synthetic_root, tmp_path, *flags, "--epochs", "1").returncode == 0
@@ -494,6 +496,7 @@ def test_only_the_same_start_of_torchrun_resumes_by_itself(synthetic_root, tmp_p
     assert str(os.getppid()) in resume.launch_name()
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_one_global_batch_and_score_every_pair_once(synthetic_root, tmp_path, cli):
     done = shell(synthetic_root, tmp_path, *SHARED, torchrun=torchrun(2))
     assert done.returncode == 0, done.stderr

@@ -49,7 +49,7 @@ def steps(monkeypatch, device, micro_batch, clip=5.0):
     return fetched, copies.found
 
 
-@pytest.mark.parametrize("micro_batch", [None, 2])
+@pytest.mark.parametrize("micro_batch", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_host_waits_once_in_a_step(monkeypatch, micro_batch):
     fetched, copies = steps(monkeypatch, torch.device("cpu"), micro_batch)
     assert len(fetched) == 1 and fetched[0].numel() > len(PAPER_WEIGHTS) + len(OUR_LOSSES)  # a vector of all losses

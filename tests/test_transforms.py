@@ -79,6 +79,7 @@ def released():
     return ReleasedPairs([]).transform
 
 
+@pytest.mark.slow
 def test_statistics_of_a_few_draws_are_those_of_torchvision_and_a_halved_blur_shows(released, monkeypatch):
     check_statistics(pictures(4), 75, released, monkeypatch)
 
