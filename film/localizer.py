@@ -330,12 +330,23 @@ def opened(film: str | Path, sound: str | Path | None = None) -> Iterator[tuple[
         if sound is None:
             if not shown.has_sound:
                 raise MediaError(film, "no sound: --sound FILE gives it one")
+            _tell_whether_whole(shown)
             yield shown, shown
             return
         with media.open(sound) as heard:
             if not heard.has_sound:
                 raise MediaError(sound, "no sound")
+            _tell_whether_whole(shown)
+            _tell_whether_whole(heard)
             yield shown, heard
+
+
+def _tell_whether_whole(file: Media) -> None:
+    """What is there of a film that was cut off can be looked at, which is said; as training data it is refused."""
+    try:
+        file.check_whole()
+    except MediaError as error:
+        file.decide(f"{error.reason}; what is there is shown")
 
 
 def _image_of(path: str | Path) -> np.ndarray:

@@ -167,7 +167,11 @@ def check_table(
     def of(wanted) -> list[str]:
         return [pair.id for pair, fact in zip(pairs, facts, strict=True) if wanted(fact)]
 
-    digests = Counter(fact.digest for fact in facts if fact.digest)
+    by_digest: dict[str, list[str]] = {}
+    for pair, fact in zip(pairs, facts, strict=True):
+        if fact.digest:
+            by_digest.setdefault(fact.digest, []).append(pair.id)
+    same = [names for names in by_digest.values() if len(names) > 1]
     broken = of(lambda fact: fact.error)
     rows: list[tuple[str, int, Sequence[str]]] = [
         ("expected", expected, ()),
@@ -177,7 +181,7 @@ def check_table(
         ("not decodable", len(broken), broken),
         ("silent (digital zero)", *_counted(of(lambda fact: fact.silent))),
         (f"shorter than {SHORT_SECONDS:g} s", *_counted(of(lambda fact: fact.seconds < SHORT_SECONDS - 0.01))),
-        ("same content as another", *_counted(of(lambda fact: digests[fact.digest] > 1))),
+        ("same content as another", sum(map(len, same)), [" = ".join(names) for names in same]),
         *((what, len(names), names) for what, names in others.items() if names),
         *((f"boxes {what}", count, ()) for what, count in problems.items()),
         *((f"also in test set {tested}", len(ids), ids) for tested, ids in overlap.items()),

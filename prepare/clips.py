@@ -2,8 +2,9 @@
 
 VGG-Sound: the frame at 5.0 s of the clip (the one that VGG-SS annotates) and its first 10 s of audio. Flickr: the frame
 nearest the middle and the middle 10 s of audio. Audio becomes 16-kHz mono 16-bit WAV, frames keep their size. A clip
-of VGG-Sound that ends before 5.0 s gives the frame nearest its middle, and is named. Every file of the folder ends as
-pairs, as a line of failures.csv, or is counted among the other files; pairs.csv says where each pair comes from.
+of VGG-Sound whose image or sound ends before 5.0 s gives the frame nearest the middle of what has both, and is named.
+Every file of the folder ends as pairs, as a line of failures.csv, or is counted among the other files; pairs.csv says
+where each pair comes from.
 """
 
 import os
@@ -19,7 +20,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from annotations import as_id, clip_id, first_ids
-from prepare.convert import MOMENT, Outcome, Row, Wish, convert
+from prepare.convert import Outcome, Row, Wish, convert
 from prepare.folder import finished_ids, join_tables, known_rows, lock_folder, remember, write_csv
 from prepare.names import (
     Failure,
@@ -111,7 +112,6 @@ class Report(NamedTuple):
     made: list[Row]
     there: list[str]
     failures: list[Failure]
-    early: list[str]
     unused: dict[str, float]  # name of a film -> s of it that are in no pair
     others: Counter[str]  # suffixes of files that are no films
     reached: set[str]  # names of films whose outcome is known
@@ -123,10 +123,11 @@ def run(args: Namespace) -> None:
         raise UserError("--overlap needs --every: how far the audio of a part goes on into the next one")
     wish = Wish(args.source, args.every, args.overlap, args.frame, args.frames)
     classes = read_vggsound_csv(args.vggsound_csv) if args.vggsound_csv else {}
-    found = find_files(args.folder, args.source, classes, args.shard)
+    found = find_files(args.folder, args.out, args.source, classes, args.shard)
     if not found.tasks and not found.refused and args.shard[1] == 1:
         raise UserError(f"{args.folder} holds no file")
-    report = Report([], [], list(found.refused), [], {}, Counter(), {failure.file for failure in found.refused})
+    refused, hidden = list(found.refused), Counter({"hidden": len(found.hidden)} if found.hidden else {})
+    report = Report([], [], refused, {}, hidden, {failure.file for failure in refused})
     with lock_folder(args.out, args.shard, [task.id for task in found.tasks]):
         remember(args.out, wish)
         films = choose_films(found, args.workers, report)
@@ -183,6 +184,8 @@ def tasks_left(films: Sequence[Task], out: Path, wish: Wish, report: Report) -> 
         report.reached.add(task.name)
         if row and row.file and int(row.bytes) != task.path.stat().st_size:
             reason = f"same id: another file, {row.file} of {row.bytes} bytes, made the pair that is there"
+            if row.file == task.name:
+                reason += "; delete the pair to have it made anew"
             report.failures.append(Failure(task.name, task.id, reason))
         else:
             report.there.append(task.id)
@@ -203,7 +206,6 @@ def convert_all(todo: Sequence[Task], args: Namespace, wish: Wish, report: Repor
             report.made.extend(outcome.rows)
             report.there.extend(outcome.there)
             report.failures.extend(outcome.failures)
-            report.early.extend([task.id] * outcome.early)
             if outcome.unused > 1:
                 report.unused[task.name] = outcome.unused
             if not outcome.unfinished:
@@ -226,7 +228,13 @@ def print_summary(args: Namespace, films: Sequence[Task], listed: Collection[str
     left = sum(1 for task in films if task.name not in report.reached)
     if left:
         print(f"not reached: {left}; the same command goes on with them")
-    for note, names in notes_of(args, films, listed, report).items():
+    rows = known_rows(args.out)
+    mine = [rows[name] for name in [*(row.id for row in report.made), *report.there] if name in rows]
+    notes = notes_of(args, films, listed) | decisions_of(mine)
+    if args.shard[1] == 1:
+        names = {task.name for task in films} | report.reached
+        notes["pairs of films that are not in this folder"] = [i for i, row in rows.items() if row.file not in names]
+    for note, names in notes.items():
         if names:
             print(f"{note}: {len(names)} ({first_ids(names)})")
     if report.unused and not args.every:
@@ -237,27 +245,34 @@ def print_summary(args: Namespace, films: Sequence[Task], listed: Collection[str
         )
 
 
-def notes_of(
-    args: Namespace, films: Sequence[Task], listed: Collection[str], report: Report
-) -> dict[str, Sequence[str]]:
-    """What the user should know, with the ids that it is about."""
+def notes_of(args: Namespace, films: Sequence[Task], listed: Collection[str]) -> dict[str, list[str]]:
+    """What the names of the films were taken for, with the ids that it is about."""
     remarks: dict[str, list[str]] = {}
     for task in films if args.source == "vggsound" else ():
         remark = clip_id(task.path.stem, listed)[1]
         remarks.setdefault(remark, []).append(task.id)
-    read = [f"{task.path.stem} -> {task.id}" for task in films if task.id != as_id(task.path.stem)]
-    notes: dict[str, list[str]] = {
-        f"end before {MOMENT} s, the frame nearest their middle was taken": report.early,
+    return {
         "named in no known form, the whole name is the id": remarks.get("other", []),
         "named so that it may be a youtube id and a start, the whole name is the id (--vggsound_csv can settle it)": (
             remarks.get("ambiguous", [])
         ),
-        "names read as a youtube id and a start": read,
+        "names read as a youtube id and a start": [
+            f"{task.path.stem} -> {task.id}" for task in films if task.id != as_id(task.path.stem)
+        ],
     }
-    for row in report.made:
+
+
+def decisions_of(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """What was decided about the films of these pairs, with their ids; what differs in its numbers alone is one."""
+    alike: dict[str, dict[str, str]] = {}  # with # for the numbers -> {id: as it was said}
+    for row in rows:
         for decision in filter(None, row.decisions.split("; ")):
-            notes.setdefault(re.sub(r"\d+(\.\d+)?", "#", decision), []).append(row.id)
-    return notes
+            alike.setdefault(re.sub(r"\d+(\.\d+)?", "#", decision), {})[row.id] = decision
+    said = {}
+    for ids in alike.values():
+        example = next(iter(ids.values()))
+        said[example if len(set(ids.values())) == 1 else f"{example}, or other numbers"] = list(ids)
+    return said
 
 
 def write_classes(args: Namespace, ids: Iterable[str], classes: Mapping[str, tuple[str, str]]) -> None:

@@ -1,6 +1,7 @@
 """One film -> its pairs: which seconds, which frames, and the two files of each pair.
 
-Seconds are those of the film's clock, see media.py; a film's first pair begins where image and sound have both begun.
+Seconds are those of the film's clock, see media.py; a film's first pair begins where image and sound have both begun,
+and where one of them ends much before the other, the image is taken from the part that has both.
 """
 
 import errno
@@ -28,6 +29,7 @@ MOMENT = 5.0  # s of a VGG-Sound clip at which VGG-SS drew its boxes
 TURN_SECONDS = 300  # of work on one film before another gets its turn
 SHORTEST = 1.0  # seconds of images, and of sound, below which there is no pair
 JPEG_QUALITY = 95
+APART = 1.0  # s between the ends of image and sound that are worth a word
 NEAR = 1.0  # s from a damaged frame within which another one does
 LOUDNESS_WINDOW = 0.1  # s
 SHARPNESS_STEP, SHARPNESS_WIDTH = 0.2, 320  # s between the frames that are compared, and pixels of what is compared
@@ -62,7 +64,6 @@ class Outcome(NamedTuple):
     rows: tuple[Row, ...] = ()  # pairs made
     there: tuple[str, ...] = ()  # ids of pairs that were there already
     failures: tuple[Failure, ...] = ()  # why there is no pair; with --every, of each part
-    early: bool = False  # the frame at 5.0 s is not there: the middle one was taken
     unused: float = 0.0  # s of the film that are in no pair
     unfinished: Task | None = None  # time is up: with what to go on
     fatal: str = ""  # why the output cannot be written: the run is over
@@ -80,8 +81,8 @@ class Piece(NamedTuple):
 # ---------------------------------------------------------------- which part
 
 
-def pieces_of(film: Media, task: Task, wish: Wish) -> tuple[list[Piece], bool]:
-    """The parts of a film that become pairs, and whether the frame at 5.0 s is not there. Raises MediaError."""
+def pieces_of(film: Media, task: Task, wish: Wish) -> list[Piece]:
+    """The parts of a film that become pairs. Raises MediaError."""
     if not film.has_image or not film.has_sound:
         missing = "video" if not film.has_image else "audio"
         raise MediaError(film.path, "; ".join([f"no {missing} stream", *film.decisions]))
@@ -91,20 +92,21 @@ def pieces_of(film: Media, task: Task, wish: Wish) -> tuple[list[Piece], bool]:
     for seconds, of in ((seen, "pictures"), (heard, "sound")):
         if seconds < SHORTEST:
             raise MediaError(film.path, f"too short: {max(seconds, 0):.2f} s of {of}")
+    both = min(seen, heard)
+    if abs(seen - heard) > APART and not film.is_still:
+        first, last = ("image", "sound") if seen < heard else ("sound", "image")
+        film.decide(f"the {first} ends {abs(seen - heard):.2f} s before the {last}")
     if wish.every:
-        return list(_pieces_every(task.id, begin, begin + min(seen, heard), wish)), False
-    early, stop = False, begin + min(heard, PAIR_SECONDS)
+        return list(_pieces_every(task.id, begin, begin + both, wish))
+    moment = begin + both / 2
     if wish.source == "flickr":
-        middle = begin + seen / 2
-        begin += max(0.0, (heard - PAIR_SECONDS) / 2)
-        return [Piece(task.id, begin, min(begin + PAIR_SECONDS, film.sound_span[1]), _settled(middle, wish))], False
-    early = not film.is_still and seen <= MOMENT
-    moment = begin + (seen / 2 if early else MOMENT)
-    return [Piece(task.id, begin, stop, _settled(moment, wish))], early
-
-
-def _settled(moment: float, wish: Wish) -> float | None:
-    return moment if wish.frame == "middle" and wish.frames == 1 else None
+        begin += max(0.0, (both - PAIR_SECONDS) / 2)
+    elif film.is_still or both > MOMENT:
+        moment = begin + MOMENT
+    settled = wish.frame == "middle" and wish.frames == 1
+    if settled and wish.source == "vggsound" and moment != begin + MOMENT:
+        film.decide(f"image or sound ends before {MOMENT} s: the frame nearest their middle was taken")
+    return [Piece(task.id, begin, min(begin + PAIR_SECONDS, film.sound_span[1]), moment if settled else None)]
 
 
 def _pieces_every(name: str, begin: float, end: float, wish: Wish) -> Iterator[Piece]:
@@ -185,7 +187,7 @@ def convert(task: Task, out: Path, wish: Wish) -> Outcome:
 
     try:
         with media.open(task.path, LIMITS) as film:
-            pieces, early = pieces_of(film, task, wish)
+            pieces = pieces_of(film, task, wish)
             for number, piece in enumerate(pieces[task.done :], task.done + 1):
                 if pair_is_there(out, piece.id, wish.frames > 1):
                     there.append(piece.id)
@@ -196,8 +198,7 @@ def convert(task: Task, out: Path, wish: Wish) -> Outcome:
                     failures.append(Failure(task.name, piece.id, error.reason))
                 if time.monotonic() > end_of_turn and number < len(pieces):
                     return outcome(unfinished=task._replace(done=number))
-            early = early and bool(rows)
-            return outcome(early=early, unused=max(0.0, film.duration - film.start - pieces[-1].stop + pieces[0].start))
+            return outcome(unused=max(0.0, film.duration - film.start - pieces[-1].stop + pieces[0].start))
     except MediaError as error:
         failures.append(Failure(task.name, task.id, error.reason))
     except _CannotWrite as error:

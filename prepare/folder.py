@@ -68,7 +68,8 @@ def remember(out: Path, wish: Wish) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}, which says how the pairs were made: {error}") from error
     before = wish._asdict() | {name: value for name, value in before.items() if name in wanted}
-    different = [f"--{name} {before[name]}, not {wanted[name]}" for name in wanted if before[name] != wanted[name]]
+    shown = [{name: "none" if value is None else value for name, value in wish.items()} for wish in (before, wanted)]
+    different = [f"--{name} {shown[0][name]}, not {shown[1][name]}" for name in wanted if before[name] != wanted[name]]
     if different:
         raise UserError(f"the pairs in {out} were made with {'; '.join(different)}: give another --out")
 

@@ -35,16 +35,22 @@ class Found(NamedTuple):
 
     tasks: list[Task]  # files that are films, by their name or because nobody has looked yet
     refused: list[Failure]  # what cannot be opened or named
+    hidden: list[str]  # paths below the folder
 
 
-def walk(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Every entry in or below a folder that is no folder itself, with "" or the reason why it is not opened.
+HIDDEN = "hidden"  # a file that is left out because it, or a folder that it lies in, is
 
-    Hidden ones, and those in hidden folders, are left out. Raises UserError when the folder is not there.
+
+def walk(folder: Path, out: Path) -> Iterator[tuple[Path, str]]:
+    """Every entry in or below a folder that is no folder itself, with "", HIDDEN or the reason why it is not opened.
+
+    What lies in `out`, the folder of pairs, is left out. Raises UserError when the folder is not there.
     """
     if not folder.is_dir():
         raise UserError(f"the folder of clips {folder} does not exist")
-    root = folder.resolve()
+    root, results = folder.resolve(), out.resolve()
+    if root == results:
+        raise UserError(f"--out is {folder}, the folder of clips itself: choose another, which may lie in it")
     waiting = [folder]
     while waiting:
         try:
@@ -54,10 +60,11 @@ def walk(folder: Path) -> Iterator[tuple[Path, str]]:
             continue
         for entry in entries:
             path = Path(entry.path)
-            if entry.name.startswith("."):
-                continue
             if entry.is_dir(follow_symlinks=False):
-                waiting.append(path)
+                if path.resolve() != results:
+                    waiting.append(path)
+            elif any(part.startswith(".") for part in path.relative_to(folder).parts):
+                yield path, HIDDEN
             elif entry.is_symlink():
                 yield path, _of_link(path, root)
             else:
@@ -77,14 +84,20 @@ def _of_link(path: Path, root: Path) -> str:
     return "" if stat.S_ISREG(target.stat().st_mode) else "not a regular file"
 
 
-def find_files(folder: Path, source: str, listed: Collection[str], shard: tuple[int, int] = (1, 1)) -> Found:
-    """The files of a folder with their ids; listed: see `clip_id`. shard: only the i-th of n parts, shared by id."""
-    found = Found([], [])
-    for path, problem in walk(folder):
+def find_files(folder: Path, out: Path, source: str, listed: Collection[str], shard: tuple[int, int] = (1, 1)) -> Found:
+    """The files of a folder, but for those in `out`, with their ids; listed: see `clip_id`.
+
+    shard: only the i-th of n parts, shared by id.
+    """
+    found = Found([], [], [])
+    for path, problem in walk(folder, out):
         name = str(path.relative_to(folder))
         readable = _is_utf8(path.name)
         own = clip_id(path.stem, listed)[0] if source == "vggsound" and readable else as_id(path.stem)
         if zlib.crc32(own.encode("utf-8", "surrogateescape")) % shard[1] != shard[0] - 1:
+            continue
+        if problem == HIDDEN:
+            found.hidden.append(name)
             continue
         if not readable or UNWRITABLE.search(path.name) or not own:
             problem = "name: not in UTF-8" if not readable else "name: it holds a line break or control character"

@@ -100,12 +100,13 @@ def make_film(
     matrix: str | None = None,
     loud_from: float = 0.0,
     sharp_at: int | None = None,
+    sound_seconds: int | None = None,
 ) -> None:
     """Write a film. times: of its frames, else one every 1 / fps s; gains: of the channels, else 1 for each.
 
     image_from, sound_from: s from which on there is an image, or sound, on the same clock. tags: primaries, transfer
     and matrix in FFmpeg's numbers. loud_from: s before which the sound is a tenth as loud. sharp_at: the second that
-    shows noise.
+    shows noise. sound_seconds: where the sound does not end with the images.
     """
     times = np.arange(image_from, seconds, 1 / float(fps)) if times is None else times
     with av.open(str(path), "w", format=format, options=options or {}) as film:
@@ -152,7 +153,7 @@ def make_film(
             channels = stream.codec_context.layout.nb_channels
             loud = np.array(gains or [1.0] * channels)[:, None] * (not (silent_track_first and number == 0))
             resampler = av.AudioResampler(stream.codec_context.format, layout, rate)
-            for second in range(seconds):
+            for second in range(sound_seconds or seconds):
                 mono = wave(second, rate) * (1 if second >= loud_from else 0.1)
                 begin = max(0, round((sound_from - second) * rate))
                 if begin >= rate:

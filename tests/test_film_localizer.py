@@ -1,7 +1,9 @@
 """The engine of localize.py: windows of sound, steps over a film, images and arrays."""
 
+import os
 from itertools import pairwise
 
+import av
 import moving_films as films
 import numpy as np
 import pytest
@@ -166,6 +168,21 @@ def test_a_file_without_image_is_refused(localizer, tmp_path):
     sound = films.write_film(tmp_path / "sound.m4a", 1, picture=None)
     with pytest.raises(UserError, match=r"sound\.m4a: no image"):
         next(localizer.clip(sound))
+
+
+def test_of_a_film_that_was_cut_off_what_is_there_is_shown_and_that_is_said(film, tmp_path):
+    indexed = tmp_path / "indexed.mp4"
+    with av.open(str(film)) as source, av.open(str(indexed), "w", options={"movflags": "faststart"}) as copy:
+        streams = {stream.index: copy.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream.index]
+                copy.mux(packet)
+    with engine.opened(indexed) as (shown, _):
+        assert not any("truncated" in decision for decision in shown.decisions)
+    os.truncate(indexed, indexed.stat().st_size * 2 // 3)
+    with engine.opened(indexed) as (shown, _):
+        assert any("truncated" in decision and "what is there" in decision for decision in shown.decisions)
 
 
 def test_a_shorter_window_hears_less_and_is_repeated_to_the_models_length(checkpoint, film):

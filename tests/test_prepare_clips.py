@@ -205,7 +205,7 @@ def test_every_clip_is_a_pair_or_a_row_of_the_failures(made):
     for file, (_, _, says) in BROKEN.items():
         assert reasons[file].startswith(says), (file, reasons[file])
     assert reasons["page.mp4"].startswith("no video") and reasons["playlist.mp4"].startswith("no video")
-    assert "other files: 2 (" in made[0].stdout
+    assert "other files: 3 (" in made[0].stdout and "hidden 1" in made[0].stdout
     assert f"{len(PAIRS) + len(failures)} clips" in done.stdout and f"{len(PAIRS)} pairs made" in done.stdout
     assert f"{len(failures)} failed" in done.stdout and "truncated: 4" in done.stdout
     assert not leftovers(out)
@@ -258,7 +258,7 @@ def test_flickr_clips_give_their_middle_and_keep_their_names(clips, cli, tmp_pat
     done = cli("prepare_data", "clips", tmp_path / "clips", "--out", tmp_path, "--source", "flickr")
     rgb, sound = read_pair(tmp_path, "10000130166_30")
     assert frame_number(rgb) == 150 and abs(len(sound) / SAMPLE_RATE - 10) < 0.05
-    assert "middle" not in done.stdout and "known form" not in done.stdout
+    assert "nearest" not in done.stdout and "known form" not in done.stdout
 
 
 def test_a_film_with_camera_sound_becomes_a_pair(cli, tmp_path):

@@ -63,6 +63,31 @@ def test_many_pairs_are_cut_from_a_long_film_each_with_its_own_sound(clips, cli,
     assert f"0 pairs made, {SECONDS} there already" in again.stdout
 
 
+@pytest.mark.parametrize(
+    ("seconds", "source", "image", "sound"),
+    [
+        ((12, 3), "vggsound", 1.5, 0),
+        ((3, 12), "vggsound", 1.5, 0),
+        ((12, 3), "flickr", 1.5, 0),
+        ((40, 14), "flickr", 7, 2),
+    ],
+)
+def test_image_and_sound_of_a_pair_are_of_one_time_where_one_of_them_ends_early(
+    seconds, source, image, sound, cli, tmp_path
+):
+    (tmp_path / "clips").mkdir()
+    make_film(tmp_path / "clips/film.mp4", seconds=seconds[0], sound_seconds=seconds[1])
+    command = ("prepare_data", "clips", tmp_path / "clips", "--out", tmp_path / "out", "--source", source)
+    first = cli(*command)
+    assert colour(tmp_path / "out/frames/film.jpg") == int(image) % len(COLOURS)
+    assert abs(pitch(tmp_path / "out/audio/film.wav") - TONES[sound % len(TONES)]) <= 3
+    (row,) = rows(tmp_path / "out/pairs.csv")
+    assert abs(float(row["frame"]) - image) < 0.1 and abs(float(row["start"]) - sound) < 0.1
+    ends = "the sound ends" if seconds[1] < seconds[0] else "the image ends"
+    for done in (first, cli(*command)):  # what was decided is also told about pairs of an earlier run
+        assert ends in done.stdout and ("nearest their middle" in done.stdout) == (source == "vggsound")
+
+
 @pytest.mark.parametrize(("frame", "second"), [("first", 0), ("middle", 2), ("loudest", 3)])
 def test_the_frame_is_chosen(frame, second, cli, tmp_path):
     (tmp_path / "clips").mkdir()
@@ -130,6 +155,23 @@ def huge_png(path):
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     )
+
+
+def test_a_second_run_names_what_changed_and_what_is_gone(clips, film, cli, tmp_path):
+    out = clips / "pairs"  # it may lie in the folder of clips, and is no input then
+    os.link(film, clips / "gone.mp4")
+    os.link(film, clips / "other.mp4")
+    command = ("prepare_data", "clips", clips, "--out", out, "--workers", 1)
+    assert "3 pairs made, 0 there already, 0 failed" in cli(*command).stdout
+    (clips / "gone.mp4").unlink()
+    (clips / "other.mp4").unlink()
+    make_film(clips / "other.mp4", seconds=3)
+    done = cli(*command)
+    assert "0 pairs made, 1 there already, 1 failed" in done.stdout and "other files" not in done.stdout
+    assert "not in this folder: 1 (gone)" in done.stdout
+    assert "delete the pair" in rows(out / "failures.csv")[0]["reason"]
+    itself = cli("prepare_data", "clips", clips, "--out", clips)
+    assert itself.returncode == 2 and "the folder of clips itself" in itself.stderr
 
 
 def test_what_strangers_leave_costs_one_line_each_and_the_rest_goes_on(clips, film, cli, tmp_path):
