@@ -665,6 +665,8 @@ class Streams(Media):
         """(H, W, 3) uint8 RGB as a player shows it."""
         if frame.width * frame.height > self.limits.pixels:
             raise MediaError(self.path, f"too large: {frame.width} x {frame.height} pixels")
+        if frame.interlaced_frame:
+            self.decide("interlaced: both half images of a frame are shown at once")
         image = self._colours(frame)
         shape = self._pixel_shape
         if shape != 1 and 0.1 < shape < 10:

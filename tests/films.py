@@ -101,17 +101,19 @@ def make_film(
     loud_from: float = 0.0,
     sharp_at: int | None = None,
     sound_seconds: int | None = None,
+    coding: dict[str, str] | None = None,
 ) -> None:
     """Write a film. times: of its frames, else one every 1 / fps s; gains: of the channels, else 1 for each.
 
     image_from, sound_from: s from which on there is an image, or sound, on the same clock. tags: primaries, transfer
     and matrix in FFmpeg's numbers. loud_from: s before which the sound is a tenth as loud. sharp_at: the second that
-    shows noise. sound_seconds: where the sound does not end with the images.
+    shows noise. sound_seconds: where the sound does not end with the images. coding:
+    of the images, for their encoder.
     """
     times = np.arange(image_from, seconds, 1 / float(fps)) if times is None else times
     with av.open(str(path), "w", format=format, options=options or {}) as film:
         if video:
-            images = film.add_stream(video, rate=fps, options=dict(SPEED.get(video, {})))
+            images = film.add_stream(video, rate=fps, options=SPEED.get(video, {}) | (coding or {}))
             images.width, images.height, images.pix_fmt = *size, pix_fmt
             images.codec_context.gop_size = gop
             if b_frames is not None:

@@ -53,6 +53,7 @@ DRESSES = {  # name of the film: how it is made
     "surround.ts": {"layout": "5.1", "rate": 48000, "audio": "ac3"},
     "eight_channels.mkv": {"layout": "7.1", "rate": 48000, "audio": "flac"},
     "eight_channels.mov": {"layout": "7.1", "rate": 48000, "audio": "pcm_s24le"},
+    "interlaced.mp4": {"coding": {"x264-params": "interlaced=1"}},
     "cancelling.mp4": {"layout": "stereo", "gains": (1, -1)},
     "late_image.mp4": {"image_from": 1.52},
     "late_image.ts": {"image_from": 1.52},
@@ -152,6 +153,7 @@ def test_a_film_tells_what_it_holds(film):
         ("upright.mp4", "rotated"),
         ("wide_pixels.mp4", "pixels of 4:3 made square"),
         ("cancelling.mp4", "one channel taken: the mean of the channels cancels"),
+        ("interlaced.mp4", "interlaced: both half images of a frame are shown at once"),
     ],
 )
 def test_what_was_decided_is_told(dressed, name, says):
