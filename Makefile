@@ -6,17 +6,16 @@ VENV := .venv
 export OMP_WAIT_POLICY ?= PASSIVE
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup web demo demo-table objectives test test-slow clean
+.PHONY: help setup web demo objectives test test-slow clean
 
 help:
 	@echo "make demo        set up, make the built-in data, train two objectives, score, draw (minutes on 2 cores)"
 	@echo "make test        set up, run ruff and all but the heavy checks"
 	@echo "make test-slow   the heavy proofs"
 	@echo "make web         a page in the browser: try models on clips, images and sounds of your own"
-	@echo "make demo-table  the demo with seeds 0, 1 and 2: its table in docs/, checkpoints/demo.pth and docs/demo.png"
-	@echo "make objectives  train every objective, seeds 0, 1 and 2 (an hour): its tables and docs/objectives.png"
+	@echo "make objectives  train every objective, seeds 0, 1 and 2 (hours): the tables of docs/, docs/objectives.png"
 	@echo "make setup       the virtual environment alone"
-	@echo "make clean       remove what demo, demo-table and objectives made, but for what the pages show"
+	@echo "make clean       remove what demo and objectives made, but for what the pages show"
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 with its venv module is needed, and none was found"; exit 1; }
@@ -32,12 +31,8 @@ demo: setup
 web: setup
 	$(RUN) -m web.app
 
-demo-table: setup
-	$(RUN) -m experiments.objectives --demo --seeds 0 1 2 --export checkpoints/demo.pth
-	$(RUN) -m experiments.objectives --seeds 0 1 2 --write_docs
-
 objectives: setup
-	$(RUN) -m experiments.objectives --seeds 0 1 2 --picture docs/objectives.png
+	$(RUN) -m experiments.objectives --seeds 0 1 2 --over_time --picture docs/objectives.png
 	$(RUN) -m experiments.objectives --seeds 0 1 2 --write_docs
 
 test: setup

@@ -3,12 +3,14 @@
     python -m experiments.objectives --seeds 0 1 2          # make objectives: every row
     python -m experiments.objectives --seeds 0 1 2 --rows published listen --epochs 10 --jobs 2
     python -m experiments.objectives --rows published listen --arch resnet18 --epochs 8    # the full-size encoders
+    python -m experiments.objectives --seeds 0 1 2 --over_time     # the models are also asked on the built-in films
     python -m experiments.objectives --demo                 # make demo: two rows, training shown as it runs
-    python -m experiments.objectives --demo --seeds 0 1 2 --export checkpoints/demo.pth
+    python -m experiments.objectives --demo --export checkpoints/demo.pth
     python -m experiments.objectives --seeds 0 1 2 --write_docs    # trains nothing: tables of finished runs into docs/
 
 Every training goes through train_script.sh, into a folder for each row, seed and architecture. All figures come from
 results.json of these folders. Except in the demonstration, a training takes one thread, and a finished one is kept.
+The demonstration's table in docs/ is that of its two rows, `published_one` and `listen_one`.
 """
 
 import hashlib
@@ -22,8 +24,9 @@ import numpy as np
 
 from experiments.film import draw_film
 from experiments.runs import DATA, SPLITS, Row, Rows, Training, call, make_data, train_all
-from experiments.tables import TABLES, demo_table, objective_table, provenance_line, write_tables
+from experiments.tables import TABLES, demo_table, objective_table, over_time_table, provenance_line, write_tables
 from reports.pictures import contact_sheet, side_by_side_on_synthetic
+from synthetic.command import VIDEO
 from synthetic.video import Task, write_film
 from transforms import load_image
 from utils import ArgumentParser, UserError, add_boolean, load_checkpoint, number, run_cli, save_checkpoint
@@ -45,6 +48,8 @@ ROWS = {
 }
 PICTURED = ("published", "maxpool", "listen")
 DEMO = {"published": ("published_one", "demo"), "listening": ("listen_one", "demo_listen")}  # label: row, folder
+OVER_TIME = ("published", "maxpool", "listen", "listen_silence")  # rows that are asked on films
+WINDOWS = (1.6, 0.6)  # s of sound around a moment: what the models were trained with, and less
 DEMO_SPLITS = SPLITS[:3]
 DEMO_FILM_SEED, DEMO_FILM = 1, 3  # of the clip that ends the demonstration: in no test set
 # Full-size encoders: share contrast fell further in its first epochs with this learning rate and batch size than with
@@ -100,9 +105,25 @@ def compare(keys: Sequence[str], seeds: Sequence[int], args) -> None:
     for name, (title, _) in TABLES.items():
         print(f"{title}\n\n{objective_table(name, rows)}\n")
     print(f"{provenance_line(rows)}; {NO_BOXES}")
+    if args.over_time:
+        asked = {key: runs for key, runs in rows.items() if key in OVER_TIME}
+        ask_over_time(asked)
+        print(f"\nOver time, on `synthetic_video`\n\n{over_time_table(asked, WINDOWS)}")
     if pictured := {key: rows[key] for key in PICTURED if key in rows}:
         name = "objectives.png" if arch == "small" else f"objectives_{arch}.png"
         draw_side_by_side(pictured, args.picture or args.model_dir / name)
+
+
+def ask_over_time(rows: Rows) -> None:
+    """Test the models on the built-in films with every one of WINDOWS, where that was not done yet."""
+    todo = [(run, window) for runs in rows.values() for run in runs for window in WINDOWS]
+    todo = [(run, window) for run, window in todo if not run.over_time(window).is_file()]
+    if todo and not VIDEO.is_dir():
+        call(sys.executable, "prepare_data.py", "synthetic", "--video")
+    for run, window in todo:
+        model = "--checkpoint", str(run.folder / "best.pth"), "--imagenet_weights", "none", "--gpu", "cpu"
+        films = "--testset", "synthetic_video", "--test_data_path", str(VIDEO), "--window", str(window)
+        call(sys.executable, "test_model.py", *model, *films, "--out_dir", str(run.over_time(window).parents[1]))
 
 
 def draw_side_by_side(rows: Rows, path: Path) -> None:
@@ -167,24 +188,33 @@ def draw_samples(checkpoint: Path, target: Path, each: int = 2) -> None:
     print(f"{target}: {len(samples)} samples")
 
 
-def write_docs(seeds: Sequence[int], folder: Path) -> None:
-    """Put every table whose trainings are all finished into its page of docs/. UserError where none is."""
-    objectives, demo = objective_rows(tuple(ROWS), seeds, folder), demo_rows(seeds)
+def write_docs(keys: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
+    """Put every table whose trainings are all finished into its page of docs/. UserError where none is.
+
+    keys: the rows that the tables of docs/listening.md are to have.
+    """
+    objectives = objective_rows(keys, seeds, folder)
+    demo = {label: objective_rows([key], seeds, folder)[key] for label, (key, _) in DEMO.items()}
+    asked = {key: runs for key, runs in objectives.items() if key in OVER_TIME}
     wanted = {
         (DOCS / "listening.md", "fixed"): (objectives, lambda: objective_table("fixed", objectives)),
         (DOCS / "listening.md", "half"): (objectives, lambda: objective_table("half", objectives)),
         (DOCS / "listening.md", "negatives"): (objectives, lambda: objective_table("negatives", objectives)),
+        (DOCS / "listening.md", "over_time"): (asked, lambda: over_time_table(asked, WINDOWS)),
         (DOCS / "results.md", "demo"): (demo, lambda: demo_table(demo, DATA[1])),
     }
     tables = {}
     for (page, name), (rows, table) in wanted.items():
-        lacking = [str(run.folder) for runs in rows.values() for run in runs if not run.is_there()]
-        if lacking:
-            print(f"{page}: table {name} stays as it is: no finished training in {', '.join(lacking)}")
+        runs = [run for of_row in rows.values() for run in of_row]
+        lacking = [run.folder for run in runs if not run.is_there()]
+        if name == "over_time":
+            lacking += [path for run in runs for path in map(run.over_time, WINDOWS) if not path.is_file()]
+        if lacking or not runs:
+            print(f"{page}: table {name} stays as it is: not finished: {', '.join(map(str, lacking)) or 'its rows'}")
         else:
             tables[page, name] = f"{table()}\n\n*{provenance_line(rows)}*"
     if not tables:
-        raise UserError("no table has all its trainings: run make objectives or make demo-table first")
+        raise UserError("no table has all its trainings: run make objectives first")
     write_tables(tables)
     print("\n".join(f"{page}: table {name} written" for page, name in tables))
 
@@ -210,6 +240,7 @@ def main() -> None:
         metavar="FILE.pth",
         help="with --demo: write the first published model here, and the first listen.pth beside it",
     )
+    add_boolean(parser, "--over_time", f"also ask the models of {', '.join(OVER_TIME)} on the built-in films")
     add_boolean(parser, "--write_docs", "train nothing, write the tables of finished trainings into docs/")
     parser.add_argument(
         "--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"rows: {', '.join(ROWS)} (default: all)"
@@ -222,12 +253,13 @@ def main() -> None:
     args = parser.parse_args()
     seeds = list(dict.fromkeys(args.seeds))
     given = [f"--{name}" for name in ("rows", "epochs", "arch", "jobs", "picture") if getattr(args, name) is not None]
+    given = [name for name in given if args.demo or name != "--rows"]
     if given and (args.demo or args.write_docs):
-        raise UserError(f"{', '.join(given)}: --demo and --write_docs have rows and recipes of their own")
+        raise UserError(f"{', '.join(given)}: --demo and --write_docs have recipes of their own, --demo also its rows")
     if args.export and not args.demo:
         raise UserError("--export writes a model of --demo: give both")
     if args.write_docs:
-        write_docs(seeds, args.model_dir)
+        write_docs(args.rows or tuple(ROWS), seeds, args.model_dir)
     elif args.demo:
         demonstrate(seeds, args.export)
     else:

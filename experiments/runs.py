@@ -49,6 +49,10 @@ class Training(NamedTuple):
     def results(self, split: str) -> Path:
         return self.folder / "results" / split / "results.json"
 
+    def over_time(self, window: float) -> Path:
+        """results.json of the built-in films, with windows of so many s."""
+        return self.folder / "over_time" / f"{window:g}" / "synthetic_video" / "results.json"
+
     def words(self) -> list[str]:
         """The flags that say what is learnt."""
         return [*self.row.flags.split(), *self.flags, "--seed", str(self.seed)]

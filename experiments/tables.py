@@ -17,7 +17,13 @@ from utils import UserError, write_text
 
 CLASS_RECALL = "class R@1, worse way"
 OF_SHARE = ("F_LOC", "F_AUC", "cIoU_u", "pIA_silence", "pIA_noise", "pIA_offscreen")  # figures of AUD_share, not of AUD
-LOWER = ("pIA_silence", "pIA_noise", "pIA_offscreen")  # is better
+OVER_TIME = (  # head, figure of a map over time
+    ("pointing", "pointing"),
+    ("lit in pauses", "lit_pauses"),
+    ("lit, sounding", "lit_sounding"),
+    ("false peaks", "false_peaks"),
+)
+LOWER = ("pIA_silence", "pIA_noise", "pIA_offscreen", "lit_pauses", "false_peaks")  # is better
 TABLES = {  # name: (title, columns: head, split, metric of AUD or AUD_share, or CLASS_RECALL)
     "fixed": ("Fixed rule, in %", (
         ("test cIoU", TEST, "cIoU"),
@@ -97,6 +103,26 @@ def objective_table(name: str, rows: Rows) -> str:
         objects = "1" if row.objects == 1 else f"1 to {row.objects}"
         lines.append([row.label, objects, inference, *(cell(runs, split, metric) for _, split, metric in columns)])
     return markdown(["trained with", "objects", "sharpening, smoothing", *(head for head, _, _ in columns)], lines)
+
+
+def over_time_table(rows: Rows, windows: Sequence[float]) -> str:
+    """A line for each row and window of sound: AUD on the built-in films, and the deaf oracle's line."""
+    lines, oracle = [], {}
+    for runs in rows.values():
+        for window in windows:
+            results = [json.loads(run.over_time(window).read_text()) for run in runs]
+            oracle = results[0]["references"]["deaf_oracle"]
+            figures = [result["maps"]["AUD"] for result in results]
+            cells = [mean_and_worst([of[name] for of in figures], name in LOWER) for _, name in OVER_TIME]
+            lines.append([runs[0].row.label, f"{window:g} s", *cells, _delay([of["delay"] for of in figures])])
+    if oracle:
+        cells = [mean_and_worst([oracle[name]]) for _, name in OVER_TIME]
+        lines.append(["deaf oracle", "", *cells, _delay([oracle["delay"]])])
+    return markdown(["trained with", "window", *(head for head, _ in OVER_TIME), "delay"], lines)
+
+
+def _delay(seconds: Sequence[float]) -> str:
+    return f"{fmean(seconds):.2f}" + (f" ({max(seconds):.2f})" if len(seconds) > 1 else "") + " s"
 
 
 def demo_table(rows: Rows, root: Path) -> str:

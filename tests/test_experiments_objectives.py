@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
+from pathlib import Path
 
 import cv2
 import pytest
@@ -279,27 +281,69 @@ def test_flags_that_do_not_go_together_are_one_line(compare, stub, flags, says):
 # ---------------------------------------------------------------- docs/
 
 
-def test_tables_of_finished_trainings_go_into_the_pages(demo, compare, stub, tmp_path):
-    pages = {"listening.md": ("fixed", "half", "negatives"), "results.md": ("demo",)}
+@pytest.fixture
+def films(monkeypatch):
+    """Films asked by nobody: each call of test_model.py leaves a result at once; returns the commands."""
+    asked = []
+
+    def call(*command):
+        asked.append(command)
+        flags = dict(pairwise(command))
+        lit = float(flags["--window"]) / 100
+        figures = {"pointing": 0.9, "lit_pauses": lit, "lit_sounding": 0.2, "false_peaks": 0.5, "delay": 0.1}
+        results = {"maps": {"AUD": figures}, "references": {"deaf_oracle": figures | {"pointing": 0.5}}}
+        place = Path(flags["--out_dir"]) / "synthetic_video"
+        place.mkdir(parents=True)
+        (place / "results.json").write_text(json.dumps(results))
+
+    monkeypatch.setattr(objectives, "call", call)
+    monkeypatch.setattr(objectives, "VIDEO", ROOT)
+    return asked
+
+
+def test_models_are_asked_over_time_once_with_every_window(compare, films):
+    flags = "--rows", "published", "share", "listen", "--seeds", 0, 1, "--over_time"
+    done = compare(*flags)
+    assert done.returncode == 0, done.stderr
+    shown = squeezed(done.stdout)
+    assert (
+        f"| {ROWS['listen'].label} | 0.6 s | 90.0 (90.0) | 0.6 (0.6) | 20.0 (20.0) | 50.0 (50.0) | 0.10 (0.10) s |"
+        in shown
+    )
+    assert "| published | 1.6 s |" in shown and "| share contrast | 1.6 s" not in shown
+    assert "| deaf oracle | | 50.0 | 0.6 | 20.0 | 50.0 | 0.10 s |" in shown
+    assert len(films) == 8 and all("best.pth" in command[3] for command in films)
+    assert compare(*flags).returncode == 0 and len(films) == 8, "what is there is not asked again"
+
+
+def test_tables_of_finished_trainings_go_into_the_pages(compare, films, stub, tmp_path, monkeypatch, synthetic_root):
+    monkeypatch.setitem(runs.DATA, 1, synthetic_root)
+    pages = {"listening.md": ("fixed", "half", "negatives", "over_time"), "results.md": ("demo",)}
     (tmp_path / "docs").mkdir()
     for page, names in pages.items():
         text = "".join(f"<!-- table: {name} -->\nold\n<!-- end: {name} -->\n" for name in names)
         (tmp_path / "docs" / page).write_text(f"# Page\n{text}")
     done = compare("--write_docs")
     assert done.returncode == 2 and "no table has all its trainings" in done.stderr
-    assert demo().returncode == 0
+    assert compare("--rows", "published_one", "listen_one").returncode == 0
     before = (tmp_path / "docs" / "listening.md").read_text()
     done = compare("--write_docs")
     assert done.returncode == 0, done.stderr
-    assert "table fixed stays as it is" in done.stdout and "published_seed_0" in done.stdout
+    assert "table fixed stays as it is" in done.stdout and "maxpool_seed_0" in done.stdout
     assert (tmp_path / "docs" / "listening.md").read_text() == before
     results = squeezed((tmp_path / "docs" / "results.md").read_text())
     assert "| test cIoU | 50.0 | 50.0 | |" in results and "old" not in results
     assert "*seeds 0; small, 10 epochs; 160 s of training per run (median); revision abc*" in results
     assert compare().returncode == 0
+    done = compare("--write_docs")
+    assert done.returncode == 0 and "table over_time stays as it is: not finished: " in done.stdout
+    assert compare("--over_time").returncode == 0
     assert compare("--write_docs").returncode == 0
     listening = squeezed((tmp_path / "docs" / "listening.md").read_text())
-    assert "old" not in listening and listening.count(f"| {ROWS['listen_silence'].label} |") == 3
+    assert "old" not in listening and listening.count(f"| {ROWS['listen_silence'].label} |") == 5
+    assert compare("--write_docs", "--rows", "published", "share").returncode == 0
+    fewer = squeezed((tmp_path / "docs" / "listening.md").read_text())
+    assert ROWS["listen_silence"].label not in fewer and fewer.count("| share contrast |") == 3
     (stub / "share_seed_0" / "results" / SPLITS[0] / "results.json").unlink()
     (tmp_path / "docs" / "results.md").write_text("no lines")
     done = compare("--write_docs")
