@@ -82,8 +82,13 @@ def mix_maps(audio_map: Tensor, *rest: Tensor, alpha: float = 0.6) -> Tensor:
 
 
 def enlarge_absolute(maps: Tensor, size: int | tuple[int, int] = MAP_SIZE) -> Tensor:
-    """Absolute maps (B, h, w) -> (B, 224, 224), bilinear with aligned corners: no value leaves the range of the map."""
-    return upsample_maps(maps, size, "bilinear")
+    """Absolute maps (B, h, w) -> (B, 224, 224), bilinear with aligned corners: no value leaves the range of the map.
+
+    Nor does rounding take one out of it: a map that is nowhere above a threshold would be lit in places.
+    """
+    large = upsample_maps(maps, size, "bilinear")
+    flat = maps.to(large.dtype).flatten(1)
+    return large.clamp(flat.amin(1)[:, None, None], flat.amax(1)[:, None, None])
 
 
 def enlarge(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from annotations import box_map
 from experiments.released import SIX_MAPS, released_scoring
 from experiments.stored_set import ALPHA, BATCH, random_maps
 from experiments.timing import Timing, add_rounds, alternate
@@ -71,7 +72,8 @@ def our_scoring(raw: dict[str, torch.Tensor], truth: torch.Tensor) -> dict[str, 
 
 
 def bench_figures(rounds: int) -> Iterator[Timing]:
-    raw, truth = random_maps(8 * BATCH)
+    raw, boxes = random_maps(8 * BATCH)
+    truth = torch.stack([box_map([box]) for box in boxes])
     theirs, ours = released_scoring(raw, truth), our_scoring(raw, truth)
     worst = max(abs(a - b) for name in SIX_MAPS for a, b in zip(theirs[name], ours[name], strict=True))
     assert worst < 0.005, f"the two ways of scoring disagree by {worst}: the timing would compare different work"

@@ -27,6 +27,7 @@ from scoring.sources import source_columns, source_ratios
 CPU = torch.device("cpu")
 WRONG = "_wrong"  # suffix of a map that was computed with the wrong audio
 OVER_SEEDS = ("lit_", "change_")  # columns with a value for each seed of a negative, of which a row has the mean
+LEAST_ROWS = 256  # for which a column has room from the start
 TIED_SHARE = 0.01  # more pixels than this share exactly at a cut: the region depends on the ties
 SIZES = {"under 32x32": 32**2, "32x32 to 96x96": 96**2, "96x96 to 144x144": 144**2, "larger": math.inf}
 
@@ -87,19 +88,33 @@ class Scored(NamedTuple):
 
 
 class Table:
-    """Columns that grow batch by batch."""
+    """Columns that grow batch by batch.
+
+    They lie in a few large arrays: small ones, kept between the enlarged maps that come and go, would hold the memory
+    of these.
+    """
 
     def __init__(self) -> None:
-        self._parts: list[dict[str, np.ndarray]] = []
+        self._arrays: dict[str, np.ndarray] = {}  # longer than what they hold
+        self._count = 0
 
     def extend(self, columns: Mapping[str, Tensor | np.ndarray | Sequence]) -> None:
         """Append {name: B values}; the names are the same in every call."""
-        self._parts.append(in_numpy(columns))
+        columns = in_numpy(columns)
+        end = self._count + len(next(iter(columns.values()), ()))
+        for name, values in columns.items():
+            kept = self._arrays.setdefault(name, values[:0])
+            kind = np.result_type(kept, values)
+            if len(kept) < end or kept.dtype != kind:
+                grown = np.empty((max(LEAST_ROWS, 2 * end), *values.shape[1:]), kind)
+                grown[: self._count] = kept[: self._count]
+                self._arrays[name] = kept = grown
+            kept[self._count : end] = values
+        self._count = end
 
     def columns(self, order: np.ndarray | slice = slice(None)) -> dict[str, np.ndarray]:
         """{name: (N, ...)} in the order in which the samples came, or in another."""
-        names = self._parts[0] if self._parts else ()
-        return {name: np.concatenate([part[name] for part in self._parts])[order] for name in names}
+        return {name: values[: self._count][order] for name, values in self._arrays.items()}
 
 
 def in_numpy(columns: Mapping[str, Tensor | np.ndarray | Sequence]) -> dict[str, np.ndarray]:

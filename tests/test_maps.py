@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maps import enlarge, normalize_maps, smooth_maps, upsample_maps
+from maps import enlarge, enlarge_absolute, normalize_maps, smooth_maps, upsample_maps
 
 
 def test_smoothing_lets_each_value_flow_to_its_neighbours_and_out_of_the_edges():
@@ -76,3 +76,13 @@ def test_fused_maps_are_normalised_sums_of_normalised_maps():
     assert torch.allclose(found["IQR_OGL"], n(0.3 * n(aud) + 0.35 * n(img) + 0.35 * n(prior)), atol=1e-6)
     assert "IQR" not in enlarge({"AUD": aud, "OBJ_PRIOR": prior}, "bicubic", 0.6)
     assert list(enlarge({"AUD": aud, "IMG_QUERY": img}, "bilinear", None)) == ["AUD", "IMG_QUERY"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_lights_nothing_in_a_map_that_is_nowhere_above_its_threshold(dtype):
+    values = torch.tensor([0.1, 0.3, 0.45, 0.7, 1 / 3], dtype=dtype)
+    flat = enlarge_absolute(values[:, None, None].expand(-1, 7, 7))
+    assert (flat == values[:, None, None]).all()
+    maps = torch.rand(8, 7, 7, dtype=dtype, generator=torch.Generator().manual_seed(0)) * 1e-3 + 0.3
+    large = enlarge_absolute(maps).flatten(1)
+    assert (large.amax(1) <= maps.flatten(1).amax(1)).all() and (large.amin(1) >= maps.flatten(1).amin(1)).all()
