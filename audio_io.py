@@ -181,7 +181,8 @@ def _opened(path: str | Path) -> soundfile.SoundFile | None:
         file = soundfile.SoundFile(path)
     except soundfile.LibsndfileError:
         return None
-    if file.format in ("MP3", "MPEG", "OGG") or (file.format == "FLAC" and file.frames >= 2**62):
+    unread = file.format in ("MP3", "MPEG", "OGG") or (file.format == "FLAC" and file.frames >= 2**62)
+    if unread or not file.seekable():  # libsndfile cannot say how much there is
         file.close()
         return None
     if beyond and file.subtype in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"):
@@ -214,14 +215,14 @@ def resample(mono: np.ndarray, rate: int) -> np.ndarray:
 def _check_whole(path: str | Path) -> int:
     """Where the samples of a WAV begin that holds more of them than its header announces; 0 for all other files.
 
-    A WAV shorter than its header says decodes without an error: ValueError. Streams write 0 or all ones as its length.
+    A WAV shorter than its header says decodes without an error: ValueError. See `_is_unknown` for streams.
     """
     with open(path, "rb") as file:
         head, size = file.read(12), os.fstat(file.fileno()).st_size
         length = int.from_bytes(head[4:8], "little")
         if head[:4] != b"RIFF" or head[8:] != b"WAVE":
             return 0
-        if length not in (0, 2**32 - 1) and size < length + 8 - length % 2:
+        if not _is_unknown(length) and size < length + 8 - length % 2:
             raise ValueError(f"the audio {path} is cut short: {size} of {length + 8} bytes")
         place = 12
         while place + 8 <= size:
@@ -235,6 +236,11 @@ def _check_whole(path: str | Path) -> int:
                 return place + 8 if after < size and not other_chunks else 0
             place += 8 + length + length % 2
     return 0
+
+
+def _is_unknown(length: int) -> bool:
+    """Whether the length in a WAV's header stands for any: streams write 0, all ones, or about 2 GiB (arecord, SoX)."""
+    return length in (0, 2**32 - 1) or 2**31 - 2**16 <= length <= 2**31 + 2**16
 
 
 def crop_or_tile(waveform: np.ndarray, length: int, position: float = 0.5) -> np.ndarray:

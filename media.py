@@ -39,6 +39,10 @@ PRIMING = 0.1  # seconds of sound before the first image that only warm a decode
 WARM_UP = 1.0  # seconds of sound that are decoded before those wanted
 SOUND_GAP = 0.04  # seconds by which a time stamp must differ from the sound before it to be believed
 SILENCE = 2**-16  # half a step of 16 bits
+RESTART = 1.0  # seconds by which time stamps must go back to be those of another film that was appended
+JUMP = 10.0  # seconds by which they must go on, image and sound alike, to be of another one
+JOINABLE = {"mpegts", "mpeg"}  # formats whose files may be appended to each other, and play on
+SEARCHED = 2**28  # bytes of a film up to which it is searched for such places when it is opened
 REFUSED_FORMATS = {  # formats that name other files or addresses, and text drawn as images
     "concat", "dash", "hls", "hls,applehttp", "image2", "image2pipe", "imf", "lavfi", "mpjpeg", "rtp", "rtsp", "sap",
     "sdp", "smoothstreaming", "tty", "vapoursynth", "webm_dash_manifest",
@@ -67,6 +71,7 @@ UNTIMED = {
     "h261",
     "h263",
 }
+UNSTAMPED = {"mp3", "aac", "ac3", "eac3", "dts", "amr"}  # sound whose stamps are counted at its first rate
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError)
 
 # A frame holds threads of its decoder, which a forked process does not have: freeing one there would wait for them for
@@ -347,6 +352,7 @@ class Streams(Media):
         super().__init__(path, limits)
         self._header, self._unused, self._idle = container, [container], []
         self._read_to = {"image": -np.inf, "sound": -np.inf}  # s of the last stamp that was counted
+        self._joined_at: float | None = None  # stamp in s at which another film is appended
         self.format = container.format.name.split(",")[0]
         self._video, self._audio = self._choose_video(container), self._choose_audio(container)
         self._origin, self._frame_seconds = 0.0, 1 / self._rate_of(container)
@@ -458,12 +464,13 @@ class Streams(Media):
         """When image and sound end, in s of their stamps: as the header says, where it can be believed."""
         indices = {"image": self._video, "sound": self._audio}
         container, ends = self._header, {}
-        if self.format not in UNTIMED and container.duration:
+        searched = self.format in JOINABLE and os.path.getsize(self.path) <= SEARCHED
+        if self.format not in UNTIMED and container.duration and not searched:
             announced = ((container.start_time or 0) + container.duration) / av.time_base
             for kind in begins:
                 stream = container.streams[indices[kind]]
                 own = float(((stream.start_time or 0) + (stream.duration or 0)) * stream.time_base)
-                ends[kind] = own if stream.duration else announced
+                ends[kind] = min(own, _end_by_index(stream)) if stream.duration else announced
         if ends.keys() != begins.keys():
             ends |= self._ends_by_packets({indices[kind]: kind for kind in begins})
         return {kind: max(at, ends.get(kind, at)) for kind, at in begins.items()}
@@ -472,6 +479,7 @@ class Streams(Media):
         """When they end, by reading every packet, from `place` s on, without decoding it."""
         from_start = place is None or place <= 0 or self.format == "avi"
         container, ends, counts = self._take(fresh=from_start), {}, Counter()
+        joinable, decoded_at, latest = self.format in JOINABLE and from_start, {}, None
         if not from_start:
             with suppress(av.FFmpegError):
                 container.seek(int(place * av.time_base))
@@ -480,6 +488,14 @@ class Streams(Media):
                 if packet.size == 0:
                     continue
                 kind, stamp = kinds[packet.stream_index], packet.dts if packet.pts is None else packet.pts
+                if joinable and packet.dts is not None:
+                    at = float(packet.dts * packet.time_base)
+                    latest = at if latest is None else latest
+                    if at < decoded_at.get(kind, at) - RESTART or at > latest + JUMP:
+                        self._joined_at = latest
+                        self._tell_of_restart(latest)
+                        break
+                    decoded_at[kind], latest = at, max(at, latest)
                 counts[kind] += 1
                 if stamp is None:
                     end = counts[kind] / self._rate_of(container)
@@ -488,6 +504,10 @@ class Streams(Media):
                 ends[kind] = max(end, ends.get(kind, end))
         self._give_back(container)
         return ends
+
+    def _tell_of_restart(self, stamp: float) -> None:
+        at = stamp - self._origin
+        self.decide(f"another film is appended at {at:.1f} s, where time stamps start again: it is not used")
 
     def _rate_of(self, container) -> float:
         if self._video is None:
@@ -560,7 +580,7 @@ class Streams(Media):
 
         Where a container seeks too far, from further back, at last from its beginning.
         """
-        count_all = self.format in TIMED_BY_ORDER and start < COUNTED
+        count_all = (self.format in TIMED_BY_ORDER and start < COUNTED) or self._joined_at is not None
         for back in (None,) if count_all else (0.0, 10.0, None):
             place = None if back is None or start - back <= begin else start - back
             decoded = decode(place)
@@ -575,6 +595,8 @@ class Streams(Media):
     def _decoded_frames(self, place: float | None) -> Iterator[tuple[float, av.VideoFrame]]:
         """Frames in the order they are shown, with their stamps in s, from the key frame before `place`."""
         by_order = self.format in TIMED_BY_ORDER
+        guessed = 2 if self.format == "mpeg" and place is not None else 0  # stamps from the second own one on are true
+        true_from = -np.inf
         stamps: list[float] = []  # of packets without a time of presentation: these go in the order shown
         seconds, number, before = self._frame_seconds, 0, -np.inf
         lost_from = whole_from = np.inf  # frames between them lean on a key frame that is lost
@@ -582,6 +604,9 @@ class Streams(Media):
         for packet, decoded, whole in self._packets("image", self._video, place):
             stamp = packet.dts if by_order or packet.pts is None else packet.pts
             stamp = None if stamp is None else float(stamp * packet.time_base)
+            if guessed and packet.pos is not None:
+                guessed -= 1
+                true_from = np.inf if guessed or stamp is None else stamp
             if (by_order or packet.pts is None) and stamp is not None and packet.size:
                 heapq.heappush(stamps, stamp)
             if not whole and stamp is not None:
@@ -603,6 +628,8 @@ class Streams(Media):
                 else:  # not even an order of decoding, as in a bare stream
                     time = number * seconds
                 number += 1
+                if time < true_from:
+                    continue
                 if lost_from <= time < whole_from:
                     continue
                 if frame.is_corrupt:
@@ -624,13 +651,18 @@ class Streams(Media):
     ) -> Iterator[tuple[av.Packet, Sequence, bool]]:
         """Packets of a stream, what they decode to and whether they are whole, from before `place` s on."""
         container = self._take(fresh or place is None)
-        begun, early, last = False, 0, -np.inf
+        begun, early, last, behind = False, 0, -np.inf, 0
         try:
             stream = container.streams[index]
             if place is not None:
                 stream.codec_context.flush_buffers()
                 container.seek(int((place + self._origin) / stream.time_base), stream=stream)
             for packet in container.demux(stream):
+                at = last if packet.dts is None else float(packet.dts * packet.time_base)
+                behind = behind + 1 if at < last - RESTART else 0
+                if self._video is not None and self._is_appended(kind, packet, at, behind):
+                    yield av.Packet(), stream.codec_context.decode(None), True
+                    break
                 decoded, whole = self._decode(packet)
                 begun |= bool(decoded)
                 if whole is False and begun:
@@ -642,15 +674,28 @@ class Streams(Media):
                 if packet.size and packet.dts is not None and packet.dts * packet.time_base > self._read_to[kind]:
                     self._read_to[kind] = packet.dts * packet.time_base
                     self.read[kind] += 1
-                last = last if packet.dts is None else float(packet.dts * packet.time_base)
+                last = at if behind == 0 else last
                 yield packet, decoded, whole
         except av.EOFError:
             pass
         except (av.FFmpegError, OSError) as error:
+            if isinstance(error, av.PatchWelcomeError):  # a chained Ogg whose rate changes
+                raise MediaError(
+                    self.path, f"what follows {last - self._origin:.1f} s is of a kind that FFmpeg cannot read"
+                ) from error
             if begun and last - self._origin < self.duration - 1:  # some demuxers end with an error
                 self.decide(f"{kind}: reading ends at {last - self._origin:.1f} s ({_reason(error)})")
         finally:
             self._give_back(container)
+
+    def _is_appended(self, kind: str, packet: av.Packet, stamp: float, behind: int) -> bool:
+        """Whether a packet belongs to another film; behind: how many packets in a row have stamps that went back."""
+        if self._joined_at is not None:
+            return behind > 0 or stamp > self._joined_at + RESTART
+        appended = behind > 2 or (behind > 0 and kind == "image" and packet.is_keyframe)
+        if appended:
+            self._tell_of_restart(self._origin + self.duration)
+        return appended
 
     @staticmethod
     def _decode(packet: av.Packet) -> tuple[Sequence, bool]:
@@ -720,9 +765,13 @@ class Streams(Media):
 
     def _timeline(self, start: float, stop: float | None) -> Iterator[tuple[np.ndarray, int]]:
         """Pieces ((samples, C) float32, rate) that follow each other without a gap from `start` on."""
-        at, begun = start, False
+        at, begun, shift = start, False, 0.0
         for time, samples, rate in self._from(start - WARM_UP, self._decoded_sounds, self.sound_span[0]):
-            ahead = 0.0 if time is None else time - at
+            time = None if time is None else time + shift
+            ahead = 0.0 if time is None or (begun and self.format in UNSTAMPED) else time - at
+            if begun and ahead < -RESTART and self.format == "ogg" and self._video is None:
+                shift -= ahead  # another stream is chained on, whose stamps start again
+                ahead = 0.0
             if abs(ahead) > SOUND_GAP or not begun:
                 if 0 < ahead < self.duration + 1:
                     if begun:
@@ -794,6 +843,16 @@ def mix_down(samples: np.ndarray, rate: int) -> tuple[np.ndarray, bool]:
             mean[:] = block[:, np.square(block).sum(axis=0).argmax()]
             mended = True
     return mono, mended
+
+
+def _end_by_index(stream: av.stream.Stream) -> float:
+    """When the last packet of an MP4's stream ends at the latest, in s: a late stream's length counts its delay in."""
+    entries = stream.index_entries
+    if not stream.start_time or len(entries) < 2 or not stream.container.format.name.startswith("mov"):
+        return np.inf
+    average = (entries[-1].timestamp - entries[0].timestamp) / (len(entries) - 1)
+    longest = max(average, entries[-1].timestamp - entries[-2].timestamp)
+    return float((entries[-1].timestamp + longest) * stream.time_base) + SOUND_GAP
 
 
 _TRANSFERS = {ColorTrc.SMPTE2084: "pq", ColorTrc.ARIB_STD_B67: "hlg"}

@@ -171,6 +171,50 @@ def test_a_sound_whose_rate_changes_on_the_way_keeps_pitch_and_length(tmp_path):
     assert abs(len(mono) / 16000 - 8) < 0.3 and found[:3] == [440] * 3 and found[5:7] == [440] * 2
 
 
+def write_sound(path, codec, container, rate, frequency=440):
+    """4 s of a tone."""
+    wave = 0.3 * np.sin(2 * np.pi * frequency * np.arange(4 * rate) / rate)
+    with av.open(str(path), "w", format=container) as file:
+        stream = file.add_stream(codec, rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(wave[None].astype(np.float32), "fltp", "mono")
+        frame.rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+        for part in av.AudioResampler(stream.format, "mono", rate).resample(frame):
+            file.mux(stream.encode(part))
+        file.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    ("codec", "container", "rates"),
+    [("aac", "adts", (44100, 32000)), ("libopus", "ogg", (48000, 48000)), ("flac", "ogg", (44100, 44100))],
+)
+def test_sounds_that_are_appended_to_each_other_are_read_to_the_end(codec, container, rates, tmp_path):
+    content = b""
+    for rate, frequency in zip(rates, (440, 880), strict=True):
+        write_sound(tmp_path / "part", codec, container, rate, frequency)
+        content += (tmp_path / "part").read_bytes()
+    (tmp_path / "both").write_bytes(content)
+    mono = audio_io.load_audio(tmp_path / "both")
+    found = pitches(mono)
+    assert abs(len(mono) / 16000 - 8) < 0.3 and found[1:3] == [440] * 2 and found[5:7] == [880] * 2
+
+
+def test_a_chained_ogg_that_ffmpeg_cannot_read_on_is_named_and_not_cut_short(tmp_path):
+    content = b""
+    for rate in (44100, 22050):
+        soundfile.write(
+            tmp_path / "part", 0.3 * np.sin(2 * np.pi * 440 * np.arange(4 * rate) / rate), rate, format="OGG"
+        )
+        content += (tmp_path / "part").read_bytes()
+    (tmp_path / "both.ogg").write_bytes(content)
+    with pytest.raises(ValueError, match=r"both\.ogg: what follows 4\.0 s is of a kind that FFmpeg cannot read"):
+        audio_io.load_audio(tmp_path / "both.ogg")
+
+
+def test_a_wav_that_libsndfile_cannot_seek_in_is_read(tmp_path):
+    soundfile.write(tmp_path / "a.wav", 0.3 * np.sin(2 * np.pi * 440 * np.arange(32000) / 8000), 8000, "GSM610")
+    assert pitches(audio_io.load_audio(tmp_path / "a.wav")) == [440] * 4
+
+
 @pytest.mark.parametrize("kind", ["m4a", "aac", "opus", "aiff", "wv", "mka", "ac3"])
 def test_sounds_in_other_formats_are_read_by_their_content(kind, tmp_path):
     wave = 0.3 * np.sin(2 * np.pi * 440 * np.arange(4 * 48000) / 48000)
@@ -226,7 +270,7 @@ def test_a_cut_that_is_read_alone_equals_the_cut_of_the_whole(kind, subtype, cha
             assert np.array_equal(audio_io.load_audio(path, length, position), wanted)
 
 
-@pytest.mark.parametrize("written", [b"\xff" * 4, bytes(4)])
+@pytest.mark.parametrize("written", [b"\xff" * 4, bytes(4), b"\x24\xf0\xff\x7f", b"\x24\x00\x00\x80"])
 def test_a_cut_of_a_wav_whose_writer_did_not_know_its_length(written, tmp_path):
     path = tmp_path / "stream.wav"
     soundfile.write(path, np.random.default_rng(0).uniform(-1, 1, 16000), 16000)

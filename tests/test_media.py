@@ -358,3 +358,74 @@ def test_a_forked_process_does_not_wait_for_threads_of_frames_that_it_inherits()
     ended = child.exitcode
     child.kill()
     assert ended == 0
+
+
+# ---------------------------------------------------------------- appended films, seeking by stamps that are guessed
+
+
+def numbered(number, size=(128, 32)):
+    """An image that tells its number: eight stripes, white where a bit is set."""
+    bits = [255 if number >> bit & 1 else 0 for bit in range(8)]
+    return np.repeat(np.array(bits, np.uint8), size[0] // 8)[None, :, None].repeat(size[1], 0).repeat(3, 2)
+
+
+def test_a_seek_in_an_mpeg_program_stream_gives_the_frame_of_that_time(tmp_path):
+    with av.open(str(tmp_path / "a.mpg"), "w", format="vob") as film:  # many small frames share one time stamp
+        video = film.add_stream("mpeg2video", rate=25)
+        video.width, video.height, video.pix_fmt, video.bit_rate = 128, 32, "yuv420p", 2_000_000
+        video.codec_context.gop_size, video.codec_context.max_b_frames = 25, 2
+        for number in range(200):
+            frame = av.VideoFrame.from_ndarray(numbered(number), "rgb24")
+            frame.pts = number
+            film.mux(video.encode(frame))
+        film.mux(video.encode())
+    with media.open(tmp_path / "a.mpg") as opened:
+        for time in np.arange(1.5, 7.9, 0.14):
+            stripes = opened.frame_at(time).image[16, 8::16, 0] > 128
+            number = sum(1 << int(bit) for bit in np.flatnonzero(stripes))
+            assert abs(number / 25 - time) <= 0.05
+
+
+@pytest.mark.parametrize("name", ["a.ts", "a.mpg", "a.mkv"])
+@pytest.mark.parametrize("first", [2, 5])
+def test_of_films_that_are_appended_to_each_other_the_first_is_used_and_that_is_said(tmp_path, name, first):
+    codecs = {"video": "mpeg1video", "audio": "mp2"} if name.endswith("mpg") else {}
+    content = []
+    for seconds in (first, SECONDS):
+        make_film(tmp_path / name, seconds=seconds, **codecs)
+        content.append((tmp_path / name).read_bytes())
+    (tmp_path / name).write_bytes(b"".join(content))
+    with media.open(tmp_path / name) as opened:
+        frames, sound = list(opened.frames()), opened.sound()
+        assert abs(opened.duration - first) < 0.15 and abs(len(sound) / 16000 - first) < 0.15
+        assert abs(len(frames) - 25 * first) <= 6  # those at the seam may be damaged
+        assert all(colour_error(shown, int(shown.time + 0.021)) <= 8 for shown in frames)
+        assert colour_error(opened.frame_at(1.5), 1) <= 8
+        said = [text for text in opened.decisions if "another film is appended at" in text]
+        assert said == [f"another film is appended at {first}.0 s, where time stamps start again: it is not used"]
+
+
+def test_a_jump_of_the_clock_ends_a_film_too(tmp_path):
+    make_film(tmp_path / "a.ts", seconds=3)
+    with av.open(str(tmp_path / "a.ts")) as source, av.open(str(tmp_path / "late.ts"), "w") as target:
+        streams = {stream.index: target.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.pts, packet.dts = (at + round(500 / packet.time_base) for at in (packet.pts, packet.dts))
+                packet.stream = streams[packet.stream_index]
+                target.mux(packet)
+    (tmp_path / "b.ts").write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "late.ts").read_bytes())
+    with media.open(tmp_path / "b.ts") as opened:
+        assert abs(opened.duration - 3) < 0.15 and len(opened.sound()) < 3.2 * 16000
+        assert any("another film is appended at 3.0 s" in text for text in opened.decisions)
+
+
+def test_a_delay_in_an_edit_list_does_not_count_twice(tmp_path):
+    make_film(tmp_path / "a.mp4", sound_from=1.5)
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    edits = content.rindex(b"elst") + 12  # of the sound: 1.5 s of nothing, then the rest
+    assert int.from_bytes(content[edits - 4 : edits], "big") == 2
+    content[edits + 12 : edits + 16] = (1000).to_bytes(4, "big")  # ms of the rest that are played
+    (tmp_path / "a.mp4").write_bytes(content)
+    with media.open(tmp_path / "a.mp4") as opened:
+        assert abs(opened.sound_span[0] - 1.5) < 0.06 and abs(opened.sound_span[1] - 2.5) < 0.3
