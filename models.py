@@ -20,7 +20,7 @@ import torch
 from model_maxpool import MaxPoolModel
 from model_slot import JointSlotModel
 from resnet import Encoder, load_image_weights, weights_digest
-from utils import UserError, atomic_path, check_weights, load_checkpoint, provenance
+from utils import UserError, atomic_path, check_weights, is_safetensors, load_checkpoint, provenance
 
 Model = JointSlotModel | MaxPoolModel
 MODELS: dict[str, type[Model]] = {
@@ -30,7 +30,6 @@ MODELS: dict[str, type[Model]] = {
 OLD_OBJECTIVES = {"joint_slot": "paper", "maxpool_contrastive": "maxpool"}  # their names in older checkpoints
 TRUNK = "imgnet."  # before the names of the image encoder's weights
 PAPERS_INFERENCE = {"infer_sharpening": 0.1, "infer_smoothing": 0.0}
-SAFETENSORS = ".safetensors"
 HOW_INSTALLED = "safetensors is not installed: pip install -r requirements-export.txt"
 
 
@@ -210,15 +209,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     UserError where there is none, and where it is damaged or somebody else's.
     """
     return _read_safetensors(Path(path)) if is_safetensors(path) else load_checkpoint(path)
-
-
-def is_safetensors(path: str | Path) -> bool:
-    """Whether a file is to be read as safetensors: by its name, or by its first bytes, a length and then JSON."""
-    path = Path(path)
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return path.suffix == SAFETENSORS or file.read(9)[8:] == b"{"
 
 
 def settings_of(trained: Trained) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torchvision.models import ResNet18_Weights
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 from transforms import IMAGENET_MEAN, IMAGENET_STD
-from utils import UserError, check_weights
+from utils import UserError, check_weights, is_safetensors
 
 TIMM = "timm:"
 TIMM_DIM = 512  # embedding channels D of a network of timm by default
@@ -228,8 +229,11 @@ class TimmTrunk(nn.Module):
         return self.network.forward_intermediates(x, indices=[self.stage], **options)[0]
 
     def stage_parameters(self) -> list[list[nn.Parameter]]:
-        """Parameters by stage (transformers: by block), the stem first."""
+        """Parameters by stage (transformers: by block), the stem first; all as one where timm names no stages."""
         from timm.models import group_parameters
+
+        if not hasattr(self.network, "group_matcher"):
+            return [[*self.network.parameters()]]
 
         groups = group_parameters(self.network, self.network.group_matcher(coarse=True))
         by_name = dict(self.network.named_parameters())
@@ -391,6 +395,11 @@ class TimmImageEncoder(Encoder):
     def tokens_along(self, size: int) -> int:
         """As above. ValueError also where they do not divide it: maps would be drawn amiss."""
         tokens = size // self.stride
+        if size % self.stride and self.timm.fixed_size and size == configured_size(self.timm.name):
+            raise ValueError(
+                f"{self.timm.name}: images of {size} px, which it is made for, are no whole number of tokens of "
+                f"{self.stride} px: take another feature stage, NAME@STAGE, or another network"
+            )
         if size % self.stride or not tokens:
             near = " or ".join(str(self.stride * n) for n in (tokens, tokens + 1) if n)
             raise ValueError(
@@ -399,23 +408,29 @@ class TimmImageEncoder(Encoder):
         return tokens
 
     @torch.no_grad()
-    def takes(self, size: int) -> bool:
-        """Whether the network runs on images of that size; some transformers are made for one alone."""
-        was_training = self.training
+    def refusal(self, size: int) -> str:
+        """Why the network gives no grid of tokens of images of that size; empty where it does.
+
+        Some transformers are made for one size alone.
+        """
+        was_training, tokens = self.training, self.tokens_along(size)
         self.eval()
         try:
-            self.timm(torch.zeros(1, 3, size, size, device=self.proj.weight.device))
-        except (AssertionError, RuntimeError, ValueError):
-            return False
+            shape = self.trunk(torch.zeros(1, 3, size, size, device=self.proj.weight.device)).shape[1:]
+        except (AssertionError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            return (str(error).strip() or type(error).__name__).splitlines()[0]
         finally:
             self.train(was_training)
-        return True
+        wanted = self.channels, tokens, tokens
+        return "" if shape == wanted else f"features of shape {tuple(shape)} instead of {wanted}"
 
     def check_size(self, size: int) -> None:
         super().check_size(size)
-        if self.timm.fixed_size and not self.takes(size):
+        if reason := self.refusal(size):
             own = configured_size(self.timm.name)
-            raise ValueError(f"{self.timm.name} takes images of {own} px alone, not {size} px")
+            if own == size:
+                raise ValueError(f"{self.timm.name} gives no tokens of images of {size} px ({reason})")
+            raise ValueError(f"{self.timm.name} takes images of {own} px alone, not {size} px ({reason})")
 
     def stage_parameters(self) -> list[list[nn.Parameter]]:
         return self.timm.stage_parameters()
@@ -571,6 +586,8 @@ def _check(weights: Mapping, wanted: Mapping, source: str, unused: tuple[str, ..
         check_weights(counted, dict(wanted), source)
     except UserError as error:
         raise ValueError(str(error)) from error
+    if broken := [key for key in wanted if not torch.isfinite(weights[key]).all()]:
+        raise ValueError(f"the weights in {source} are not finite: {', '.join(broken)}")
 
 
 def _download_weights() -> dict[str, torch.Tensor]:
@@ -585,16 +602,24 @@ def _download_weights() -> dict[str, torch.Tensor]:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from a file of PyTorch, where it may be below `model` or `state_dict`, or of safetensors."""
+    """A state dict from a file of PyTorch, where it may be below `model` or `state_dict`, or of safetensors.
+
+    Its first bytes say which of both a file is, whatever its name.
+    """
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             from safetensors.torch import load_file  # comes with timm
 
             weights = load_file(path)
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            with open(path, "rb") as file:  # by a name that ends in .safetensors PyTorch would read that format
+                weights = torch.load(file, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise ValueError(f"{path}: this format needs safetensors: pip install -r requirements-timm.txt") from error
+    except UnpicklingError as error:  # PyTorch's own words speak of loading it with the code that it may run
+        raise ValueError(
+            f"cannot read the weights {path}: it is no file of PyTorch or safetensors that holds tensors alone"
+        ) from error
     except Exception as error:  # SafetensorError has no class of its own to catch
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot read the weights {path}: {reason}") from error

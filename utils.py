@@ -476,6 +476,8 @@ def _link(path: Path, name: Path) -> None:
                 os.fsync(target.fileno())
 
 
+SAFETENSORS = ".safetensors"
+
 # NumPy scalars (a best score, as released checkpoints carry) are data, not code, under their old and new module names.
 SAFE_GLOBALS = [
     np.dtype,
@@ -503,6 +505,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path} is not a checkpoint of this project: it must be a dict with `model`")
     return state
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """Whether a file is to be read as safetensors: its first bytes, a length and then JSON, say so, else its name."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" or (path.suffix == SAFETENSORS and start[:2] != b"PK")  # PK: PyTorch's zip archives
 
 
 def check_weights(weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path: str | Path) -> None:

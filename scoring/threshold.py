@@ -21,18 +21,20 @@ from annotations import read_ids, read_rows
 from dataset import LAYOUTS, Pair, TrainingPairs, find_pairs, in_order, make_loader
 from distributed import gather_in_order, hidden_bar, is_main, shard
 from maps import enlarge_absolute
-from models import SAFETENSORS, Model, is_safetensors, load, read_checkpoint, rows_of, write_safetensors
+from models import Model, load, read_checkpoint, rows_of, write_safetensors
 from scoring.negative_audio import WithNegativeAudio, silence
 from scoring.negatives import NEGATIVES, third_quartile
 from scoring.parts import on_device
 from sets import count_undecodable, undecodable
 from utils import (
+    SAFETENSORS,
     Absent,
     ArgumentParser,
     UserError,
     add_boolean,
     add_workers,
     full_precision,
+    is_safetensors,
     number,
     pick_device,
     run_cli,

@@ -11,7 +11,7 @@ import models
 from film.localizer import Localizer
 from model_maxpool import MaxPoolModel
 from model_slot import JointSlotModel
-from utils import UserError, save_checkpoint
+from utils import UserError, is_safetensors, save_checkpoint
 
 SMALL = {"image_encoder": "small", "dim": 16, "image_size": 64, "audio_seconds": 0.8}
 THRESHOLD = {"value": 0.25, "rule": "third quartile", "pairs": 3}
@@ -88,7 +88,7 @@ def test_the_command_for_thresholds_keeps_a_safetensors_file_one(safe, kept, tmp
     done = cli("scoring.threshold", out, synthetic_root, "--gpu", "cpu", "--num_workers", 0)
     assert done.returncode == 0, done.stderr
     after = models.load(out)
-    assert models.is_safetensors(out) and after.about["epoch"] == 2
+    assert is_safetensors(out) and after.about["epoch"] == 2
     assert f"universal threshold {after.threshold:.4f} " in done.stdout
 
 

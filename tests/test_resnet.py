@@ -7,6 +7,7 @@ import pytest
 import torch
 from torchvision.models import ResNet18_Weights, resnet18
 
+import resnet
 import transforms
 import utils
 from model_slot import JointSlotModel
@@ -25,6 +26,7 @@ from resnet import (
     tokens_along,
     weights_digest,
 )
+from training import alignment
 from training.alignment import align
 
 
@@ -215,6 +217,22 @@ def test_weights_of_a_file_fill_the_trunk_key_by_key(timm_file, tmp_path):
             load_image_weights(encoder, SMALL_NETWORK, str(tmp_path / name))
 
 
+def test_what_a_file_of_weights_is_follows_from_its_content_and_broken_values_are_named(timm_file, tmp_path):
+    network, path = timm_file
+    weights = network.state_dict()
+    (tmp_path / "weights.pth").write_bytes(path.read_bytes())
+    torch.save(weights, tmp_path / "weights.safetensors")
+    for name in ("weights.pth", "weights.safetensors"):
+        assert weights_digest(read_weights(tmp_path / name)) == weights_digest(weights)
+    torch.save(network, tmp_path / "network.pth")
+    with pytest.raises(ValueError, match=r"network\.pth: it is no file of .* that holds tensors alone"):
+        read_weights(tmp_path / "network.pth")
+    key = "conv_stem.weight"
+    torch.save(weights | {key: torch.full_like(weights[key], torch.nan)}, tmp_path / "nan.pth")
+    with pytest.raises(ValueError, match=f"nan.pth are not finite: {key}"):
+        load_image_weights(TimmImageEncoder(SMALL_NETWORK, 8), SMALL_NETWORK, str(tmp_path / "nan.pth"))
+
+
 def test_a_download_by_timm_that_fails_is_one_line_that_says_what_to_do(monkeypatch):
     timm = needs_timm()
     encoder = TimmImageEncoder(SMALL_NETWORK, 8)
@@ -284,21 +302,54 @@ def test_the_digest_of_weights_knows_names_and_values_and_not_the_file_format(ti
     assert weights_digest(renamed) != weights_digest(weights)
 
 
-def test_a_network_that_takes_images_of_one_size_alone_gets_no_border_and_refuses_others(monkeypatch):
+@pytest.mark.parametrize("own", [224, 448], ids=["another size than alignment looks at", "that size"])
+def test_a_network_that_takes_images_of_one_size_alone_gets_no_border_and_refuses_others(own, monkeypatch):
     needs_timm()
     encoder, forward = TimmImageEncoder(SMALL_NETWORK, 8), TimmTrunk.forward
 
     def strict(trunk, image):
-        assert image.shape[2] == 224, "Input height doesn't match"
+        assert image.shape[2] == own, "Input height doesn't match"
         return forward(trunk, image)
 
     monkeypatch.setattr(TimmTrunk, "forward", strict)
-    encoder.timm.fixed_size = True
-    encoder.check_size(224)
-    with pytest.raises(ValueError, match="images of 224 px alone, not 448 px"):
-        encoder.check_size(448)
+    monkeypatch.setattr(resnet, "configured_size", lambda _: own)
+    encoder.check_size(own)
+    with pytest.raises(ValueError, match=rf"images of {own} px alone, not 320 px \(Input height"):
+        encoder.check_size(320)
     align(encoder)
     assert encoder.token_shift == 0 and encoder.training
+
+
+def test_a_border_that_puts_tokens_further_off_is_not_kept(monkeypatch):
+    needs_timm()
+    encoder, shifts = TimmImageEncoder(SMALL_NETWORK, 8), iter([0.5, 1.3, 0.5, 0.1])
+    monkeypatch.setattr(alignment, "measured_shift", lambda *_: next(shifts))
+    for kept in (0.0, 0.5):
+        align(encoder)
+        assert encoder.token_shift == kept
+
+
+def test_a_network_that_gives_no_grid_of_tokens_is_told_apart_from_a_wrong_size(monkeypatch):
+    needs_timm()
+    encoder = TimmImageEncoder(SMALL_NETWORK, 8)
+    with pytest.raises(ValueError, match="multiple of 32, not 225 px: 224 or 256"):
+        encoder.check_size(225)
+    monkeypatch.setattr(TimmTrunk, "forward", lambda _, image: image.new_zeros(1, 288, 4, 4))
+    with pytest.raises(ValueError, match=r"gives no tokens of images of 224 px \(features of shape \(288, 4, 4\)"):
+        encoder.check_size(224)
+    encoder.timm.fixed_size = True
+    monkeypatch.setattr(resnet, "configured_size", lambda _: 225)
+    with pytest.raises(ValueError, match="225 px, which it is made for, are no whole number of tokens of 32 px"):
+        encoder.check_size(225)
+
+
+def test_a_network_whose_stages_timm_does_not_know_is_frozen_as_a_whole(monkeypatch):
+    needs_timm()
+    encoder = TimmImageEncoder(SMALL_NETWORK, 8)
+    monkeypatch.delattr(type(encoder.timm.network), "group_matcher")
+    assert encoder.freeze() == [] and not any(p.requires_grad for p in encoder.timm.parameters())
+    with pytest.raises(ValueError, match="has 1 stages, one must be frozen"):
+        encoder.freeze(unfreeze_last=1)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "small"])

@@ -21,12 +21,18 @@ def align(encoder: Encoder) -> None:
     The small encoder is aligned by design. The paper's ResNet-18 is not, but its published figures are those of maps
     that are drawn as if it were.
     """
-    if isinstance(encoder, TimmImageEncoder):
-        was_training, encoder.token_shift = encoder.training, 0.0
-        encoder.eval()
-        if encoder.takes(TOKENS * encoder.stride):  # else it takes images of one size alone, and no border
-            encoder.token_shift = STEP * round(measured_shift(encoder.trunk, encoder.stride) / STEP)
-        encoder.train(was_training)
+    if not isinstance(encoder, TimmImageEncoder):
+        return
+    was_training, encoder.token_shift = encoder.training, 0.0
+    encoder.eval()
+    side = TOKENS * encoder.stride
+    if not (encoder.refusal(side) or encoder.refusal(side + encoder.stride)):  # else images of one size alone
+        shift = measured_shift(encoder.trunk, encoder.stride)
+        encoder.token_shift = STEP * round(shift / STEP)
+        # where tokens look over windows, a border may move the windows instead
+        if encoder.token_shift and abs(measured_shift(encoder.trunk, encoder.stride)) > abs(shift):
+            encoder.token_shift = 0.0
+    encoder.train(was_training)
 
 
 @torch.no_grad()
