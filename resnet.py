@@ -604,7 +604,7 @@ def _download_weights() -> dict[str, torch.Tensor]:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """A state dict from a file of PyTorch, where it may be below `model` or `state_dict`, or of safetensors.
 
-    Its first bytes say which of both a file is, whatever its name.
+    Safetensors are known by their first bytes, too, whatever the name.
     """
     try:
         if is_safetensors(path):
@@ -612,8 +612,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
             weights = load_file(path)
         else:
-            with open(path, "rb") as file:  # by a name that ends in .safetensors PyTorch would read that format
-                weights = torch.load(file, map_location="cpu", weights_only=True)
+            weights = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise ValueError(f"{path}: this format needs safetensors: pip install -r requirements-timm.txt") from error
     except UnpicklingError as error:  # PyTorch's own words speak of loading it with the code that it may run

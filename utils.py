@@ -508,13 +508,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """Whether a file is to be read as safetensors: its first bytes, a length and then JSON, say so, else its name."""
+    """Whether a file is to be read as safetensors: by its name, or by its first bytes, a length and then JSON."""
     path = Path(path)
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        start = file.read(9)
-    return start[8:] == b"{" or (path.suffix == SAFETENSORS and start[:2] != b"PK")  # PK: PyTorch's zip archives
+        return path.suffix == SAFETENSORS or file.read(9)[8:] == b"{"
 
 
 def check_weights(weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path: str | Path) -> None:
