@@ -18,7 +18,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +86,9 @@ def _not_for(trained: Trained, what: str, error: Exception) -> str:
 
 def write_torch(path: Path, trained: Trained) -> Program:
     """Write a program for `torch.export.load`, with `settings.json` among its extra files -> the program, read back."""
-    torch.export.save(trace(trained), path, extra_files={"settings.json": json.dumps(settings_of(trained))})
+    whole = BytesIO()  # PyTorch's own writing to a file hides why a disk refuses
+    torch.export.save(trace(trained), whole, extra_files={"settings.json": json.dumps(settings_of(trained))})
+    path.write_bytes(whole.getbuffer())
     program = torch.export.load(path).module()
     return lambda pairs: program(*pairs)
 

@@ -54,7 +54,7 @@ def _by_definition(maps: Tensor, truth: Tensor, masks: bool) -> dict[str, Tensor
     columns["pointing"] = metrics.pointing(maps, truth)
     if masks:
         columns["jaccard"] = metrics.jaccard(maps, truth, ascending)
-        columns["f"] = metrics.f_scores(maps, truth, ascending).float()
+        columns["f"] = metrics.f_scores(maps, truth, ascending)
     return columns
 
 
@@ -124,9 +124,9 @@ def _from_counts(counts: _Counts, masks: bool) -> dict[str, Tensor]:
 
 
 def _f(both: Tensor, region: Tensor, own: Tensor) -> Tensor:
-    """Pixels in P and M, in P, in M -> F in float32: (1 + b) precision recall / (b precision + recall)."""
+    """Pixels in P and M, in P, in M -> F: (1 + b) precision recall / (b precision + recall)."""
     score = (1 + F_BETA_SQUARED) * both.double() * (region > 0)
-    return (score / (F_BETA_SQUARED * own.double() + region).clamp(min=1)).float()
+    return score / (F_BETA_SQUARED * own.double() + region).clamp(min=1)
 
 
 # ---------------------------------------------------------------- counting
@@ -234,7 +234,7 @@ def _reference_by_definition(name: str, region: Tensor, truth: Tensor, masks: bo
     if masks:
         as_map = region.float()
         as_map[:, 0, 0] += 1e-6  # so that the whole frame is not a constant map, which would predict nothing
-        columns |= {"jaccard": metrics.jaccard(as_map, truth), "f": metrics.f_scores(as_map, truth).float()}
+        columns |= {"jaccard": metrics.jaccard(as_map, truth), "f": metrics.f_scores(as_map, truth)}
     return columns
 
 

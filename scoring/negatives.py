@@ -78,7 +78,7 @@ def _mask_columns(maps: Tensor, masks: Tensor) -> dict[str, Tensor]:
     scores = []
     for of_seed in maps.unbind(1):
         ascending = sort_pixels(of_seed)
-        scores.append((jaccard(of_seed, masks, ascending)[:, at], f_scores(of_seed, masks, ascending).float()))
+        scores.append((jaccard(of_seed, masks, ascending)[:, at], f_scores(of_seed, masks, ascending)))
     of_jaccard, of_f = (torch.stack(values).mean(0) for values in zip(*scores, strict=True))
     return {"jaccard": of_jaccard, "f": of_f, "fpr": _share_above(maps, MASK_THRESHOLD).mean(1)}
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import files_up_to
 
 import export
 import models
@@ -223,6 +224,20 @@ def test_a_program_that_differs_from_the_model_is_not_written(kept, tmp_path):
     with pytest.raises(UserError, match=r"not written: the program differs from the model by 1\.0e-04"):
         export.write_program(tmp_path / "a.onnx", trained, wrong)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_a_full_disk_is_one_line_whatever_the_format_and_keeps_the_file_before(kind, kept, tmp_path):
+    if kind == "safetensors":
+        pytest.importorskip("safetensors", reason=f"safetensors is not installed: {INSTALL}")
+    out, trained = tmp_path / f"a{export.SUFFIXES[kind]}", models.load(kept["maxpool"])
+    out.write_bytes(b"before")
+    with files_up_to(4_000), pytest.raises(UserError, match=rf"{out.name} cannot be written \(File too large\)"):
+        if kind == "safetensors":
+            models.write_safetensors(out, trained)
+        else:
+            export.write_program(out, trained, export.write_torch)
+    assert [path.name for path in tmp_path.iterdir()] == [out.name] and out.read_bytes() == b"before"
 
 
 def test_a_model_that_pytorch_cannot_follow_is_one_line(kept, tmp_path, monkeypatch, cli):
