@@ -127,6 +127,18 @@ def test_a_run_that_was_killed_continues(cache, pairs, encoder, monkeypatch):
     assert torch.equal(continued, all_views(train))
 
 
+@pytest.mark.parametrize(("name", "left"), [("rows", 5.5), ("rows", 0), ("keys", 3), ("done", 4)])
+def test_rows_that_a_damaged_store_has_lost_are_computed_again(cache, pairs, encoder, name, left):
+    train = training_pairs(pairs)
+    cache_features(encoder, [(train, 1)], CPU, 0)
+    whole = all_views(train)
+    path = next(cache.iterdir()) / name
+    os.truncate(path, int(left * path.stat().st_size / 12))
+    backwards = training_pairs(pairs[::-1])
+    assert computed(cache_features(encoder, [(backwards, 1)], CPU, 0)) == 12 - int(left)
+    assert torch.equal(all_views(backwards).flip(0), whole)
+
+
 def fill(encoder, pairs, results):
     torch.set_num_threads(1)
     results.put(computed(cache_features(encoder, [(training_pairs(pairs), 2)], CPU, 0)))

@@ -78,12 +78,21 @@ class Store:
                 f"the features of {len(new)} views take {needed / 2**30:.1f} GiB, and {self.folder} has "
                 f"{free / 2**30:.1f} free: lower --cached_views (0: compute them in every epoch), or set CACHE_ROOT"
             )
+        self._forget(len(known))
         for name, size in (("rows", self.row_bytes), ("done", 1)):
             reserve(self.folder / name, (len(known) + len(new)) * size)
         with writing(self.folder / "keys"), open(self.folder / "keys", "ab") as file:
             file.truncate(KEY_BYTES * len(known))  # a kill may have left half a key
             file.seek(0, os.SEEK_END)
             file.write(b"".join(new))  # last: there is room for every row that has a key
+
+    def _forget(self, keys: int) -> None:
+        """Marks of rows that are not there any more, or have no key: a file was cut off, or copied in part."""
+        rows, done = self.folder / "rows", self.folder / "done"
+        whole = min(keys, rows.stat().st_size // self.row_bytes if rows.is_file() else 0)
+        if done.is_file() and done.stat().st_size > whole:
+            with writing(done):
+                os.truncate(done, whole)
 
     def _keys(self) -> dict[bytes, int]:
         path = self.folder / "keys"
