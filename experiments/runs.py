@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -142,8 +143,12 @@ def make_data(objects: int) -> None:
 
 
 def train_all(runs: Sequence[Training], jobs: int) -> None:
-    """Train `jobs` at once. If one fails, the others continue; at the end its last lines are printed, and UserError."""
+    """Train `jobs` at once. If one fails, the others continue; at the end its last lines are printed, and UserError.
+
+    SIGTERM interrupts as Ctrl-C does, so that no training is left behind.
+    """
     waiting, running, failed = list(runs), {}, []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with tqdm(total=len(runs), unit="training", disable=None) as bar:
             while waiting or running:
@@ -162,6 +167,7 @@ def train_all(runs: Sequence[Training], jobs: int) -> None:
             process.terminate()
         for process in running.values():
             process.wait()
+        signal.signal(signal.SIGTERM, before)
     for run in failed:
         last = run.output.read_text(errors="replace").splitlines()[-LAST_LINES:]
         print("\n  ".join([f"{run.output} ends in:", *last]), file=sys.stderr)

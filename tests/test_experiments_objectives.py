@@ -149,13 +149,14 @@ def test_a_failed_training_is_shown_with_its_last_lines_and_stops_no_other(stub,
     assert all((stub / f"{key}_seed_0" / "flags.txt").stat().st_mtime_ns == then for key, then in times.items())
 
 
-def test_an_interrupted_comparison_leaves_no_training_behind(compare, monkeypatch, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_comparison_leaves_no_training_behind(compare, monkeypatch, tmp_path, number):
     monkeypatch.setenv("SLEEPING", str(tmp_path / "pid"))
     pause = time.sleep
 
     def interrupt(_):
         if (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text():
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         pause(0.01)
 
     monkeypatch.setattr(runs.time, "sleep", interrupt)
