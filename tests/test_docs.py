@@ -295,10 +295,18 @@ def test_every_flag_in_prose_is_a_flag(monkeypatch, capsys):
 def workplace(tmp_path, monkeypatch):
     """A folder in which relative paths of the pages lead to what they name, but for what the commands make."""
     (tmp_path / "checkpoints").mkdir()
-    shutil.copy(ROOT / "checkpoints" / "listen.pth", tmp_path / "checkpoints")
+    for name in ("demo.pth", "listen.pth"):
+        shutil.copy(ROOT / "checkpoints" / name, tmp_path / "checkpoints")
     (tmp_path / "metadata").symlink_to(ROOT / "metadata")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def write_own_files() -> None:
+    """What the pages call film.mp4, photo.jpg and dog.wav."""
+    write_film(Path("film.mp4"), 3)
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save("photo.jpg")
+    soundfile.write("dog.wav", np.zeros(16000), 16000)
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -331,11 +339,9 @@ def test_the_model_can_be_used_from_python_as_shown(workplace, synthetic_root):
 def test_a_clip_can_be_localized_from_python_as_shown(workplace, capsys):
     (code,) = python_blocks(README)
     assert len([line for line in code.splitlines() if line]) <= 5
-    write_film(workplace / "film.mp4", 3)
+    write_own_files()
     exec(code, {})
     assert len(capsys.readouterr().out.splitlines()) > 10
-    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save("photo.jpg")
-    soundfile.write("dog.wav", np.zeros(16000), 16000)
     (code,) = python_blocks(ROOT / "docs" / "localize.md")
     assert len([line for line in code.splitlines() if line]) <= 6
     exec(code, {})
@@ -361,7 +367,7 @@ def test_the_commands_run(workplace, synthetic_root, monkeypatch, capfd):
     monkeypatch.setitem(recipes.RECIPES["small"], "epochs", 1)
     (workplace / "pairs").symlink_to(synthetic_root)
     shutil.copy(synthetic_root / "test.json", workplace / "boxes.json")
-    write_film(workplace / "film.mp4", 3)
+    write_own_files()
     done = set()
     for page in PAGES:
         for block in blocks(page):
