@@ -156,6 +156,8 @@ def test_an_interrupted_comparison_leaves_no_training_behind(compare, monkeypatc
 
     def interrupt(_):
         if (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text():
+            if number == signal.SIGINT:  # which a shell's background jobs ignore
+                raise KeyboardInterrupt
             os.kill(os.getpid(), number)
         pause(0.01)
 
