@@ -253,7 +253,7 @@ def main() -> None:
     args = parser.parse_args()
     seeds = list(dict.fromkeys(args.seeds))
     given = [f"--{name}" for name in ("rows", "epochs", "arch", "jobs", "picture") if getattr(args, name) is not None]
-    given = [name for name in given if args.demo or name != "--rows"]
+    given = [name for name in given if args.demo or name != "--rows"] + ["--over_time"] * args.over_time
     if given and (args.demo or args.write_docs):
         raise UserError(f"{', '.join(given)}: --demo and --write_docs have recipes of their own, --demo also its rows")
     if args.export and not args.demo:

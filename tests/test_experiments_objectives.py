@@ -270,6 +270,7 @@ def test_an_exported_model_keeps_what_testing_needs_and_nothing_of_resuming(tmp_
     [
         (("--demo", "--rows", "listen", "--jobs", "2"), "--rows, --jobs"),
         (("--write_docs", "--epochs", "2"), "--epochs"),
+        (("--demo", "--over_time"), "--over_time"),
         (("--export", "x.pth"), "--demo"),
         (("--rows", "map"), "map"),
         (("--demo", "maybe"), "maybe"),
