@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 import soxr
 from av.stream import Disposition
-from av.video.reformatter import ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorRange, Colorspace, ColorTrc, VideoReformatter
 from PIL import Image, ImageSequence
 
 from transforms import NO_IMAGES, load_image, on_white, to_sdr
@@ -350,6 +350,7 @@ class Streams(Media):
 
     def __init__(self, path: str | Path, limits: Limits, container: av.container.InputContainer) -> None:
         super().__init__(path, limits)
+        self._reformatter = VideoReformatter()  # one for all frames: its tables and threads take longer than a frame
         self._header, self._unused, self._idle = container, [container], []
         self._read_to = {"image": -np.inf, "sound": -np.inf}  # s of the last stamp that was counted
         self._joined_at: float | None = None  # stamp in s at which another film is appended
@@ -731,14 +732,16 @@ class Streams(Media):
             self.decide(
                 f"tone-mapped from {transfer.upper()}" if transfer != "sdr" else f"colours of {primaries} mapped"
             )
-            wide = frame.reformat(format="rgb48le", src_colorspace=matrix, dst_color_range=ColorRange.JPEG)
+            wide = self._reformatter.reformat(
+                frame, format="rgb48le", src_colorspace=matrix, dst_color_range=ColorRange.JPEG
+            )
             image, brighter = to_sdr(wide.to_ndarray(), transfer, primaries)
             if brighter > 0.001:
                 self.decide("brighter than reference white, cut off")
             return image
         rgb = "rgba" if any(c.is_alpha for c in frame.format.components) else "rgb24"
-        image = frame.reformat(
-            format=rgb, src_colorspace=matrix, dst_colorspace=matrix, dst_color_range=ColorRange.JPEG
+        image = self._reformatter.reformat(
+            frame, format=rgb, src_colorspace=matrix, dst_colorspace=matrix, dst_color_range=ColorRange.JPEG
         ).to_ndarray()
         return image if rgb == "rgb24" else np.asarray(on_white(Image.fromarray(image)))
 

@@ -50,11 +50,13 @@ def run_all(tasks: Sequence[Any], workers: int, work: Callable[[Any], Any]) -> I
 
 
 def _limit() -> None:
+    """Of what a process writes to: each thread of each core reserves addresses besides, which take no memory."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     pages = Path("/proc/self/statm")
     if pages.is_file():
-        most = int(pages.read_text().split()[0]) * resource.getpagesize() + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        data = int(pages.read_text().split()[5])
+        most = data * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Decoders in processes of their own: 500 mutated films cost at most one line each, and nothing hangs."""
 
 import csv
+import mmap
 import os
 
 import numpy as np
@@ -27,6 +28,16 @@ def test_a_process_that_wants_too_much_memory_costs_its_task_alone():
     results = dict(run_all([1000, 64 * 2**30, 2000], 1, grab))
     assert results[1000] == 1000 and results[2000] == 2000
     assert isinstance(results[64 * 2**30], Lost) and "MemoryError" in str(results[64 * 2**30])
+
+
+def reserve(count):
+    """Take addresses without memory behind them, as each thread does: 64 MiB each, on 16 cores 8 GiB."""
+    with mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0) as place:
+        return len(place)
+
+
+def test_addresses_that_are_only_reserved_do_not_count_as_memory():
+    assert dict(run_all([8 * 2**30], 1, reserve)) == {8 * 2**30: 8 * 2**30}
 
 
 def mutate(content, rng):
