@@ -286,6 +286,10 @@ def _optimisation_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
         help="precision of the encoders; auto: bf16 where the hardware makes it faster (the small one on a CPU needs "
         "AMX), else fp16 on CUDA, fp32 on CPUs",
     )  # fmt: skip
+    add_boolean(
+        group, "--compile", "compile the model (torch.compile): faster steps after a first one that takes minutes; "
+        "numbers differ by rounding",
+    )  # fmt: skip
     group.add_argument(
         "--select", choices=("retrieval", "test"), default="retrieval",
         help="what best.pth is chosen by: retrieval on held-out pairs (no boxes), or cIoU on the first --testset",

@@ -33,7 +33,7 @@ from training.decoded import keep_decoded
 from training.features import STANDARDISED, cache_features, standardise
 from training.resume import RunFolder, RunState, StopFlag, fingerprints, should_resume
 from training.run import score_sets, train_one_epoch, validate
-from training.step import Optimisation, choose_amp, lr_factor, with_sync_bn
+from training.step import Optimisation, choose_amp, compile_model, lr_factor, with_sync_bn
 from utils import ArgumentParser, UserError, as_user_error, provenance, run_cli, seed_everything
 
 SELECTED_BY = {  # --select: (what best.pth is chosen by, the figure that says so)
@@ -107,7 +107,10 @@ def build_model(args, device: torch.device) -> Model:
             model.imgnet.check_size(size)
     if args.sync_bn:
         model = with_sync_bn(model, device)
-    return model.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=torch.channels_last)
+    if args.compile:
+        compile_model(model, device)
+    return model
 
 
 def build_optimisation(args, model: Model, device: torch.device) -> Optimisation:

@@ -15,8 +15,8 @@ from experiments.released import released_step
 from experiments.timing import Timing, add_rounds, alternate, apart, seconds
 from model_slot import MAP_LOSSES, JointSlotModel, TokenMasks
 from recipes import PAPER_WEIGHTS
-from training.step import Inputs, Optimisation, choose_amp, weighted
-from utils import number, peak_memory_gib
+from training.step import Inputs, Optimisation, choose_amp, compile_model, weighted
+from utils import add_boolean, number, peak_memory_gib
 
 IMAGE_SIZE, AUDIO_SECONDS = 224, 5.0
 WITH_MAPS = PAPER_WEIGHTS | dict.fromkeys(MAP_LOSSES, 1.0)
@@ -27,6 +27,7 @@ MATRIX = 4096  # rows and columns, large enough to reach a machine's limit
 def add_flags(parser) -> None:
     add_rounds(parser)
     parser.add_argument("--batch_size", type=number(int, low=2), default=32, help="pairs per batch")
+    add_boolean(parser, "--compile", "time the compiled step, too, which takes minutes to compile", True)
 
 
 def add_scaling_flags(parser) -> None:
@@ -43,7 +44,7 @@ def add_scaling_flags(parser) -> None:
 
 
 def run(args) -> Iterator[Timing]:
-    return bench_step(args.rounds, args.batch_size)
+    return bench_step(args.rounds, args.batch_size, args.compile)
 
 
 def run_scaling(args) -> Iterator[Timing]:
@@ -62,11 +63,13 @@ def full_model(**settings) -> JointSlotModel:
 
 
 def our_step(
-    batch: int, micro_batch: int | None = None, device: torch.device = CPU, **settings
+    batch: int, micro_batch: int | None = None, device: torch.device = CPU, compiled: bool = False, **settings
 ) -> Callable[[], dict[str, float]]:
     """A function that takes one step exactly as train_slot.py does, from ready tensors. settings: of the model, in
     place of the full size."""
     model = full_model(**settings).to(device, memory_format=torch.channels_last)
+    if compiled:
+        compile_model(model, device)
     optimisation = Optimisation(model, device, 5e-5, amp=choose_amp("auto", device), micro_batch=micro_batch)
     inputs, rows = random_inputs(model, batch), local_slice(batch)
     masks = TokenMasks(*(x[rows].to(device) for x in inputs.masks))
@@ -117,7 +120,7 @@ def instruction_set() -> str:
     return torch.backends.cpu.get_cpu_capability() + " with AMX" * tiles
 
 
-def bench_step(rounds: int, batch: int) -> Iterator[Timing]:
+def bench_step(rounds: int, batch: int, compiled: bool) -> Iterator[Timing]:
     ours, baseline, rest = our_step(batch), their_step(batch), slots_and_losses(batch)
     with FlopCounterMode(display=False) as counter:
         baseline()
@@ -132,6 +135,9 @@ def bench_step(rounds: int, batch: int) -> Iterator[Timing]:
     yield Timing("step: slots and losses, share of the step", 100 * beside / spent, None, "%")
     with_maps, beside = alternate(slots_and_losses(batch, WITH_MAPS), rest, rounds)
     yield Timing("step: all losses of the map, share of the step", 100 * (with_maps - beside) / spent, None, "%")
+    if compiled:
+        spent, eager = alternate(our_step(batch, compiled=True), ours, rounds)
+        yield Timing("step: compiled (baseline: ours)", spent, eager, "s")
     del ours, baseline, rest
     memory = [apart(memory_of, make, batch) for make in (our_step, their_step)]
     yield Timing("step: peak memory", *memory, "GiB")

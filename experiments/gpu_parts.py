@@ -134,7 +134,9 @@ def scoring(setting: Setting) -> Iterator[Row]:
         spent.append(time.perf_counter() - start)
     yield Row("time of a sample with model and every metric, on the device", 1000 * spent[1] / len(dataset), "ms")
     yield Row("time of a sample with model and every metric, on the CPU", 1000 * spent[0] / len(dataset), "ms")
-    yield Row("largest difference of a figure of device and CPU", largest_difference(*found))
+    for what, pick in {"of the set": "maps", "of a class": "by_class", "of a size": "by_size"}.items():
+        worst = largest_difference(*(results[pick] for results in found))
+        yield Row(f"largest difference of a figure {what}, device against CPU", worst)
 
 
 def largest_difference(ours: Any, theirs: Any) -> float:
@@ -189,8 +191,12 @@ def last_loss(setting: Setting, name: str) -> float:
 
 
 def resuming(setting: Setting) -> Iterator[Row]:
-    """A run that is killed after its first saved step and resumed, against one that is left alone."""
-    finish(setting, training_command(setting, "whole"))
+    """A run that is killed after its first saved step and resumed, against one that is left alone; and two of those.
+
+    Kernels of a GPU add in any order unless told otherwise, so that no two runs end alike there.
+    """
+    for name in ("whole", "again"):
+        finish(setting, training_command(setting, name))
     command = training_command(setting, "killed")
     latest = setting.folder / "killed" / "latest.pth"
     with started(command) as run:
@@ -200,11 +206,13 @@ def resuming(setting: Setting) -> Iterator[Row]:
         run.kill()
     yield Row("killed while it ran", "yes" if was_running and latest.exists() else "NO")
     finish(setting, [*command, "--resume"])
-    weights = [load_checkpoint(setting.folder / name / "latest.pth")["model"] for name in ("whole", "killed")]
-    worst = max(float((weights[0][key].double() - weights[1][key].double()).abs().max()) for key in weights[0])
-    yield Row("largest difference of a weight, resumed against uninterrupted", worst)
-    losses = [last_loss(setting, name) for name in ("whole", "killed")]
-    yield Row("loss of the last epoch, uninterrupted and resumed", f"{losses[0]:.6f} {losses[1]:.6f}")
+    names = "whole", "again", "killed"
+    whole, *others = (load_checkpoint(setting.folder / name / "latest.pth")["model"] for name in names)
+    for what, other in zip(("uninterrupted once more", "resumed"), others, strict=True):
+        worst = max(float((whole[key].double() - other[key].double()).abs().max()) for key in whole)
+        yield Row(f"largest difference of a weight, {what} against uninterrupted", worst)
+    losses = " ".join(f"{last_loss(setting, name):.6f}" for name in names)
+    yield Row("loss of the last epoch, uninterrupted, once more, resumed", losses)
 
 
 def processes(setting: Setting) -> Iterator[Row]:
@@ -239,7 +247,7 @@ def waiting(setting: Setting) -> Iterator[Row]:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    found = [warning for warning in seen if "synchroniz" in str(warning.message)]
+    found = [warning for warning in seen if "synchronizing CUDA operation" in str(warning.message)]
     yield Row("waits of the host in a step", len(found))
     for warning in found[:5]:
         yield Row("a wait", f"{Path(warning.filename).name}:{warning.lineno}")

@@ -11,7 +11,7 @@ from distributed import average, gather_in_order, gather_rows, local_slice, shar
 from model_maxpool import MaxPoolModel
 from model_slot import JointSlotModel, TokenMasks
 from recipes import PAPER_WEIGHTS
-from training.step import Inputs, Optimisation
+from training.step import Inputs, Optimisation, compile_model
 
 PAIRS = 10  # not a multiple of parts of 3 or 4
 WITH_MAPS = PAPER_WEIGHTS | {"share_contrast": 1.0, "foreign_claims": 4.0, "silence": 1.0}
@@ -27,10 +27,14 @@ def max_pool(_):
     return MaxPoolModel("small", 16, 64, 0.8)
 
 
-def gradients(micro_batch=None, pairs=PAIRS, reciprocal_k=3, frozen=True, weights=PAPER_WEIGHTS, make=joint_slot):
+def gradients(
+    micro_batch=None, pairs=PAIRS, reciprocal_k=3, frozen=True, weights=PAPER_WEIGHTS, make=joint_slot, compiled=False
+):
     """Losses and gradients in float64 of this process's rows of a batch that NumPy determines; masks are on."""
     torch.manual_seed(0)
     model = make(reciprocal_k).double().train()
+    if compiled:
+        compile_model(model, CPU)
     if frozen:
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):

@@ -17,10 +17,11 @@ def test_a_step_is_timed_against_the_same_work(cli, monkeypatch):
         monkeypatch.setattr(bench_step, name, value)
     monkeypatch.setattr(bench_step, "apart", lambda work, *arguments: work(*arguments))
     monkeypatch.setattr(bench_step, "JointSlotModel", partial(JointSlotModel, "small"))
+    monkeypatch.setattr(bench_step, "compile_model", lambda *_: None)
     done = cli("experiments.benchmark", "step", "--rounds", "1", "--batch_size", "2")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [line["unit"] for line in lines] == ["s", "%", "%", "%", "GiB"]
+    assert [line["unit"] for line in lines] == ["s", "%", "%", "%", "s", "GiB"]
     assert f"in float32, {torch.backends.cpu.get_cpu_capability()}" in lines[1]["name"]
     assert "losses of the map" in lines.pop(3)["name"]  # a difference, which noise may make negative
     assert all(line["value"] > 0 for line in lines) and lines[0]["baseline"] > 0

@@ -1,6 +1,7 @@
 """One step: gradients of a batch in parts and over processes, schedule, precision."""
 
 import contextlib
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from processes import CPU, PAIRS, WITH_MAPS, WITHOUT_RECONSTRUCTION, gradients, 
 
 from model_slot import JointSlotModel
 from recipes import PAPER_WEIGHTS
-from training.step import Inputs, NotFinite, Optimisation, choose_amp, lr_factor
+from training.step import Inputs, NotFinite, Optimisation, choose_amp, compile_model, lr_factor
 from utils import UserError
 
 
@@ -56,6 +57,26 @@ def test_the_reference_leaves_false_negatives_out_and_feels_the_whole_batch(loss
     losses, _ = with_maps
     assert abs(losses[loss] - gradients(reciprocal_k=0, weights=WITH_MAPS)[0][loss]) > least
     assert abs(losses[loss] - gradients(pairs=PAIRS // 2, weights=WITH_MAPS)[0][loss]) > least
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler: g++")
+@pytest.mark.parametrize("parts", [{}, {"weights": WITH_MAPS, "micro_batch": 5}])
+def test_a_compiled_model_has_the_gradients_of_the_plain_one(parts):
+    plain, compiled = gradients(**parts), gradients(**parts, compiled=True)
+    assert compiled[0] == pytest.approx(plain[0], rel=1e-9)
+    assert compiled[1].keys() == plain[1].keys()
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(compiled[1][name], gradient, rtol=1e-7, atol=1e-10, msg=name)
+
+
+def test_what_cannot_be_compiled_here_is_said_in_one_line(monkeypatch):
+    def no_compiler(*_):
+        raise RuntimeError("no working C++ compiler found\nsearched: g++")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(UserError, match=r"--compile: .*no working C.. compiler found$"):
+        compile_model(max_pool(None), CPU)
 
 
 def test_losses_of_the_map_without_weight_change_no_gradient():

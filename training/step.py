@@ -37,6 +37,10 @@ class Inputs(NamedTuple):
             yield Inputs(image, spectrogram, TokenMasks(*masks))
 
 
+# Not the encoders: their compiled gradients in bf16 were not finite on an H200 with PyTorch 2.11
+COMPILED_ON_CUDA = ("represent_tokens", "batch_losses", "pair_losses")
+
+
 class NotFinite(Exception):
     """The loss or gradient of a step is not finite; weights and batch-norm statistics are as before the step."""
 
@@ -259,6 +263,25 @@ class Optimisation:
         self.lost_in_a_row = state.get("lost_in_a_row", 0)  # older code had none
         for group in self.optimizer.param_groups:  # the command line's, which --resume force may have changed
             group["weight_decay"], group["fused"] = weight_decay, True
+
+
+def compile_model(model: Model, device: torch.device) -> None:
+    """torch.compile of what training calls: the whole model on CPUs, slots and losses on CUDA devices.
+
+    The first step, and the first of every other batch size, takes minutes longer; evaluation stays as it is. UserError
+    where nothing can be compiled: PyTorch needs a C++ compiler on CPUs, Triton and a C compiler on CUDA devices.
+    """
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:  # of many kinds: each back end has its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--compile: PyTorch cannot compile on this machine: {reason}") from error
+    if device.type == "cpu":
+        model.compile()
+        return
+    for name in COMPILED_ON_CUDA:
+        if hasattr(model, name):
+            setattr(model, name, torch.compile(getattr(model, name)))
 
 
 def with_sync_bn(model: Model, device: torch.device) -> Model:
