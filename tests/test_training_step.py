@@ -64,7 +64,7 @@ def test_the_reference_leaves_false_negatives_out_and_feels_the_whole_batch(loss
 @pytest.mark.parametrize("parts", [{}, {"weights": WITH_MAPS, "micro_batch": 5}])
 def test_a_compiled_model_has_the_gradients_of_the_plain_one(parts):
     plain, compiled = gradients(**parts), gradients(**parts, compiled=True)
-    assert compiled[0] == pytest.approx(plain[0], rel=1e-9)
+    assert compiled[0] == pytest.approx(plain[0], rel=1e-6)  # info_nce_chance is taken in fp32
     assert compiled[1].keys() == plain[1].keys()
     for name, gradient in plain[1].items():
         torch.testing.assert_close(compiled[1][name], gradient, rtol=1e-7, atol=1e-10, msg=name)
