@@ -95,23 +95,28 @@ def _frozen_weights(path: Path, encoder: Encoder, reference: Mapping[str, str]) 
     reference: encoder (its name), source ("auto" or a file) and sha256 (`weights_digest`). A file that is not where it
     was is looked for beside the checkpoint. UserError where the weights are not to be had, or are others.
     """
-    source = reference["source"]
+    source, wanted = reference["source"], reference["sha256"]
     beside = path.with_name(Path(source).name)
-    if source != "auto" and not Path(source).is_file() and beside.is_file():
-        source = str(beside)
-    try:
-        load_image_weights(encoder, reference["encoder"], source)
-    except ValueError as error:
+    places = [source] if source == "auto" else [str(place) for place in (Path(source), beside) if place.is_file()]
+    others, reasons = [], [] if places else [f"{source} does not exist"]
+    for place in places:
+        try:
+            load_image_weights(encoder, reference["encoder"], place)
+        except ValueError as error:
+            reasons.append(str(error))
+            continue
+        found = encoder.trunk_state()
+        if weights_digest(found) == wanted:
+            return {f"{TRUNK}{key}": value for key, value in found.items()}
+        others.append(place)
+    if others:
         raise UserError(
-            f"{path} refers to the frozen weights of its image encoder, {reference['source']} (sha256 of the weights "
-            f"{reference['sha256']}), which are not there; {beside} is looked for, too: {error}"
-        ) from error
-    found = encoder.trunk_state()
-    if weights_digest(found) != reference["sha256"]:
-        raise UserError(
-            f"{source} holds other weights than those with which {path} was trained (sha256 {reference['sha256']})"
+            f"{' and '.join(others)}: holds other weights than those with which {path} was trained (sha256 {wanted})"
         )
-    return {f"{TRUNK}{key}": value for key, value in found.items()}
+    raise UserError(
+        f"{path} refers to the frozen weights of its image encoder, {source} (sha256 of the weights {wanted}), which "
+        f"are not there; {beside} is looked for, too: {'; '.join(reasons)}"
+    )
 
 
 def with_encoders(config: Mapping[str, Any]) -> dict[str, Any]:

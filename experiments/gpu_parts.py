@@ -278,6 +278,17 @@ def stepping(setting: Setting) -> Iterator[Row]:
                 torch.cuda.empty_cache()
 
 
+def compiled(setting: Setting) -> Iterator[Row]:
+    """The same step with `--compile`, and what compiling takes."""
+    for batch in (4,) if setting.quick else (64, 256):
+        start = time.perf_counter()
+        step = our_step(batch, device=setting.device, compiled=True, **(TINY if setting.quick else {}))
+        step(), step()
+        setting.wait()
+        yield Row(f"batch {batch}, compiled: the first two steps", time.perf_counter() - start, "s")
+        yield Row(f"batch {batch}, compiled", 1000 * timed(setting, step, TIMED_STEPS), "ms")
+
+
 def timed(setting: Setting, work: Callable[[], object], count: int) -> float:
     """Seconds of one of `count` calls."""
     setting.wait()
@@ -343,4 +354,5 @@ PARTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "processes": processes,
     "scoring": scoring,
     "films": films,
+    "a compiled step": compiled,
 }

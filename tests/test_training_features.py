@@ -282,6 +282,8 @@ def test_a_checkpoint_may_refer_to_frozen_weights_and_never_lacks_them_silently(
     torch.save(other, here)
     with pytest.raises(utils.UserError, match="holds other weights than those"):
         load_model(path)
+    shutil.copy(weights, path.with_name("weights.pth"))
+    load_model(path)  # the right ones, though others lie where they were
 
 
 def test_unfrozen_stages_are_trained_at_a_rate_of_their_own(train, synthetic_root, tmp_path, weights, cache):

@@ -233,3 +233,9 @@ def test_every_sheet_shows_the_same_sixteen_samples():
     chosen = [Drawer(None, truth, count, None).on_sheet for count in (5158, 5158, 16, 3)]
     assert chosen[0] == chosen[1] and len(chosen[0]) == SHEET_SAMPLES == 16 and {0, 5157} <= chosen[0]
     assert chosen[2:] == [set(range(16)), {0, 1, 2}]
+
+
+def test_wandb_that_is_not_installed_is_said_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--wandb offline: .*pip install wandb"):
+        RunLog(tmp_path, "offline", "run", {})

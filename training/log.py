@@ -154,8 +154,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _start_wandb(folder: Path, mode: str, name: str, config: Mapping[str, Any], run_id: str | None):
-    import wandb
-
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"--wandb {mode}: it cannot be imported ({error}): pip install wandb, or --wandb false"
+        ) from error
     if os.environ.get("WANDB_MODE") == "":
         del os.environ["WANDB_MODE"]  # wandb takes it for a mode of no name
     if mode == "true" and not wandb.api.api_key and os.environ.get("WANDB_MODE") is None:
