@@ -237,5 +237,5 @@ def test_every_sheet_shows_the_same_sixteen_samples():
 
 def test_wandb_that_is_not_installed_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="--wandb offline: .*pip install wandb"):
+    with pytest.raises(UserError, match=r"--wandb offline: .*pip install wandb"):
         RunLog(tmp_path, "offline", "run", {})
