@@ -56,7 +56,7 @@ class FilmWriter:
         self._resampler: av.AudioResampler | None = None
         self._kind: tuple[int, int] | None = None  # channels and rate that it takes
         self._colours = VideoReformatter()  # one for all frames: its tables take longer than a frame
-        self._rate = rate
+        self._lengths: dict[int, int] = {}  # by time, in ticks, of frames that the encoder has
         self._last: tuple[float, np.ndarray] | None = None  # waits for the time at which it ends
         self._heard = 0
 
@@ -77,8 +77,14 @@ class FilmWriter:
             dst_colorspace=Colorspace.ITU709,
         )
         frame.pts, frame.time_base = round(time * CLOCK), Fraction(1, CLOCK)
-        frame.duration = max(1, round(end * CLOCK) - frame.pts)
-        self._container.mux(self._video.encode(frame))
+        self._lengths[frame.pts] = max(1, round(end * CLOCK) - frame.pts)
+        self._write_images(frame)
+
+    def _write_images(self, given: av.VideoFrame | None) -> None:
+        """x264 hands no lengths on, and the last packet's says when the film ends."""
+        for packet in self._video.encode(given):
+            packet.duration = self._lengths.pop(packet.pts, packet.duration)
+            self._container.mux(packet)
 
     def sound(self, samples: np.ndarray, rate: int) -> None:
         """Append (samples, C) float32 to the sound; C and the rate may change on the way."""
@@ -107,10 +113,8 @@ class FilmWriter:
         """Finish the film; its last frame is shown until `end` s."""
         try:
             if self._last:
-                if end - self._last[0] > 2 / self._rate:  # x264 hands no length on: the last frame has that of the rate
-                    self.frame(end - 1 / self._rate, self._last[1])
                 self._write_last(end)
-                self._container.mux(self._video.encode(None))
+                self._write_images(None)
             if self._audio:
                 self._flush_sound()
                 self._container.mux(self._audio.encode(None))

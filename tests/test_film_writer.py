@@ -42,9 +42,22 @@ def test_frames_keep_their_own_times_and_colours(tmp_path):
     with media.open(path) as film:
         assert film.duration == pytest.approx(2.5, abs=0.01)
         shown = list(film.frames())
-        assert [frame.time for frame in shown] == pytest.approx([*(time for time, _ in frames), 2.46], abs=1e-3)
-        for frame, (_, colour) in zip(shown, frames, strict=False):
+        assert [frame.time for frame in shown] == pytest.approx([time for time, _ in frames], abs=1e-3)
+        for frame, (_, colour) in zip(shown, frames, strict=True):
             assert np.abs(frame.image[24, 32].astype(int) - colour).max() <= 6
+
+
+@pytest.mark.parametrize("rate, times, end", [(1, [0, 1, 1.9], 2), (0.5, [0, 1.5], 2), (25, [0, 0.04], 3)])
+def test_the_last_frame_ends_with_the_film_whatever_its_rate(rate, times, end, tmp_path):
+    writer = FilmWriter(tmp_path / "a.mp4", (64, 48), rate, 1)
+    for time in times:
+        writer.frame(time, np.zeros((48, 64, 3), np.uint8))
+    writer.sound(tone(0, end)[:, None], 16000)
+    writer.close(end)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        for stream in container.streams:
+            assert float(stream.duration * stream.time_base) == pytest.approx(end, abs=0.001)
+        assert container.streams.video[0].frames == len(times)
 
 
 def test_the_sound_keeps_pitch_length_and_channels_whatever_its_kind(tmp_path):
