@@ -3,6 +3,7 @@
 import argparse
 import codecs
 import errno
+import io
 import json
 import math
 import multiprocessing
@@ -107,6 +108,9 @@ def run_cli(main: Callable[[], None]) -> None:
 
     A warning is one line, too. Other errors are the code's, and show their traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         main()
@@ -344,6 +348,16 @@ def provenance() -> dict[str, str]:
 # ---------------------------------------------------------------- files
 
 
+def cut_to_bytes(name: str, count: int) -> str:
+    """The beginning of a file's name that takes at most `count` bytes; no letter is cut in two."""
+    return os.fsencode(name)[:count].decode("utf-8", "ignore") or "file"
+
+
+def printable(name: str | Path) -> str:
+    r"""A file's name, or a text with such names, as UTF-8 can hold it: bytes that are none are shown as \udcNN."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
+
+
 @contextmanager
 def atomic_path(path: str | Path):
     """Yield a temporary path beside `path` that replaces it when the block ends without an error.
@@ -351,7 +365,7 @@ def atomic_path(path: str | Path):
     Unwritable where it cannot be written: a full disk, a folder that may only be read.
     """
     path = Path(path)
-    name = path.with_name(f".{path.stem:.100}.{secrets.token_hex(4)}{path.suffix}")
+    name = path.with_name(f".{cut_to_bytes(path.stem, 100)}.{secrets.token_hex(4)}{path.suffix}")
     try:
         with writing(path, name):
             path.parent.mkdir(parents=True, exist_ok=True)

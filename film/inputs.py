@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset import LAYOUTS
-from utils import UserError
+from utils import UserError, cut_to_bytes
 
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".aiff", ".aif", ".wma", ".mka")
 WRITTEN = (".mp4", ".csv", ".json", ".png", "_mask.mp4", "_mask.png")  # what ends the names of an input's files
+LONGEST_STEM = 220  # bytes of the 255 that a name may have
 RESERVED = ("failures", "index")  # stems of files about all inputs
 
 
@@ -85,20 +86,26 @@ def sounds_beside(sources: Sequence[Path]) -> dict[Path, Path]:
 
 def name_outputs(names: Sequence[Path]) -> list[Path]:
     """Names of inputs -> the stem of each one's files: its own, else with its suffix, else with a number, too."""
-    stems = [name.with_suffix("") for name in names]
+    stems = [name.with_name(_shortened(name.stem)) for name in names]
     wanted = Counter(_key(stem) for stem in stems)
     taken: set[str] = set()
     given = []
-    for name, stem in zip(names, stems, strict=True):
+    for name, own in zip(names, stems, strict=True):
+        stem = own
         is_mask = stem.name.endswith("_mask") and _key(stem.with_name(stem.name[:-5])) in wanted
         if wanted[_key(stem)] > 1 or stem.name.lower() in RESERVED or is_mask:
             stem = stem.with_name(f"{stem.name}_{name.suffix.removeprefix('.') or 'file'}")
         unique, number = stem, 2
-        while _key(unique) in taken or (unique != name.with_suffix("") and _key(unique) in wanted):
+        while _key(unique) in taken or (unique != own and _key(unique) in wanted):
             unique, number = stem.with_name(f"{stem.name}_{number}"), number + 1
         taken.add(_key(unique))
         given.append(unique)
     return given
+
+
+def _shortened(stem: str) -> str:
+    """A file's name without its suffix, such that whatever is added to it, file systems take it."""
+    return stem if len(os.fsencode(stem)) <= LONGEST_STEM else cut_to_bytes(stem, LONGEST_STEM)
 
 
 def _key(stem: Path) -> str:

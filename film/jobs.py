@@ -138,6 +138,8 @@ def _reason(error: Exception, task: Task) -> str:
         return error.reason
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, OSError) and error.filename:
+        return error.strerror if str(error.filename) == str(task.source) else f"{error.filename}: {error.strerror}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 

@@ -248,7 +248,7 @@ class Localizer:
             if shots and waiting and frame.time < count / self.map_fps - CLOCK_ERROR:
                 waiting[-1].append((frame.time, frame.image))
             held += frame.image.nbytes
-            while (time := count / self.map_fps) < end:
+            while (time := count / self.map_fps) < end or not count:  # however short, a film is asked about once
                 if len(times) >= BATCH or (times and held > BUFFER_BYTES):
                     yield from flush()
                     used, held = False, frame.image.nbytes

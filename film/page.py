@@ -1,5 +1,6 @@
 """`index.html`: all that localize.py wrote into a folder, to look at in a browser, without server or network."""
 
+import os
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from film.tables import read_about
-from utils import write_text
+from utils import printable, write_text
 
 PAGE = "index.html"
 STYLE = """
@@ -39,7 +40,7 @@ def _entry(stem: Path, about: Mapping[str, Any], out: Path) -> str:
         for suffix in suffixes:
             path = stem.with_name(stem.name + suffix)
             if (out / path).is_file():
-                yield suffix, quote(path.as_posix())
+                yield suffix, quote(os.fsencode(path.as_posix()))
 
     is_film, shown = about["kind"] == "film", []
     for _, link in there(".mp4"):
@@ -54,6 +55,5 @@ def _entry(stem: Path, about: Mapping[str, Any], out: Path) -> str:
     facts += [f"{about['duration']:.1f} s"] if "duration" in about else []
     facts += [f"presence up to {about['presence']:.2f}"] if "presence" in about else []
     facts += ["interrupted"] * (not about.get("complete")) + [escape(text) for text in about.get("decisions", ())]
-    return (
-        f"<article><h2>{escape(str(stem))}</h2><p class=soft>{'; '.join(facts)}; {links}</p>{''.join(shown)}</article>"
-    )
+    head = f"<h2>{escape(printable(stem))}</h2><p class=soft>{'; '.join(facts)}; {links}</p>"
+    return f"<article>{head}{''.join(shown)}</article>"

@@ -1,19 +1,30 @@
 """A picture of a whole film: some of its frames, its spectrogram, and how present the source is over time."""
 
+import warnings
+from functools import cache
 from pathlib import Path
 
 import cv2
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 
 from audio_io import N_FFT, SAMPLE_RATE, power_spectrogram
-from utils import atomic_path
+from utils import atomic_path, printable
 
 COLUMNS = 1000  # of the spectrogram
 FRAMES, FRAME_HEIGHT = 8, 150  # pixels
 INCHES, DOTS = 12.0, 100
+FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Hiragino Sans", "Yu Gothic")
 PRESENCE, LIT = "#d55e00", "#0072b2"  # Okabe and Ito
+
+
+@cache
+def _fonts() -> list[str]:
+    """Those of FONTS that are there, tried in turn for each letter of a title."""
+    there = {font.name for font in fontManager.ttflist}
+    return [name for name in FONTS if name in there]
 
 
 class Strip:
@@ -52,7 +63,7 @@ class Strip:
         figure = Figure(figsize=(INCHES, 5.4), dpi=DOTS)
         FigureCanvasAgg(figure)
         left, width = 0.055, 0.92
-        figure.text(left, 0.955, title, fontsize=12, parse_math=False)
+        figure.text(left, 0.955, printable(title), fontsize=12, fontfamily=_fonts(), parse_math=False)
         top = figure.add_axes((left, 0.63, width, 0.31))
         top.imshow(self._mosaic(round(INCHES * DOTS * width)), aspect="auto", interpolation="bilinear")
         top.set_axis_off()
@@ -72,7 +83,8 @@ class Strip:
         curve.set_xlabel("s")
         curve.grid(alpha=0.25)
         curve.legend(loc="upper right", ncols=2, fontsize=8, framealpha=0.8)
-        with atomic_path(path) as temporary:
+        with atomic_path(path) as temporary, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # of a script that no font here has: boxes
             figure.savefig(temporary, format="png", pil_kwargs={"compress_level": 3})
 
     def _mosaic(self, width: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from film.localizer import Step
-from utils import atomic_path, strict_json, write_text
+from utils import atomic_path, printable, strict_json, write_text
 
 COLUMNS = (
     "time", "presence", "lit_share", "peak_x", "peak_y", "peak_value", "box_left", "box_top", "box_right", "box_bottom",
@@ -94,4 +94,4 @@ def write_failures(path: Path, failures: Sequence[tuple[str, str]]) -> None:
         return
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("file", "reason"), *failures])
-    write_text(path, text.getvalue().encode("utf-8", "backslashreplace").decode())
+    write_text(path, printable(text.getvalue()))

@@ -1,11 +1,12 @@
 """Which files are inputs, which sounds belong to them, and what their outputs are called."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from film.inputs import find_tasks, name_outputs
-from utils import UserError
+from utils import UserError, write_text
 
 
 def touch(root, *names):
@@ -50,3 +51,14 @@ def test_no_two_inputs_write_the_same_file():
     assert len(set(written)) == len(written) and "failures.csv" not in written
     assert [str(stem) for stem in stems][4:6] == ["sub/a", "b"] and str(stems[9]) == "c.d"
     assert name_outputs([Path("x.mp4"), Path("y.mp4")]) == [Path("x"), Path("y")]
+
+
+@pytest.mark.parametrize("letter", ["y", "夏", os.fsdecode(b"\xe9")])
+def test_names_of_any_length_leave_room_for_what_is_added_to_them(letter, tmp_path):
+    longest = letter * (250 // len(os.fsencode(letter)))
+    root = touch(tmp_path / "in", f"{longest}.mp4", f"{longest[:-1]}.mp4", "short.mp4")
+    tasks = find_tasks([root], tmp_path / "out", None)
+    (tmp_path / "out").mkdir()
+    for path in [path for task in tasks for path in task.files()]:
+        write_text(path, "")
+    assert len({task.stem for task in tasks}) == 3 and tmp_path / "out" / "short" in {task.stem for task in tasks}

@@ -1,5 +1,6 @@
 """The index over all results: what it shows, and that no name can inject anything."""
 
+import os
 import re
 
 from film.page import write_index
@@ -30,3 +31,11 @@ def test_names_cannot_inject(tmp_path):
     (tmp_path / f"{name}.mp4").write_bytes(b"")
     text = write_index(tmp_path).read_text()
     assert "<img src=x" not in text and "%22%3E%3Cimg%20src%3Dx" in text and "&lt;img" in text
+
+
+def test_a_name_that_is_no_utf8_is_shown_and_linked_by_its_bytes(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    entry(tmp_path, name, "film", duration=1.0)
+    (tmp_path / f"{name}.mp4").write_bytes(b"")
+    text = write_index(tmp_path).read_text(encoding="utf-8")
+    assert 'src="caf%E9.mp4"' in text and "caf\\udce9</h2>" in text

@@ -1,5 +1,8 @@
 """The picture of a film: which frames, which sound, in constant memory."""
 
+import os
+import warnings
+
 import numpy as np
 from moving_films import moving_square, tone
 from PIL import Image
@@ -32,3 +35,10 @@ def test_a_film_that_ends_early_or_holds_next_to_nothing_is_drawn(tmp_path):
     assert (strip._decibels()[:, COLUMNS // 2 :] == strip._decibels().min()).all()
     strip.draw(tmp_path / "b.png", np.array([0.0]), np.array([-0.5]), np.array([1.0]), "b")
     assert (tmp_path / "b.png").stat().st_size > 1000
+
+
+def test_a_title_in_any_script_or_none_is_no_error_and_no_warning(tmp_path):
+    for title in ("日本語 żółć", os.fsdecode(b"caf\xe9")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Strip(1.0).draw(tmp_path / "a.png", np.zeros(1), np.zeros(1), np.zeros(1), title)

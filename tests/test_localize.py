@@ -32,10 +32,11 @@ def folder(tmp_path_factory):
     (root / "cut.mp4").write_bytes((root / "film.mp4").read_bytes()[:3000])
     films.write_film(root / "mute.mp4", 1, sound=None)
     films.write_film(root / "sound.m4a", 1, picture=None)
+    (root / "gone.mp4").symlink_to("nowhere.mp4")
     return root
 
 
-BAD = {"empty.mp4", "text.mp4", "cut.mp4", "mute.mp4", "sound.m4a"}
+BAD = {"empty.mp4", "text.mp4", "cut.mp4", "mute.mp4", "sound.m4a", "gone.mp4"}
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def localize(cli, checkpoint, tmp_path):
 def test_a_folder_is_done_but_for_what_is_bad_which_is_named_and_a_second_run_does_nothing(localize, folder, tmp_path):
     done = localize(folder)
     assert done.returncode == 0, done.stderr
-    assert "3 made, 0 there already, 5 failed" in done.stdout and "no universal threshold" in done.stdout
+    assert "3 made, 0 there already, 6 failed" in done.stdout and "no universal threshold" in done.stdout
     out = tmp_path / "out"
     for name in ("film.mp4", "film.csv", "film.json", "film.png", "sub/film.mp4", "photo.png", "photo.csv"):
         assert (out / name).stat().st_size > 0
@@ -58,15 +59,16 @@ def test_a_folder_is_done_but_for_what_is_bad_which_is_named_and_a_second_run_do
         failures = {row["file"].rpartition("/")[2]: row["reason"] for row in csv.DictReader(file)}
     assert failures.keys() == BAD and all(failures.values())
     assert "sound" in failures["mute.mp4"] and "image" in failures["sound.m4a"] and "empty" in failures["empty.mp4"]
+    assert failures["gone.mp4"] == "No such file or directory"
     assert not [path for path in out.rglob("*") if path.stem.split("_")[0] in ("empty", "text", "cut", "mute", "sound")]
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")}
     again = localize(folder)
-    assert "0 made, 3 there already, 5 failed" in again.stdout
+    assert "0 made, 3 there already, 6 failed" in again.stdout
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")}
     other = localize(folder / "film.mp4", "--show", "relative")
     assert other.returncode == 0 and (out / "film.mp4").stat().st_mtime_ns > before[out / "film.mp4"]
     os.utime(folder / "sub" / "film.mov", (1, 1))
-    assert "2 made, 1 there already, 5 failed" in localize(folder, "--show", "relative").stdout
+    assert "2 made, 1 there already, 6 failed" in localize(folder, "--show", "relative").stdout
 
 
 @pytest.mark.parametrize("name", sorted(BAD))
@@ -84,6 +86,14 @@ def test_an_image_needs_a_sound(localize, folder, tmp_path):
     assert done.returncode == 2 and "text.mp4" in done.stderr
     done = localize(folder / "mute.mp4", "--sound", folder / "photo.wav")
     assert done.returncode == 0 and (tmp_path / "out" / "mute.mp4").is_file()
+
+
+def test_a_film_of_a_millisecond_and_a_name_that_is_no_utf8(localize, tmp_path):
+    film = films.write_film(tmp_path / "film.mp4", 0.001, fps=1000, times=[0.0])
+    done = localize(film.rename(tmp_path / os.fsdecode(b"caf\xe9.mp4")))
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "out" / os.fsdecode(b"caf\xe9.csv")).read_text().splitlines()
+    assert len(rows) == 2 and rows[1].startswith("0.0,") and (tmp_path / "out" / "index.html").is_file()
 
 
 def test_files_of_others_are_not_replaced(localize, folder, tmp_path):
@@ -167,7 +177,7 @@ def test_several_processes_give_the_same_and_are_stopped_together(checkpoint, fo
     """Told by a signal to the first process alone, as a scheduler sends it."""
     process = start(checkpoint, folder, "--out", tmp_path / "two", "--workers", 2)
     said, errors = process.communicate(timeout=300)
-    assert process.returncode == 0 and "3 made, 0 there already, 5 failed" in said, errors
+    assert process.returncode == 0 and "3 made, 0 there already, 6 failed" in said, errors
     localize(folder, out=tmp_path / "one")
     for name in ("film.csv", "sub/film.csv", "photo.csv", "failures.csv"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text(), name
