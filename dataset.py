@@ -62,7 +62,7 @@ from audio_io import (
     with_noise,
 )
 from maps import MAP_SIZE
-from transforms import augmentation, draw_bands, load_image, normalise, resize_whole
+from transforms import augmentation, draw_bands, load_image, normalise, resize_whole, same_image
 from utils import Absent, Undecodable, UserError, as_user_error, end_workers, lacking_shared_memory
 
 CPU = torch.device("cpu")
@@ -668,17 +668,24 @@ def build_ground_truth(
         sources = read_silent_pairs(Path(metadata) / row.silent)
         others = frozenset(sources)
         ids, silent = [*ids, *sources], silent | others
+    asked = interactive
     interactive = interactive if row.annotation is None else row.interactive
     if interactive is None:
         interactive = bool(_several_sources(sources, silent))
-    units = {i: image for i, (image, _) in sources.items()}
+    units, notes = {i: image for i, (image, _) in sources.items()}, []
     if interactive:
-        units = units or {i: i.rpartition("_")[0] or i for i in ids}
-        if row.annotation is None and not _shared_by([i for i in ids if i not in silent], units):
+        told_by_name = row.annotation is not None or asked
+        units |= {i: i.rpartition("_")[0] or i if told_by_name else i for i in ids if i not in units}
+        shared = _shared_by([i for i in ids if i not in silent], units)
+        if row.annotation is None and not shared:
             raise UserError(
                 f"--interactive true, but no image of {annotation} has two entries: those of one image share their "
                 "name up to the last underscore (dogs_1, dogs_2), or name `image` and `audio`"
             )
+        named = {units[i] for i in sources}
+        if by_name := [] if row.annotation else sorted(shared - named):
+            example = by_name[0], first_ids([i for i in ids if units[i] == by_name[0]], 3)
+            notes = [f"{len(by_name)} images by the names of their entries, as {example[0]} of {example[1]}"]
     seen = in_view(folder, ids) if row.lists_in_root else {}
     if units and not seen:
         seen = seen_together({i: units.get(i, i) for i in ids}, class_of, silent)
@@ -694,6 +701,7 @@ def build_ground_truth(
         interactive=interactive,
         sources=sources,
         seen=seen,
+        notes=notes,
     )
     return with_labels(truth, Path(metadata) / row.labels) if row.labels else truth
 
@@ -786,7 +794,22 @@ def build_test_set(
     folder = data_root(row, root, "--test_data_path")
     ground_truth = build_ground_truth(name, root, gt_path, metadata, test_list, interactive)
     pairs, missing = find_pairs(folder, row.layout, ground_truth.ids, allow_missing, ground_truth.sources)
+    if row.annotation is None and ground_truth.interactive:
+        check_copies(pairs, ground_truth.unit_of, ground_truth.silent)
     return EvaluationPairs(pairs, ground_truth, missing, image_size, audio_seconds)
+
+
+def check_copies(pairs: Sequence[Pair], units: Mapping[str, str], silent: Collection[str]) -> None:
+    """UserError where pairs of one unit show different images: `--interactive true` tells images by their names."""
+    first: dict[str, Pair] = {}
+    for pair in pairs:
+        other = first.setdefault(units[pair.id], pair) if pair.id not in silent else pair
+        if other.image != pair.image and not same_image(other.image, pair.image):
+            raise UserError(
+                f"--interactive true: {other.id} and {pair.id} would be sources of one image, "
+                f"{units[pair.id]}, by their names up to the last underscore, but show different images: name `image` "
+                "and `audio` of each entry"
+            )
 
 
 def _truth_or_nothing(truth_of: Callable, nothing: frozenset[str], name: str) -> torch.Tensor:

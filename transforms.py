@@ -3,6 +3,7 @@
 H x W image, F bins, L frames.
 """
 
+import filecmp
 import struct
 from collections.abc import Callable
 from functools import cache
@@ -172,6 +173,25 @@ def load_image(path: str | Path, short_side: int | None = None) -> Image.Image:
             return on_white(image)
     except (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot decode the image {path}: {error}") from error
+
+
+SKETCH = 32  # pixels along a side of what is left of images to compare them
+ALIKE = 6.0  # mean difference of two sketches, 0..255: a copy that was compressed anew stays below
+
+
+def same_image(one: str | Path, other: str | Path) -> bool:
+    """Whether two files show the same image, also where one is a copy that was scaled or compressed anew.
+
+    True where one of them cannot be decoded, which is told when its turn comes.
+    """
+    try:
+        if filecmp.cmp(one, other, shallow=False):
+            return True
+        sketches = [load_image(path, SKETCH).resize((SKETCH, SKETCH), Image.Resampling.BOX) for path in (one, other)]
+    except (OSError, ValueError):
+        return True
+    one, other = (np.asarray(sketch, float) for sketch in sketches)
+    return float(np.abs(one - other).mean()) <= ALIKE
 
 
 def on_white(image: Image.Image) -> Image.Image:

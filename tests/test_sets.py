@@ -235,6 +235,21 @@ def test_an_image_that_entries_name_with_different_audio_makes_a_set_interactive
     assert "IIoU" not in named["maps"]["AUD"] and named["retrieval"] == {}, "an image has two classes"
 
 
+def test_names_that_happen_to_begin_alike_make_no_image_of_several_sources(scenes, score, tmp_path):
+    entries = json.loads((scenes / "named.json").read_text())
+    for number, scene in enumerate("ab"):  # as the frames of one video: the same name up to the number, other images
+        for folder, suffix, source in (("frames", "png", f"scene-{scene}"), ("audio", "wav", f"dog-{scene}")):
+            content = (scenes / folder / f"{source}.{suffix}").read_bytes()
+            (scenes / folder / f"video_{number}.{suffix}").write_bytes(content)
+        entries.append({"file": f"video_{number}", "class": "dog", "bbox": [[0, 0, 0.5, 1]]})
+    (scenes / "mixed.json").write_text(json.dumps(entries))
+    assert score("--test_gt_path", scenes / "mixed.json")["custom"]["maps"]["AUD"]["images"] == 2
+    with pytest.raises(AssertionError, match="video_0 and video_1 would be sources of one image, video"):
+        score("--test_gt_path", scenes / "mixed.json", "--interactive", "true", out="flagged")
+    told = build_ground_truth("custom", None, scenes / "plain.json", "", interactive=True).notes
+    assert told == ["2 images by the names of their entries, as a of a_dog, a_cat"]
+
+
 def test_off_screen_sounds_of_an_own_set_are_of_no_source_in_the_image(tmp_path):
     kinds = {"one": "dog cat", "two": "cat bird", "three": "bird horse", "four": "horse dog", "five": "cow hen"}
     entries = [

@@ -170,3 +170,14 @@ def test_images_are_resized_as_pillow_13_does_it_whatever_version_is_there(shape
     for size in (112, 224):
         own = image.resize((size, size), Image.Resampling.BICUBIC)
         assert np.array_equal(transforms.resize_whole(image, size), np.asarray(own))
+
+
+def test_a_copy_that_was_compressed_anew_is_the_same_image_and_another_is_not(tmp_path):
+    one, other = pictures(2)
+    one.save(tmp_path / "one.png")
+    one.resize((320, 180)).save(tmp_path / "copy.jpg", quality=60)
+    other.save(tmp_path / "other.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert transforms.same_image(tmp_path / "one.png", tmp_path / "copy.jpg")
+    assert not transforms.same_image(tmp_path / "one.png", tmp_path / "other.png")
+    assert transforms.same_image(tmp_path / "one.png", tmp_path / "broken.png"), "told when its turn comes"
