@@ -9,6 +9,7 @@ unless --measured names what `benchmark gpu` wrote.
 """
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -96,7 +97,8 @@ def add_flags(parser) -> None:
 def run(args) -> Iterator[Timing]:
     if args.gpus and args.batch_size % args.gpus:
         raise UserError(f"--batch_size {args.batch_size} must be a multiple of --gpus {args.gpus}")
-    tflops = (measured_tflops(args.measured),) if args.measured else tuple(sorted(args.gpu_tflops))
+    own = args.batch_size / max(args.gpus, 1)
+    tflops = (measured_tflops(args.measured, own),) if args.measured else tuple(sorted(args.gpu_tflops))
     epochs = args.epochs or RECIPES["paper" if args.pairs <= SMALL_SET else "paper_144k"]["epochs"]
     views = CACHED_VIEWS if args.freeze_image else 0
     shape = args.pairs, args.gpus, args.cores, args.batch_size, epochs, views
@@ -106,10 +108,11 @@ def run(args) -> Iterator[Timing]:
     yield from plan(costs, wanted)
 
 
-def measured_tflops(path: Path) -> float:
-    """TFLOP/s of the fastest step that `benchmark gpu` measured. UserError where the file has none."""
+def measured_tflops(path: Path, batch: float) -> float:
+    """TFLOP/s of the step that `benchmark gpu` measured with the nearest batch. UserError where the file has none."""
     try:
-        return max(float(step["tflops"]) for step in json.loads(path.read_text())["steps"])
+        steps = json.loads(path.read_text())["steps"]
+        return float(min(steps, key=lambda step: abs(math.log(step["batch"] / batch)))["tflops"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--measured {path} is not what benchmark gpu writes: {error!r:.80}") from error
 

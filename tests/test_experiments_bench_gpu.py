@@ -19,6 +19,7 @@ def failing(setting):
 def one_step(setting):
     assert (setting.data / "train.txt").is_file()
     yield Row("batch 64", 8.0, "ms", {"batch": 64, "ms": 8.0, "pairs_per_second": 8000.0, "tflops": 323.0})
+    yield Row("batch 256", 24.0, "ms", {"batch": 256, "ms": 24.0, "pairs_per_second": 10667.0, "tflops": 430.0})
     yield Row("note", "of words")
 
 
@@ -50,13 +51,14 @@ def test_a_part_that_fails_is_a_row_and_the_next_one_follows(cli, two_parts, tmp
         ("breaks", "first", 1.5),
         ("breaks", "FAILED", failure),
         ("works", "batch 64", 8.0),
+        ("works", "batch 256", 24.0),
         ("works", "note", "of words"),
     ]
     assert report["failed"] == ["breaks"] and report["about"]["quick"] is True and "revision" in report["about"]
     page = (tmp_path / "report.txt").read_text()
     assert page in done.stdout and failure in page and "parts that failed or were left out: breaks" in page
     assert len(page.splitlines()) < 70
-    assert measured_tflops(tmp_path / "report.json") == 323.0
+    assert [measured_tflops(tmp_path / "report.json", batch) for batch in (4, 100, 150, 1024)] == [323, 323, 430, 430]
 
 
 def test_parts_that_would_begin_too_late_are_left_out_and_named(two_parts, monkeypatch):
