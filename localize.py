@@ -22,7 +22,7 @@ from film.jobs import Outcome, Settings, describe_settings, is_done, run_all
 from film.localizer import Box, Localizer, Peak, Step, add_window
 from film.page import write_index
 from film.render import SHOWS, Look, Outputs
-from film.tables import read_about, write_failures
+from film.tables import FAILURES, PAGE, read_about, write_failures
 from utils import ArgumentParser, UserError, add_boolean, number, pick_device, run_cli
 
 __all__ = ["Box", "Localizer", "Peak", "Step"]
@@ -62,21 +62,21 @@ def parse_args():
 def report(done: Sequence[tuple[Task, Outcome]], skipped: int, out: Path) -> None:
     """Say what was made; UserError where something that was asked for failed, or all did."""
     failed = [(task, outcome.reason) for task, outcome in done if outcome.reason]
-    write_failures(out / "failures.csv", sorted((str(task.source), reason) for task, reason in failed))
+    write_failures(out / FAILURES, sorted((str(task.source), reason) for task, reason in failed))
     made = [task for task, outcome in done if not outcome.reason]
     if len(made) == 1:
         about = read_about(Outputs(made[0].stem).file(".json")) or {}
         for decision in about.get("decisions", ()):
             print(f"{made[0].source}: {decision}")
         print(f"presence up to {about.get('presence', 0):.3f}; written: {made[0].stem}.*")
-    if len(done) + skipped > 1:
-        print(f"{len(made)} made, {skipped} there already, {len(failed)} failed; to look at: {out / 'index.html'}")
+    if skipped or len(done) > 1:
+        print(f"{len(made)} made, {skipped} there already, {len(failed)} failed; to look at: {out / PAGE}")
     if failed and (any(task.asked_for for task, _ in failed) or not (made or skipped)):
         source, reason = failed[0][0].source, failed[0][1]
-        more = f" (and {len(failed) - 1} more: {out / 'failures.csv'})" if len(failed) > 1 else ""
+        more = f" (and {len(failed) - 1} more: {out / FAILURES})" if len(failed) > 1 else ""
         raise UserError(f"{source}: {reason}{more}")
     if failed:
-        print(f"which, and why: {out / 'failures.csv'}")
+        print(f"which, and why: {out / FAILURES}")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset import LAYOUTS
+from film.tables import FAILURES, MADE_BY, PAGE, read_about
 from utils import UserError, cut_to_bytes
 
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".aiff", ".aif", ".wma", ".mka")
@@ -32,12 +33,15 @@ def find_tasks(inputs: Sequence[Path], out: Path, sound: Path | None) -> list[Ta
 
     A sound file of the same name beside an image, or in the folder of sounds beside its folder (`dataset.LAYOUTS`), is
     the sound of that image and no input; sound: a file that all inputs take instead. UserError for an input that is not
-    there, and where an output would replace an input.
+    there or a folder without files, and where an output would replace an input.
     """
     found: list[tuple[Path, Path, bool]] = []  # source, its name below --out, whether it was named itself
     for given in inputs:
         if given.is_dir():
-            found += [(path, path.relative_to(given), False) for path in walk(given, out)]
+            below = [(path, path.relative_to(given), False) for path in walk(given, out)]
+            if not below:
+                raise UserError(f"{given} holds no files to look at")
+            found += below
         elif given.exists():
             found.append((given, Path(given.name), True))
         else:
@@ -59,13 +63,23 @@ def find_tasks(inputs: Sequence[Path], out: Path, sound: Path | None) -> list[Ta
 
 
 def walk(folder: Path, out: Path) -> Iterable[Path]:
-    """Every file in or below a folder, sorted, but for hidden ones and those in `out`."""
+    """Every file in or below a folder, sorted, but for hidden ones, those below `out`, and what was made by us."""
     excluded = out.resolve()
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and Path(parent, name).resolve() != excluded
         )
-        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+        made = _made(Path(parent), names)
+        yield from (Path(parent, name) for name in sorted(names) if not (name.startswith(".") or name in made))
+
+
+def _made(folder: Path, names: Iterable[str]) -> set[str]:
+    """What an earlier run left in a folder, which may hold its inputs, too."""
+    found = {PAGE, FAILURES}
+    for name in names:
+        if name.endswith(".json") and (read_about(folder / name) or {}).get("made_by") == MADE_BY:
+            found |= {name.removesuffix(".json") + suffix for suffix in WRITTEN}
+    return found
 
 
 def sounds_beside(sources: Sequence[Path]) -> dict[Path, Path]:

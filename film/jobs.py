@@ -19,11 +19,9 @@ import media
 from film.inputs import Task
 from film.localizer import Localizer
 from film.render import Look, Outputs, render_clip, render_image
-from film.tables import read_about
+from film.tables import MADE_BY, read_about
 from media import MediaError
 from utils import Unwritable, UserError, write_json
-
-MADE_BY = "localize.py"
 
 
 class Settings(NamedTuple):

@@ -20,6 +20,8 @@ import numpy as np
 from film.localizer import Step
 from utils import atomic_path, printable, strict_json, write_text
 
+MADE_BY = "localize.py"  # what the head of every JSON says
+PAGE, FAILURES = "index.html", "failures.csv"  # about all inputs
 COLUMNS = (
     "time", "presence", "lit_share", "peak_x", "peak_y", "peak_value", "box_left", "box_top", "box_right", "box_bottom",
 )  # fmt: skip

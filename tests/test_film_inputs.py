@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from film.inputs import find_tasks, name_outputs
-from utils import UserError, write_text
+from utils import UserError, write_json, write_text
 
 
 def touch(root, *names):
@@ -24,6 +24,17 @@ def test_a_folder_is_searched_but_for_hidden_files_and_the_outputs(tmp_path):
     assert not any(task.asked_for for task in tasks)
 
 
+def test_what_an_earlier_run_made_beside_its_inputs_is_no_input(tmp_path):
+    root = touch(tmp_path, "sub/photo.jpg", "sub/photo.wav", "sub/photo.png", "sub/photo.csv", "index.html", "x.json")
+    before = find_tasks([root], root / "out", None)
+    about = {"made_by": "localize.py", "kind": "image"}
+    write_json(root / "sub" / "photo.json", {"about": about, "steps": []})
+    (other, task) = find_tasks([root], root / "out", None)
+    assert task.source == root / "sub" / "photo.jpg" and task.stem == root / "out" / "sub" / "photo"
+    assert other.source == root / "x.json" and len(before) == 4
+    assert find_tasks([root / "sub" / "photo.png"], root / "out", None)[0].asked_for
+
+
 def test_an_image_takes_the_sound_of_its_name_beside_it_or_in_the_folder_of_sounds(tmp_path):
     root = touch(tmp_path, "photo.jpg", "photo.WAV", "alone.png", "only.mp3", "frames/x.jpg", "audio/x.flac")
     tasks = {task.source.name: task for task in find_tasks([root], tmp_path / "out", None)}
@@ -38,6 +49,9 @@ def test_an_input_that_is_not_there_and_an_output_over_an_input_are_refused(tmp_
     root = touch(tmp_path, "a.mp4", "b_mask.mp4", "b.avi")
     with pytest.raises(UserError, match=r"no file or folder .*absent"):
         find_tasks([root / "absent"], root / "out", None)
+    (root / "empty" / "below").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"empty holds no files"):
+        find_tasks([root / "a.mp4", root / "empty"], root / "out", None)
     with pytest.raises(UserError, match=r"would replace the input .*a\.mp4"):
         find_tasks([root / "a.mp4"], root, None)
     with pytest.raises(UserError, match="would replace the input"):

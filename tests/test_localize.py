@@ -82,6 +82,8 @@ def test_an_image_needs_a_sound(localize, folder, tmp_path):
     assert done.returncode == 2 and "--sound FILE" in done.stderr
     done = localize(folder / "photo.jpg", "--sound", folder / "film.mp4")
     assert done.returncode == 0 and read_about(tmp_path / "out" / "photo.json")["complete"]
+    done = localize(folder / "photo.jpg", "--sound", folder / "film.mp4")
+    assert done.returncode == 0 and "0 made, 1 there already" in done.stdout
     done = localize(folder / "photo.jpg", "--sound", folder / "text.mp4")
     assert done.returncode == 2 and "text.mp4" in done.stderr
     done = localize(folder / "mute.mp4", "--sound", folder / "photo.wav")
