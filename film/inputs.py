@@ -46,7 +46,10 @@ def find_tasks(inputs: Sequence[Path], out: Path, sound: Path | None) -> list[Ta
             found.append((given, Path(given.name), True))
         else:
             raise UserError(f"there is no file or folder {given}")
-    sources = list(dict.fromkeys(source for source, *_ in found))
+    if sound and not sound.is_file():
+        raise UserError(f"there is no file {sound} for --sound")
+    found = _each_once(found)
+    sources = [source for source, *_ in found]
     sound_of = {} if sound else sounds_beside(sources)
     partners = set(sound_of.values())
     found = [entry for entry in found if entry[2] or entry[0] not in partners]
@@ -60,6 +63,16 @@ def find_tasks(inputs: Sequence[Path], out: Path, sound: Path | None) -> list[Ta
         if clash := [path for path in task.files() if path.resolve() in taken]:
             raise UserError(f"--out {out} would replace the input {clash[0]}: choose another folder")
     return tasks
+
+
+def _each_once(found: Sequence[tuple[Path, Path, bool]]) -> list[tuple[Path, Path, bool]]:
+    """A file that is named twice, or in a folder that is named, too, is one input."""
+    kept: dict[Path, tuple[Path, Path, bool]] = {}
+    for source, name, asked_for in found:
+        key = Path(os.path.normpath(source.absolute()))
+        first = kept.setdefault(key, (source, name, asked_for))
+        kept[key] = (*first[:2], first[2] or asked_for)
+    return list(kept.values())
 
 
 def walk(folder: Path, out: Path) -> Iterable[Path]:

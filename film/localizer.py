@@ -326,7 +326,7 @@ def opened(film: str | Path, sound: str | Path | None = None) -> Iterator[tuple[
     """A film, and what its sound is read from: itself, or the file `sound`. MediaError where either lacks its part."""
     with media.open(film) as shown:
         if not shown.has_image:
-            raise MediaError(film, "no image: it holds sound only")
+            raise MediaError(film, "no image: it holds sound only" if shown.has_sound else "neither image nor sound")
         if sound is None:
             if not shown.has_sound:
                 raise MediaError(film, "no sound: --sound FILE gives it one")

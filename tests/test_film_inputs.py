@@ -24,6 +24,18 @@ def test_a_folder_is_searched_but_for_hidden_files_and_the_outputs(tmp_path):
     assert not any(task.asked_for for task in tasks)
 
 
+def test_a_file_that_is_named_twice_is_one_input_and_a_sound_that_is_not_there_is_told_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(touch(tmp_path, "in/a.mp4", "in/b.mp4"))
+    given = [Path("in"), Path("in/a.mp4"), tmp_path / "in" / "a.mp4", Path("in/../in/a.mp4")]
+    tasks = find_tasks(given, Path("out"), None)
+    assert [(task.source.name, task.stem.name, task.asked_for) for task in tasks] == [
+        ("a.mp4", "a", True),
+        ("b.mp4", "b", False),
+    ]
+    with pytest.raises(UserError, match=r"no file absent\.wav for --sound"):
+        find_tasks(given, Path("out"), Path("absent.wav"))
+
+
 def test_what_an_earlier_run_made_beside_its_inputs_is_no_input(tmp_path):
     root = touch(tmp_path, "sub/photo.jpg", "sub/photo.wav", "sub/photo.png", "sub/photo.csv", "index.html", "x.json")
     before = find_tasks([root], root / "out", None)
