@@ -142,6 +142,7 @@ class Drawing:
         self.track.until(step.time + 1 / self.fps, self.film)
 
     def close(self, end: float) -> None:
+        self.strip.until(end)
         self.track.until(end, self.film)
         for writer in filter(None, (self.film, self.mask)):
             writer.close(end)

@@ -33,20 +33,27 @@ class Strip:
     def __init__(self, duration: float) -> None:
         self.duration = max(duration, 1e-3)
         self.frames: list[tuple[float, np.ndarray]] = []
+        self._shown: np.ndarray | None = None
         self._power = np.zeros((N_FFT // 2 + 1, COLUMNS))
         self._weight = np.zeros(COLUMNS)
         self._heard = 0
 
     @property
     def next_frame(self) -> float:
-        """The time of the next frame to keep: the middle of the next of FRAMES equal parts."""
+        """When the next frame to keep is shown: in the middle of the next of FRAMES equal parts."""
         return (len(self.frames) + 0.5) * self.duration / FRAMES
 
     def see(self, time: float, image: np.ndarray) -> None:
-        """Keep the frame (H, W, 3) if one is due."""
-        if time >= self.next_frame and len(self.frames) < FRAMES:
-            width = max(1, round(image.shape[1] * FRAME_HEIGHT / image.shape[0]))
-            self.frames.append((time, cv2.resize(image, (width, FRAME_HEIGHT), interpolation=cv2.INTER_AREA)))
+        """The frame (H, W, 3) comes up at `time` s."""
+        self.until(time)
+        self._shown = image
+
+    def until(self, time: float) -> None:
+        """The last frame is shown until `time` s: kept wherever one is due before."""
+        while self._shown is not None and self.next_frame < time and len(self.frames) < FRAMES:
+            width = max(1, round(self._shown.shape[1] * FRAME_HEIGHT / self._shown.shape[0]))
+            small = cv2.resize(self._shown, (width, FRAME_HEIGHT), interpolation=cv2.INTER_AREA)
+            self.frames.append((self.next_frame, small))
 
     def hear(self, samples: np.ndarray) -> None:
         """The next samples (n,) at 16 kHz."""

@@ -14,6 +14,7 @@ def test_frames_are_spread_over_the_film_and_the_spectrogram_shows_when_it_sound
     strip = Strip(4.0)
     for time in np.arange(0, 4, 0.04):
         strip.see(time, moving_square(time, (64, 48)))
+    strip.until(4.0)
     for second in range(4):
         strip.hear(tone(second, 1.0))
     kept = [time for time, _ in strip.frames]
@@ -25,6 +26,15 @@ def test_frames_are_spread_over_the_film_and_the_spectrogram_shows_when_it_sound
     strip.draw(tmp_path / "strip.png", times, np.abs(np.sin(times)), np.abs(np.cos(times)), "a $ name_with^signs")
     with Image.open(tmp_path / "strip.png") as image:
         assert image.size == (1200, 540)
+
+
+def test_of_few_frames_each_is_shown_as_long_as_in_the_film():
+    strip = Strip(4.0)
+    for time, grey in ((0.0, 10), (1.0, 20), (2.9, 30), (2.95, 40)):
+        strip.see(time, np.full((48, 64, 3), grey, np.uint8))
+    strip.until(3.5)  # interrupted
+    assert [image[0, 0, 0] for _, image in strip.frames] == [10, 10, 20, 20, 20, 20, 40]
+    assert [time for time, _ in strip.frames] == [0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25]
 
 
 def test_a_film_that_ends_early_or_holds_next_to_nothing_is_drawn(tmp_path):
