@@ -9,7 +9,7 @@
 """
 
 from argparse import ArgumentTypeError
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +38,17 @@ from scoring.negatives import NEGATIVES
 from scoring.questions import Negatives
 from scoring.summary import ScoredBatch
 from sets import add_run_data_flags, add_test_set_flags, build_ground_truths, build_test_sets, requests
-from utils import ArgumentParser, UserError, add_boolean, add_workers, as_user_error, number, pick_device, run_cli
+from utils import (
+    ArgumentParser,
+    UserError,
+    add_boolean,
+    add_workers,
+    as_user_error,
+    check_writable,
+    number,
+    pick_device,
+    run_cli,
+)
 
 FILMS = "synthetic_video"  # a test set of films, beside those of pairs
 DEFAULT_BATCH = 256  # of training, where a checkpoint does not say
@@ -114,7 +124,10 @@ class Keepsakes:
         self.writer.add(batch.ids, batch.raw | batch.scalars | asked)
 
     def clear(self) -> None:
-        """Remove what an earlier test left here, as it does not belong to the new results; not what is scored."""
+        """Remove what an earlier test left here, as it does not belong to the new results; not what is scored.
+
+        Once these are written: where they cannot be, nothing of the earlier test is lost.
+        """
         remove_own(self.folder, keep=self.scored)
 
     def finish(self, evaluation: Evaluation) -> None:
@@ -156,7 +169,7 @@ def score_model(args) -> None:
         run = {"batch_size": args.batch_size, "workers": args.num_workers, "seed": args.seed}
         asked = negatives_by_set(args, trained, path, test_sets)
         own = "results_last" if args.checkpoint == "latest" else "results"
-        out_dir = make_out_dir(args, path.parent / (own if args.experiment_name else f"{path.stem}_results"))
+        out_dir = make_out_dir(args, path.parent / (own if args.experiment_name else f"{path.stem}_results"), asked)
         for name, dataset in test_sets.items():
             if name not in asked:
                 continue
@@ -173,9 +186,9 @@ def score_model(args) -> None:
                 evaluation.results["snr"] = {
                     level: {key: found.results[key] for key in kept} for level, found in noisy.items()
                 }
-            keepsakes.clear()
             overlap = training_overlap(path, dataset.ground_truth, [pair.id for pair in dataset.pairs])
             publish(evaluation, out_dir / name, **about_set(args, name), checkpoint=trained.about, **overlap)
+            keepsakes.clear()
             keepsakes.finish(evaluation)
             if args.diagnose:
                 batch = training_batch(path, trained, args.seed)
@@ -207,7 +220,7 @@ def score_film_set(args) -> None:
     given = {name: getattr(args, name) for name in trained.inference if getattr(args, name) is not None}
     localizer = Localizer(trained._replace(inference=trained.inference | given), device, args.window)
     own = "results_last" if args.checkpoint == "latest" else "results"
-    out_dir = make_out_dir(args, path.parent / (own if args.experiment_name else f"{path.stem}_results"))
+    out_dir = make_out_dir(args, path.parent / (own if args.experiment_name else f"{path.stem}_results"), [FILMS])
     results, rows = score_films(localizer, film_root(args), RESAMPLES, args.seed)
     publish_films(results, rows, out_dir / FILMS, testset=FILMS, checkpoint=trained.about)
 
@@ -282,14 +295,14 @@ def score_file(args) -> None:
         match_ids(stored, ground_truth, args.allow_missing)  # of all sets before the first is scored
         if ground_truth.silent and not stored.scalars:
             print(f"{name} has pairs whose source is not in view, the file no `confidence`: no AP, max_F1, presence_AP")
-    out_dir = make_out_dir(args, stored.path.with_name(f"{stored.path.stem}_results"))
+    out_dir = make_out_dir(args, stored.path.with_name(f"{stored.path.stem}_results"), truths)
     for name, ground_truth in truths.items():
         keepsakes = Keepsakes(args, out_dir / name, datasets.get(name), len(stored.ids))
         evaluation = evaluate_stored(
             stored, ground_truth, args.batch_size, args.allow_missing, args.seed, RESAMPLES, keepsakes.on_batch
         )
-        keepsakes.clear()
         publish(evaluation, out_dir / name, **about_set(args, name))
+        keepsakes.clear()
         keepsakes.finish(evaluation)
 
 
@@ -299,9 +312,11 @@ def about_set(args, name: str) -> dict[str, str]:
     return {"testset": name} | ({"test_list": test_list} if test_list else {})
 
 
-def make_out_dir(args, default: Path) -> Path:
-    """Before the work: a place that cannot be written to shows now."""
+def make_out_dir(args, default: Path, names: Iterable[str]) -> Path:
+    """Before the work: a place that cannot be written to shows now. names: of the sets, which get a folder each."""
     out_dir = Path(args.out_dir) if args.out_dir else default
+    for name in names:
+        check_writable(out_dir / name)
     out_dir.mkdir(parents=True, exist_ok=True)
     return out_dir
 

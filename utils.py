@@ -17,11 +17,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
@@ -398,6 +399,15 @@ def writing(path: str | Path, draft: str | Path | None = None):
         raise kind(f"{path} cannot be written ({error.strerror or error}){kept}") from error
 
 
+def check_writable(folder: str | Path) -> None:
+    """Before long work: Unwritable where no file can be made in the folder, or where it would be made."""
+    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(path))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise Unwritable(f"{folder} cannot be written into ({error.strerror or error})") from error
+
+
 def reserve(path: str | Path, size: int) -> None:
     """Make a file at least so many bytes long, on the disk, too. Unwritable where there is no room.
 
@@ -429,16 +439,27 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_together(texts: Mapping[str | Path, str]) -> None:
+    """Write files that belong together: where one of them cannot be written, all stay as they were."""
+    with ExitStack() as stack:
+        for path, text in texts.items():
+            stack.enter_context(atomic_path(path)).write_text(text, encoding="utf-8")
+
+
 def strict_json(value: Any, indent: int | None = None) -> str:
     """JSON that every parser reads: numbers that are not finite become null."""
     return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def json_text(value: Any) -> str:
     """Indented, but a list of numbers stays on one line."""
     text = strict_json(value, indent=2)
-    text = re.sub(r"\[\n([\s\d.,eE+\-null]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-    write_text(path, text + "\n")
+    return re.sub(r"\[\n([\s\d.,eE+\-null]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`json_text` into a file."""
+    write_text(path, json_text(value))
 
 
 def _without_nan(value: Any) -> Any:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from film.localizer import Localizer, Step
 from scoring.over_time import Moment, Seen, held, moments_of, over_time, read_films
-from utils import UserError, provenance, write_json, write_text
+from utils import UserError, json_text, provenance, write_together
 
 ROOT, CLIPS, TRUTH = Path("data/synthetic_video"), "clips", "truth.json"
 FIGURES = {  # figure: head of its column, and its unit
@@ -90,8 +90,7 @@ def publish_films(results: dict[str, Any], rows: list[dict], folder: Path, **abo
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(folder / "per_step.csv", text.getvalue())
-    write_json(folder / "results.json", results)
+    write_together({folder / "per_step.csv": text.getvalue(), folder / "results.json": json_text(results)})
     print(films_table(results))
     print(f"written: {folder / 'results.json'}, {folder / 'per_step.csv'}\n")
 

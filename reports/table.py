@@ -14,7 +14,7 @@ from reports.harder import harder_lines, percent
 from scoring.evaluate import Evaluation
 from scoring.threshold import describe_threshold
 from sets import trained_on
-from utils import provenance, write_json, write_text
+from utils import json_text, provenance, write_text, write_together
 
 INTERVAL_KEY = "cIoU interval"
 COLUMNS = {  # key of a summary: head of its column
@@ -193,8 +193,8 @@ def publish(evaluation: Evaluation, folder: Path, **about: Any) -> None:
     writer = csv.DictWriter(text, evaluation.rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(evaluation.rows)
-    write_text(folder / "per_sample.csv", text.getvalue())
-    write_json(folder / "results.json", {key: results[key] for key in keys})
+    figures = json_text({key: results[key] for key in keys})
+    write_together({folder / "per_sample.csv": text.getvalue(), folder / "results.json": figures})
     left_out = results["pairs"]["left_out"]
     if left_out:
         write_text(folder / "left_out.txt", "".join(f"{name}\n" for name in left_out))

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import shared_folder
+from conftest import files_up_to, shared_folder
 from torchvision.models import resnet18
 
 import test_model as command
@@ -86,6 +86,35 @@ def test_a_test_removes_what_an_earlier_one_wrote_and_nothing_else(checkpoint, s
     left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert left == {"results.json", "per_sample.csv", ".written", *(p.relative_to(folder).as_posix() for p in theirs)}
     assert all(path.read_bytes() == b"mine" for path in theirs)
+
+
+def test_results_that_cannot_be_written_leave_all_of_the_earlier_ones(checkpoint, synthetic_root, tmp_path, run):
+    test = (
+        "--checkpoint", checkpoint, "--testset", "synthetic", "--test_data_path", synthetic_root,
+        "--out_dir", tmp_path, "--imagenet_weights", "none",
+    )  # fmt: skip
+    assert run(*test, "--save_maps").returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "synthetic").iterdir()}
+    room = len(before[tmp_path / "synthetic" / "per_sample.csv"]) + 4096
+    with files_up_to(room):
+        done = run(*test, "--seed", 1)
+    assert done.returncode == 2 and "results.json cannot be written" in done.stderr, done.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "synthetic").iterdir()} == before
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/below", "out"])
+def test_a_place_that_cannot_be_written_into_is_told_before_anything_is_scored(
+    place, checkpoint, synthetic_root, tmp_path, run, monkeypatch
+):
+    (tmp_path / "a file").write_text("here already")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "synthetic").write_text("a file in the place of a set's folder")
+    monkeypatch.setattr("test_model.evaluate", lambda *_, **__: pytest.fail("scored first"))
+    done = run(
+        "--checkpoint", checkpoint, "--testset", "synthetic", "--test_data_path", synthetic_root,
+        "--out_dir", tmp_path / place, "--imagenet_weights", "none",
+    )  # fmt: skip
+    assert done.returncode == 2 and f"{tmp_path / place / 'synthetic'} cannot be written into" in done.stderr
 
 
 @pytest.mark.slow

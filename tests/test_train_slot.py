@@ -213,6 +213,13 @@ def test_finished_work_is_not_replaced_unless_asked(finished, synthetic_root, tr
     assert (finished[0] / "best.pth").read_bytes() == before
 
 
+def test_results_that_could_not_be_written_are_told_before_the_training(synthetic_root, tmp_path, train):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results").write_text("a file in the place of the folder")
+    done = train(synthetic_root, tmp_path, "--experiment_name", "run", "--testset", "synthetic")
+    assert done.returncode == 2 and "results cannot be written into" in done.stderr and "epoch 1" not in done.stdout
+
+
 def test_a_dry_run_touches_every_set_and_writes_nothing(synthetic_root, tmp_path, train):
     done = train(synthetic_root, tmp_path, "--testset", "synthetic", "--dry_run")
     assert done.returncode == 0, done.stderr

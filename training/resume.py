@@ -25,6 +25,7 @@ from training.step import Optimisation
 from utils import (
     UserError,
     as_user_error,
+    check_writable,
     load_checkpoint,
     random_states,
     remove_unfinished,
@@ -256,6 +257,8 @@ class RunFolder:
                 old.unlink(missing_ok=True)
             for results in ("results", "results_last"):
                 shutil.rmtree(self.path / results, ignore_errors=True)
+        if args.testset:
+            check_writable(self.path / "results")  # before the training and not after it
         write_json(self.path / "configs.json", vars(args) | self.about["model_config"])
         if left_out:
             write_text(self.path / "left_out.txt", "".join(f"{name}\t{why}\n" for name, why in left_out.items()))
