@@ -17,10 +17,11 @@ help:
 	@echo "make setup       the virtual environment alone"
 	@echo "make clean       remove what demo and objectives made, but for what the pages show"
 
+# --no-compile: modules are compiled when they are first imported, most of them never, which saves over a minute
 $(VENV)/.ready: requirements.txt requirements-dev.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 with its venv module is needed, and none was found"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -r requirements-dev.txt
 	@touch $@
 
 setup: $(VENV)/.ready
