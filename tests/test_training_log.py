@@ -15,7 +15,7 @@ from conftest import ROOT
 from wandb.proto.wandb_internal_pb2 import Record
 
 from reports.pictures import SHEET_SAMPLES, Drawer
-from training.log import RunLog, best_figures, stuck
+from training.log import RunLog, _is_logged_in, best_figures, stuck
 from utils import UserError, provenance
 
 LINES = [
@@ -178,13 +178,32 @@ def test_an_empty_variable_counts_as_none_and_what_wandb_refuses_is_one_line(tmp
         raise Refused if mode == "offline" and "WANDB_MODE" not in os.environ else AssertionError(mode)
 
     monkeypatch.setenv("WANDB_MODE", "")
-    monkeypatch.setattr(type(wandb.api), "api_key", None)
+    monkeypatch.setattr("training.log._is_logged_in", lambda: False)
     monkeypatch.setattr(wandb, "init", init)
     with pytest.raises(Refused):
         RunLog(tmp_path, "true", "mine", {})
     monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(wandb.Error("no\nentry")))
     with pytest.raises(UserError, match=r"wandb does not start \(no entry\): --wandb offline"):
         RunLog(tmp_path, "offline", "mine", {})
+
+
+def test_a_variable_that_wandb_does_not_take_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("training.log._is_logged_in", lambda: int("soon"))  # as wandb reads its settings
+    with pytest.raises(UserError, match="wandb does not start"):
+        RunLog(tmp_path, "true", "mine", {})
+
+
+@pytest.mark.parametrize("key", ["variable", "netrc", None])
+def test_a_login_is_known_by_its_key(key, tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if key == "variable":
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    if key == "netrc":
+        (tmp_path / "netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {'k' * 40}\n")
+    assert _is_logged_in() == (key is not None)
 
 
 def at_chance(count, loss=8.31, score=0.5, **more):

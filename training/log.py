@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from requests.utils import get_netrc_auth
 
 from reports.curves import plot_curves
 from utils import UserError, provenance, strict_json, write_text
@@ -153,6 +154,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def _is_logged_in() -> bool:
+    """Whether there is a key where wandb looks for one; asking wandb itself is deprecated, or waits for the network."""
+    variables = "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"
+    server = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    return any(map(os.environ.get, variables)) or get_netrc_auth(server) is not None
+
+
 def _start_wandb(folder: Path, mode: str, name: str, config: Mapping[str, Any], run_id: str | None):
     try:
         import wandb
@@ -162,10 +170,10 @@ def _start_wandb(folder: Path, mode: str, name: str, config: Mapping[str, Any], 
         ) from error
     if os.environ.get("WANDB_MODE") == "":
         del os.environ["WANDB_MODE"]  # wandb takes it for a mode of no name
-    if mode == "true" and not wandb.api.api_key and os.environ.get("WANDB_MODE") is None:
-        print("wandb: nobody is logged in, so the run is recorded offline (wandb login, then wandb sync sends it)")
-        mode = "offline"
     try:
+        if mode == "true" and os.environ.get("WANDB_MODE") is None and not _is_logged_in():
+            print("wandb: nobody is logged in, so the run is recorded offline (wandb login, then wandb sync sends it)")
+            mode = "offline"
         run = wandb.init(
             project="joint-slot-attention",
             name=name,
