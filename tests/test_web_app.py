@@ -39,6 +39,19 @@ def test_models_are_reached_by_their_names_alone(model_dir, tmp_path):
         Models(tmp_path)
 
 
+def test_what_is_no_checkpoint_is_left_out_or_told_without_a_path(checkpoint, tmp_path, capsys):
+    shutil.copy(checkpoint, tmp_path / "good.pth")
+    for name in ("a.pth", "z.safetensors"):
+        (tmp_path / name).write_text("no checkpoint")
+    models = Models(tmp_path)
+    assert models.names == ["good.pth", "z.safetensors"] and "left out: a.pth" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"^z\.safetensors cannot be read as a checkpoint$"):
+        models.describe("z.safetensors")
+    (tmp_path / "good.pth").unlink()
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        Models(tmp_path)
+
+
 def test_without_models_the_page_ends_in_one_line(cli, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="needs Gradio: pip install -r requirements-web.txt")
     done = cli("web.app", "--model_dir", tmp_path, "--port", "0")

@@ -6,7 +6,7 @@ from pathlib import Path
 from film.localizer import Localizer
 from utils import UserError
 
-ENDINGS = ("*.pth", "*/best.pth", "*/latest.pth")
+ENDINGS = ("*.pth", "*.safetensors", "*/best.pth", "*/latest.pth")
 
 
 class Models:
@@ -18,6 +18,18 @@ class Models:
         if not self.files:
             raise UserError(f"{folder} holds no checkpoint: train one, or name another folder with --model_dir")
         self._load = lru_cache(maxsize=2)(Localizer)
+        self._leave_out_until_one_loads()
+
+    def _leave_out_until_one_loads(self) -> None:
+        """The first one is shown at once, so it must be one; of the others it is told where they are chosen."""
+        for name in self.names:
+            try:
+                self.load(name)
+                return
+            except UserError as error:
+                print(f"left out: {error}")
+                del self.files[name]
+        raise UserError("none of the checkpoints can be read")
 
     @property
     def names(self) -> list[str]:
@@ -27,7 +39,10 @@ class Models:
         """UserError for an unknown name, and for a file that cannot be read."""
         if name not in self.files:
             raise UserError("there is no such model here")
-        return self._load(self.files[name])
+        try:
+            return self._load(self.files[name])
+        except UserError as error:  # which names its path
+            raise UserError(f"{name} cannot be read as a checkpoint") from error
 
     def describe(self, name: str) -> str:
         """What a model has learnt from, and whether it knows when nothing sounds, in a sentence or two."""
