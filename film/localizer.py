@@ -5,6 +5,7 @@ at which the model is asked: about the frame shown then, with a window of sound 
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -170,7 +171,7 @@ class Localizer:
 
     checkpoint: its path, or one that is loaded; device: where the model runs; window: seconds of sound around each
     frame (default: as in training); a shorter one is repeated, as training does it with short sounds; map_fps: steps
-    per second of a film. UserError for a checkpoint that cannot be read.
+    per second of a film. UserError for a checkpoint that cannot be read, and numbers that make no sense.
     """
 
     def __init__(
@@ -187,8 +188,10 @@ class Localizer:
         self.model = fuse_batch_norm(model.eval()).to(self.device, memory_format=torch.channels_last)
         shape = self.model.shape
         self.window = shape["audio_seconds"] if window is None else window
-        if self.window < SHORTEST_WINDOW:
-            raise UserError(f"a window of {self.window} s of sound is too short: {SHORTEST_WINDOW} s or more")
+        if not SHORTEST_WINDOW <= self.window < math.inf:
+            raise UserError(f"a window of {self.window} s of sound cannot be: {SHORTEST_WINDOW} s or more")
+        if not 0 < map_fps < math.inf:
+            raise UserError(f"{map_fps} steps a second are no number above 0")
         self._heard = max(num_samples(self.window), num_samples(shape["audio_seconds"]))
         self._seen = eval_transform(self.model.infer_image_size)
         self.has_threshold = self.trained.threshold is not None

@@ -1,5 +1,6 @@
 """The engine of localize.py: windows of sound, steps over a film, images and arrays."""
 
+import math
 import os
 from itertools import pairwise
 
@@ -162,6 +163,13 @@ def test_another_sound_takes_the_place_of_the_films_own(localizer, film, tmp_pat
     given = list(localizer.clip(quiet, tmp_path / "own.wav"))
     for one, other in zip(given, localizer.clip(film), strict=True):
         assert one.presence == pytest.approx(other.presence, abs=0.05)
+
+
+@pytest.mark.parametrize("setting", ["map_fps", "window"])
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf])
+def test_numbers_that_make_no_sense_are_refused(setting, value, localizer):
+    with pytest.raises(UserError, match=f"{value}"):
+        Localizer(localizer.trained, **{setting: value})
 
 
 def test_a_file_without_image_is_refused(localizer, tmp_path):
