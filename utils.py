@@ -113,6 +113,7 @@ def run_cli(main: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
             stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    sys.unraisablehook = _unless_told
     try:
         main()
     except UserError as error:
@@ -130,6 +131,14 @@ def run_cli(main: Callable[[], None]) -> None:
         if not isinstance(error, OSError):
             raise
         sys.exit(_fail(f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[-1], 2))
+
+
+def _unless_told(unraisable: Any) -> None:
+    """PyTorch tells the end of a worker from a signal handler: lost where that strikes within a destructor, and told
+    again by the loader."""
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and what_ran_out(error)):
+        sys.__unraisablehook__(unraisable)
 
 
 def _fail(message: str, status: int) -> int:

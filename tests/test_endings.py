@@ -54,6 +54,21 @@ def test_a_container_with_little_shared_memory_is_told_so(checkpoint, synthetic_
     assert all(piece in last for piece in ("/dev/shm", "--shm-size", "--num_workers 0")), last
 
 
+@pytest.mark.parametrize("text, shown", [("DataLoader worker (pid 7) is killed by signal: Killed. ", 0), ("else", 1)])
+def test_the_end_of_a_worker_is_not_told_from_a_destructor_as_well(text, shown, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""import utils
+class Connection:
+    def __del__(self):
+        raise RuntimeError({text!r})
+utils.run_cli(Connection)
+"""
+    )
+    done = run(script, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and done.stderr.count("Traceback") == shown, done.stderr
+
+
 @pytest.mark.parametrize(
     "error, pieces",
     [
