@@ -27,7 +27,7 @@ MATRIX = 4096  # rows and columns, large enough to reach a machine's limit
 def add_flags(parser) -> None:
     add_rounds(parser)
     parser.add_argument("--batch_size", type=number(int, low=2), default=32, help="pairs per batch")
-    add_boolean(parser, "--compile", "time the compiled step, too, which takes minutes to compile", True)
+    add_boolean(parser, "--compile", "time the compiled step, too: compiling the full size takes minutes")
 
 
 def add_scaling_flags(parser) -> None:
