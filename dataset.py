@@ -668,24 +668,7 @@ def build_ground_truth(
         sources = read_silent_pairs(Path(metadata) / row.silent)
         others = frozenset(sources)
         ids, silent = [*ids, *sources], silent | others
-    asked = interactive
-    interactive = interactive if row.annotation is None else row.interactive
-    if interactive is None:
-        interactive = bool(_several_sources(sources, silent))
-    units, notes = {i: image for i, (image, _) in sources.items()}, []
-    if interactive:
-        told_by_name = row.annotation is not None or asked
-        units |= {i: i.rpartition("_")[0] or i if told_by_name else i for i in ids if i not in units}
-        shared = _shared_by([i for i in ids if i not in silent], units)
-        if row.annotation is None and not shared:
-            raise UserError(
-                f"--interactive true, but no image of {annotation} has two entries: those of one image share their "
-                "name up to the last underscore (dogs_1, dogs_2), or name `image` and `audio`"
-            )
-        named = {units[i] for i in sources}
-        if by_name := [] if row.annotation else sorted(shared - named):
-            example = by_name[0], first_ids([i for i in ids if units[i] == by_name[0]], 3)
-            notes = [f"{len(by_name)} images by the names of their entries, as {example[0]} of {example[1]}"]
+    interactive, units, notes = _units_of(row, interactive, annotation, ids, sources, silent)
     seen = in_view(folder, ids) if row.lists_in_root else {}
     if units and not seen:
         seen = seen_together({i: units.get(i, i) for i in ids}, class_of, silent)
@@ -704,6 +687,41 @@ def build_ground_truth(
         notes=notes,
     )
     return with_labels(truth, Path(metadata) / row.labels) if row.labels else truth
+
+
+def _units_of(
+    row: SetRow,
+    asked: bool | None,
+    annotation: Path,
+    ids: Sequence[str],
+    sources: Mapping[str, tuple[str, str]],
+    silent: Collection[str],
+) -> tuple[bool, dict[str, str], list[str]]:
+    """Whether images have several sources, which image an id is of where that is told, and a note where names told it.
+
+    asked: what the user says of a set of one's own. UserError where that is wrong.
+    """
+    interactive = asked if row.annotation is None else row.interactive
+    if interactive is None:
+        interactive = bool(_several_sources(sources, silent))
+    units = {i: image for i, (image, _) in sources.items()}
+    if not interactive:
+        return interactive, units, []
+    told_by_name = row.annotation is not None or asked
+    units |= {i: i.rpartition("_")[0] or i if told_by_name else i for i in ids if i not in units}
+    if row.annotation is not None:
+        return interactive, units, []
+    shared = _shared_by([i for i in ids if i not in silent], units)
+    if not shared:
+        raise UserError(
+            f"--interactive true, but no image of {annotation} has two entries: those of one image share their "
+            "name up to the last underscore (dogs_1, dogs_2), or name `image` and `audio`"
+        )
+    by_name = sorted(shared - {units[i] for i in sources})
+    if not by_name:
+        return interactive, units, []
+    entries = first_ids([i for i in ids if units[i] == by_name[0]], 3)
+    return interactive, units, [f"{len(by_name)} images by the names of their entries, as {by_name[0]} of {entries}"]
 
 
 def with_labels(truth: GroundTruth, path: Path) -> GroundTruth:
