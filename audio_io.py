@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from tokenize import TokenError
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
@@ -23,7 +23,7 @@ from torch.utils.data import default_collate
 import media
 from media import SAMPLE_RATE, MediaError, mix_down
 from transforms import mask_bands
-from utils import writing
+from utils import Contents, as_file, on_disk, writing
 
 N_FFT = 512
 HOP = 160
@@ -133,7 +133,7 @@ def _load_waveform(path: str | Path, length: int | None, positions: tuple[float,
     try:
         file = _opened(path)
         if file is None:
-            with media.open(path) as opened:
+            with on_disk(path) as there, media.open(there) as opened:
                 sound = _reached(opened.sound(), length, positions)
         else:
             with file:
@@ -174,11 +174,11 @@ def _opened(path: str | Path) -> soundfile.SoundFile | None:
 
     Raises ValueError when a WAV is cut short. A WAV whose header announces less than there is is read to its end.
     """
-    if not os.path.isfile(path):
+    if not (isinstance(path, Contents) or os.path.isfile(path)):
         raise ValueError(f"cannot decode the audio {path}: no such file")
     beyond = _check_whole(path)
     try:
-        file = soundfile.SoundFile(path)
+        file = soundfile.SoundFile(as_file(path))
     except soundfile.LibsndfileError:
         return None
     unread = file.format in ("MP3", "MPEG", "OGG") or (file.format == "FLAC" and file.frames >= 2**62)
@@ -188,7 +188,7 @@ def _opened(path: str | Path) -> soundfile.SoundFile | None:
     if beyond and file.subtype in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"):
         settings = file.samplerate, file.channels, file.subtype, "LITTLE", "RAW"
         file.close()
-        with open(path, "rb") as whole:
+        with _opened_bytes(path) as whole:
             whole.seek(beyond)
             return soundfile.SoundFile(io.BytesIO(whole.read()), "r", *settings)
     return file
@@ -217,8 +217,8 @@ def _check_whole(path: str | Path) -> int:
 
     A WAV shorter than its header says decodes without an error: ValueError. See `_is_unknown` for streams.
     """
-    with open(path, "rb") as file:
-        head, size = file.read(12), os.fstat(file.fileno()).st_size
+    with _opened_bytes(path) as file:
+        head, size = file.read(12), file.seek(0, os.SEEK_END)
         length = int.from_bytes(head[4:8], "little")
         if head[:4] != b"RIFF" or head[8:] != b"WAVE":
             return 0
@@ -236,6 +236,10 @@ def _check_whole(path: str | Path) -> int:
                 return place + 8 if after < size and not other_chunks else 0
             place += 8 + length + length % 2
     return 0
+
+
+def _opened_bytes(path: str | Path) -> BinaryIO:
+    return as_file(path) if isinstance(path, Contents) else open(path, "rb")
 
 
 def _is_unknown(length: int) -> bool:

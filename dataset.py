@@ -11,7 +11,6 @@ import signal
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -83,10 +82,9 @@ class Pair(NamedTuple):
     image: str | tuple[str, ...]  # path of the image file, or of a folder of frames; several stand side by side
     audio: str | tuple[str, ...]  # path of the audio file; several sound at once
 
-    @contextmanager
-    def opened(self) -> "Iterator[Pair]":
-        """The pair with paths that decoders can read while the block lasts; pairs in shards bring their own."""
-        yield self
+    def fetched(self) -> "Pair":
+        """The pair with paths that decoders can read; those of pairs in shards are `utils.Contents`."""
+        return self
 
 
 class SetRow(NamedTuple):
@@ -400,8 +398,7 @@ class DecodedPairs(Dataset):
             if self.store:
                 sound = self.decoded(index).sound
             else:
-                with self.pairs[index].opened() as pair:
-                    sound = load_sound(pair.audio, self.audio_seconds)
+                sound = load_sound(self.pairs[index].fetched().audio, self.audio_seconds)
         return (Heard(clip_of(sound, self.audio_seconds)),)
 
     def decoded(self, index: int) -> Decoded:
@@ -423,9 +420,9 @@ class DecodedPairs(Dataset):
 
 def decode_for_evaluation(pair: Pair, image_size: int, audio_seconds: float, at: float | None = None) -> Decoded:
     """The whole image resized, each of several as large as one; the middle of the audio, or around second `at`."""
-    with pair.opened() as pair:
-        images = [resize_whole(load_image(middle_frame(path)), image_size) for path in files_of(pair.image)]
-        return Decoded(images[0] if len(images) == 1 else np.hstack(images), load_heard(pair.audio, audio_seconds, at))
+    pair = pair.fetched()
+    images = [resize_whole(load_image(middle_frame(path)), image_size) for path in files_of(pair.image)]
+    return Decoded(images[0] if len(images) == 1 else np.hstack(images), load_heard(pair.audio, audio_seconds, at))
 
 
 def files_of(paths: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -457,14 +454,14 @@ class TrainingPairs(DecodedPairs):
         self.draw_image = augmentation(image_size, augment)
 
     def _decode(self, pair: Pair) -> Decoded:
-        with pair.opened() as pair:
-            if self.views:
-                positions = (0.5, 0.5) if self.augment == "none" else TRAIN_POSITIONS
-                return Decoded(NOT_READ, load_sound(pair.audio, self.audio_seconds, positions))
-            if self.augment == "none":
-                return decode_for_evaluation(pair, self.image_size, self.audio_seconds)
-            image = np.array(load_image(self._frame(pair), 2 * self.image_size))
-            return Decoded(image, load_sound(pair.audio, self.audio_seconds, TRAIN_POSITIONS))
+        pair = pair.fetched()
+        if self.views:
+            positions = (0.5, 0.5) if self.augment == "none" else TRAIN_POSITIONS
+            return Decoded(NOT_READ, load_sound(pair.audio, self.audio_seconds, positions))
+        if self.augment == "none":
+            return decode_for_evaluation(pair, self.image_size, self.audio_seconds)
+        image = np.array(load_image(self._frame(pair), 2 * self.image_size))
+        return Decoded(image, load_sound(pair.audio, self.audio_seconds, TRAIN_POSITIONS))
 
     def batches(self, batch_size: int, lanes: tuple[int, int]) -> list[list[int]]:
         """Every full batch of the epoch; lanes: processes and data-loading workers, which change nothing here."""

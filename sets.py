@@ -236,17 +236,17 @@ def inspect_pair(pair: Pair, truth_of: Callable | None = None) -> Facts:
         if truth_of:
             truth_of(pair.id)
         content, heard, lengths = b"", [], []
-        with pair.opened() as pair:
-            for path in files_of(pair.image):
-                for frame in frames_in(path) if os.path.isdir(path) else ():
-                    load_image(frame)
-                content += load_image(middle_frame(path)).tobytes()
-            for path in files_of(pair.audio):
-                values, seconds = _whole_audio(path)
-                content += values.tobytes()  # the pixels and samples, without file headers and metadata
-                heard.append(values.any())
-                lengths.append(seconds)
-                load_spectrogram(path, SHORT_SECONDS)
+        pair = pair.fetched()
+        for path in files_of(pair.image):
+            for frame in frames_in(path) if os.path.isdir(path) else ():
+                load_image(frame)
+            content += load_image(middle_frame(path)).tobytes()
+        for path in files_of(pair.audio):
+            values, seconds = _whole_audio(path)
+            content += values.tobytes()  # the pixels and samples, without file headers and metadata
+            heard.append(values.any())
+            lengths.append(seconds)
+            load_spectrogram(path, SHORT_SECONDS)
     except (ValueError, OSError, UserError) as error:
         return Facts(" ".join(str(error).split()), False, math.nan, "")
     return Facts("", not any(heard), min(lengths), hashlib.sha1(content).hexdigest())

@@ -15,6 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 
+from utils import as_file
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPECTROGRAM_MASK_BINS = 9
 NO_IMAGES = ("EPS", "MPEG")  # of what Pillow opens: programs, which it would run, and films
@@ -162,7 +164,7 @@ def load_image(path: str | Path, short_side: int | None = None) -> Image.Image:
     Raises ValueError, naming the file, when it cannot be decoded.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(as_file(path)) as image:
             if image.format in NO_IMAGES:
                 raise ValueError(f"{image.format} is no image")
             if short_side:

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -406,6 +406,36 @@ def writing(path: str | Path, draft: str | Path | None = None):
         kept = "; the one before is kept" if path.is_file() and draft != path else ""
         kind = Unwritable if error.errno in REFUSALS else UserError
         raise kind(f"{path} cannot be written ({error.strerror or error}){kept}") from error
+
+
+class Contents(str):
+    """The name of a file that is no file of its own, as messages show it, and its `content`: a member of a shard."""
+
+    content: bytes | memoryview
+
+    def __new__(cls, name: str, content: bytes | memoryview) -> "Contents":
+        own = super().__new__(cls, name)
+        own.content = content
+        return own
+
+
+def as_file(path: str | Path) -> str | Path | io.BytesIO:
+    """What libraries open: the path, or the content that it brings."""
+    return io.BytesIO(path.content) if isinstance(path, Contents) else path
+
+
+@contextmanager
+def on_disk(path: str | Path) -> Iterator[str | Path]:
+    """A path at which also what opens nothing but paths finds the content while the block lasts."""
+    if not isinstance(path, Contents):
+        yield path
+        return
+    file = os.memfd_create("contents", os.MFD_CLOEXEC)
+    try:
+        os.pwrite(file, path.content, 0)
+        yield f"/proc/self/fd/{file}"
+    finally:
+        os.close(file)
 
 
 def check_writable(folder: str | Path) -> None:

@@ -123,21 +123,31 @@ class Files:
         for file in self._open.values():
             os.close(file)
 
-    def read(self, address: str, start: int, size: int) -> memoryview:
+    def read(self, address: str, start: int, size: int) -> bytes | memoryview:
         """`size` bytes from byte `start` on. UserError where they are not there or, after some attempts, not given."""
         if address.startswith(WEB):
             return self._read_web(address, start, size)
-        content, at = memoryview(bytearray(size)), 0
+        with self._local(address) as file:
+            content = os.pread(file, size, start)
+            while len(content) < size and (more := os.pread(file, size - len(content), start + len(content))):
+                content += more
+        if len(content) < size:
+            raise cut_short(address, start + len(content), start + size)
+        return content
+
+    def announce(self, address: str, start: int, size: int) -> None:
+        """Let the system read bytes of a local file that are asked for soon."""
+        with self._local(address) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file, start, size, os.POSIX_FADV_WILLNEED)
+
+    @contextmanager
+    def _local(self, address: str) -> Iterator[int]:
         try:
             with self._lock:  # so that no other thread closes it
-                file = self._file(address)
-                while at < size and (taken := os.preadv(file, [content[at:]], start + at)):
-                    at += taken
+                yield self._file(address)
         except OSError as error:
             raise UserError(f"the shard {address} cannot be read: {error.strerror}") from error
-        if at < size:
-            raise cut_short(address, start + at, start + size)
-        return content
 
     def _file(self, address: str) -> int:
         if address not in self._open:
@@ -233,14 +243,3 @@ def _reason(error: Exception) -> str:
     if isinstance(cause, requests.RequestException) and str(cause).startswith("HTTP status"):
         return str(cause)
     return getattr(cause, "strerror", None) or type(cause).__name__
-
-
-@contextmanager
-def file_in_memory(content: bytes | memoryview) -> Iterator[str]:
-    """A path at which decoders find the content, as if it were a file."""
-    file = os.memfd_create("shard", os.MFD_CLOEXEC)
-    try:
-        os.pwrite(file, content, 0)
-        yield f"/proc/self/fd/{file}"
-    finally:
-        os.close(file)

@@ -5,24 +5,25 @@ N pairs that take part, S shards.
 
 import os
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from torch.utils.data import get_worker_info
 
 from annotations import first_ids, read_ids
 from dataset import TRAIN_SETS, Pair, Selection, TrainingPairs
-from shards.addresses import Files, file_in_memory, shown
+from shards.addresses import WEB, Files, shown
 from shards.index import BLOCK as HEADER
 from shards.index import Index, Shard, load_index
 from shards.plan import RUN, Plan, make_plan
-from utils import UserError
+from utils import Contents, UserError
 
 GAP = 2**20  # bytes between two pairs that are read along
 MOST = 2**26  # bytes of one read
+T = TypeVar("T", bytes, memoryview)
 
 
 class ShardPair(NamedTuple):
@@ -34,15 +35,10 @@ class ShardPair(NamedTuple):
     number: int  # among those that take part
     reader: "Reader"
 
-    @contextmanager
-    def opened(self) -> Iterator[Pair]:
-        """The pair with paths to both in memory. A ValueError of what decodes them names the shard instead."""
-        contents = self.reader.get(self.number)
-        with file_in_memory(contents[0]) as image, file_in_memory(contents[1]) as audio:
-            try:
-                yield Pair(self.id, image, audio)
-            except ValueError as error:
-                raise ValueError(str(error).replace(image, self.image).replace(audio, self.audio)) from error
+    def fetched(self) -> Pair:
+        """The pair whose paths bring their contents: see `utils.Contents`."""
+        image, audio = self.reader.get(self.number)
+        return Pair(self.id, Contents(self.image, image), Contents(self.audio, audio))
 
 
 class PairsInShards(Sequence):
@@ -64,9 +60,13 @@ class PairsInShards(Sequence):
             raise IndexError(number)
         number %= len(self)
         row = self.rows[number]
-        name, shard = self.index.ids[row].decode(), self.index.shards[self.index.shard_of[row]].name
+        name, shard = self.index.ids[row].decode(), self.shard(number).name
         image, audio = (f"{shard}/{name}{suffix}" for suffix in self.index.suffixes[self.index.kinds[row]])
         return ShardPair(name, image, audio, number, self.reader)
+
+    def shard(self, number: int) -> Shard:
+        """The shard of a pair."""
+        return self.index.shards[self.index.shard_of[self.rows[number]]]
 
     @property
     def ids(self) -> list[str]:
@@ -91,7 +91,10 @@ class PairsInShards(Sequence):
 
 
 class Reader:
-    """The files of pairs: read ahead block by block where a plan says what comes, else one by one or in runs."""
+    """The files of pairs. Where a plan says what comes, the system is told block by block to read them ahead.
+
+    From the web they are fetched ahead, block by block or, without a plan, one by one or in runs.
+    """
 
     def __init__(self, pairs: PairsInShards) -> None:
         self.pairs, self.files, self.process = pairs, Files(), os.getpid()
@@ -101,42 +104,64 @@ class Reader:
         """Read in the order of this plan from now on; alone: this process does so itself, without workers."""
         self.plan, self.alone, self.last = plan, alone, -2
         self.places = None if plan is None else plan.places(len(self.pairs))
+        self._forget()
+
+    def _forget(self) -> None:
         # by lane; without a plan all is one. A resumed run leaves some pairs of its first blocks in `kept`.
+        self.blocks: dict[int, slice] = {}
         self.kept: dict[int, dict[int, tuple[memoryview, memoryview]]] = {}
         self.ahead: dict[int, Block] = {}
 
-    def get(self, number: int) -> tuple[memoryview, memoryview]:
+    def get(self, number: int) -> tuple[bytes | memoryview, bytes | memoryview]:
         """The bytes of a pair's image and audio. UserError, naming the shard, where they cannot be read."""
         if self.process != os.getpid():  # forked: locks, connections and threads stay with the parent
-            self.files, self.process, self.kept, self.ahead = Files(), os.getpid(), {}, {}
+            self.files, self.process = Files(), os.getpid()
+            self._forget()
         ahead = self.places is not None and (self.alone or get_worker_info())
         place = int(self.places[number]) if ahead else -1
         lane = self.plan.lane(place) if place >= 0 else -1
-        if number not in self.kept.get(lane, ()):
-            self.kept[lane] = self._run(number) if lane < 0 else self._block(lane, place)
+        address = self.pairs.shard(number).address
+        on_web = address.startswith(WEB)
+        if lane >= 0 and not self._is_begun(lane, place):
+            self._begin(lane, self.plan.block(place))
+        if on_web and number not in self.kept.get(lane, ()):  # without a plan, or asked for once more
+            self.kept[lane] = self._run(number)
         self.last = number
-        return self.kept[lane].pop(number)
+        return self.kept[lane].pop(number) if on_web else self._members(number, partial(self.files.read, address))
+
+    def _is_begun(self, lane: int, place: int) -> bool:
+        block = self.blocks.get(lane)
+        return block is not None and block.start <= place < block.stop
+
+    def _begin(self, lane: int, block: slice) -> None:
+        """Wait for a block of a lane; from then on the next one is read."""
+        ready = self.ahead.pop(lane, None)
+        if ready is None or ready.start != block.start:
+            ready = Block(self, block)
+        self.blocks[lane], self.kept[lane] = block, ready.result()
+        if block.stop < self.plan.starts[lane + 1]:
+            self.ahead[lane] = Block(self, self.plan.block(block.stop))
 
     def _run(self, number: int) -> dict[int, tuple[memoryview, memoryview]]:
         """The pair, and where it follows the one before it also some that come next."""
         length = RUN if number == self.last + 1 else 1
         return self.fetch(np.arange(number, min(number + length, len(self.pairs))))
 
-    def _block(self, lane: int, place: int) -> dict[int, tuple[memoryview, memoryview]]:
-        """The block of a place; from then on the next one of the lane is read."""
-        block = self.plan.block(place)
-        ready = self.ahead.pop(lane, None)
-        if ready is None or ready.start != block.start:
-            ready = Block(self, block)
-        found = ready.result()
-        if block.stop < self.plan.starts[lane + 1]:
-            self.ahead[lane] = Block(self, self.plan.block(block.stop))
+    def fetch(self, numbers: np.ndarray) -> dict[int, tuple[memoryview, memoryview]]:
+        """The bytes of pairs of shards on the web, neighbours in one read; local ones are announced to the system."""
+        found = {}
+        for address, begin, size, pairs in self._ranges(numbers):
+            if not address.startswith(WEB):
+                self.files.announce(address, begin, size)
+                continue
+            content = self.files.read(address, begin, size)
+            for number in pairs:
+                found[number] = self._members(number, partial(_part, content, begin))
         return found
 
-    def fetch(self, numbers: np.ndarray) -> dict[int, tuple[memoryview, memoryview]]:
-        """The bytes of some pairs, neighbours in one read."""
-        index, found = self.pairs.index, {}
-        rows = self.pairs.rows[numbers]
+    def _ranges(self, numbers: np.ndarray) -> Iterator[tuple[str, int, int, list[int]]]:
+        """Parts of shards that hold these pairs, neighbours together: address, begin, size, pairs."""
+        rows, index = self.pairs.rows[numbers], self.pairs.index
         files, shard_of = index.files[rows], index.shard_of[rows]
         low = np.minimum(files[:, 0], files[:, 2]) - HEADER
         high = np.maximum(files[:, 0] + files[:, 1], files[:, 2] + files[:, 3])
@@ -150,30 +175,26 @@ class Reader:
                 and high[stop] - low[start] <= MOST
             ):
                 stop += 1
-            shard = index.shards[shard_of[start]]
-            begin = int(low[start])
-            content = self.files.read(shard.address, begin, int(high[stop - 1]) - begin)
-            for at in range(start, stop):
-                parts = [int(value) for value in files[at]]
-                name = index.ids[rows[at]].decode()
-                image, audio = (
-                    checked(content, place - begin, length, shard, name)
-                    for place, length in zip(parts[::2], parts[1::2])
-                )
-                found[int(numbers[at])] = image, audio
+            begin, size = int(low[start]), int(high[stop - 1] - low[start])
+            yield index.shards[shard_of[start]].address, begin, size, numbers[start:stop].tolist()
             start = stop
-        return found
+
+    def _members(self, number: int, read: Callable[[int, int], T]) -> tuple[T, T]:
+        """A pair's files, by what reads so many bytes from a byte on. UserError unless their headers precede them."""
+        places = [int(value) for value in self.pairs.index.files[self.pairs.rows[number]]]
+        for at, size in zip(places[::2], places[1::2]):
+            header = bytes(read(max(at - HEADER, 0), HEADER))
+            if header[257:262] != b"ustar" or _octal(header[124:136]) != size:
+                pair, shard = self.pairs[number], self.pairs.shard(number)
+                raise UserError(
+                    f"the shard {shown(shard.address)} is broken, or not the one that its index speaks of: {pair.id} "
+                    "does not begin where it should; prepare_data.py check names every such shard"
+                )
+        return read(*places[:2]), read(*places[2:])
 
 
-def checked(content: memoryview, start: int, length: int, shard: Shard, name: str) -> memoryview:
-    """The bytes of a file within what was read of a shard; UserError unless its header stands before them."""
-    header = bytes(content[max(start - HEADER, 0) : start])
-    if header[257:262] == b"ustar" and _octal(header[124:136]) == length:
-        return content[start : start + length]
-    raise UserError(
-        f"the shard {shown(shard.address)} is broken, or not the one that its index speaks of: {name} does not begin "
-        "where it should; prepare_data.py check names every such shard"
-    )
+def _part(content: memoryview, begin: int, start: int, size: int) -> memoryview:
+    return content[start - begin : start - begin + size]
 
 
 def _octal(field: bytes) -> int:

@@ -31,6 +31,6 @@ def test_both_read_every_pair_once_and_the_same_content(small, tmp_path):
     assert read[0] == read[1] and read[0].keys() == {pair.id for pair in files}
     by_id = {pair.id: pair for pair in packed.pairs}
     for pair in loose.pairs:
-        with by_id[pair.id].opened() as opened:
-            assert Path(opened.image).read_bytes() == Path(pair.image).read_bytes()
-            assert Path(opened.audio).read_bytes() == Path(pair.audio).read_bytes()
+        fetched = by_id[pair.id].fetched()
+        assert fetched.image.content == Path(pair.image).read_bytes()
+        assert fetched.audio.content == Path(pair.audio).read_bytes()

@@ -2,10 +2,12 @@
 
 import json
 import re
+import tarfile
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from webserver import served
 
@@ -95,6 +97,30 @@ def test_workers_that_outlive_an_epoch_follow_the_next_plan(root):
         seen.append([name for batch in make_loader(pairs, 8, 2, rows, keep_workers=True) for name in batch.id])
         assert seen[-1] == [pairs.pairs.ids[number] for batch in rows for number in batch]
     assert seen[0] != seen[1]
+
+
+def test_every_pair_is_announced_to_the_system_once_and_before_it_is_read(root, monkeypatch):
+    told, read = [], []
+    announce, part = addresses.Files.announce, addresses.Files.read
+    monkeypatch.setattr(addresses.Files, "announce", lambda *call: (told.append(call[1:]), announce(*call))[1])
+    monkeypatch.setattr(addresses.Files, "read", lambda *call: (read.append((len(told), *call[1:])), part(*call))[1])
+    pairs = sharded(root)
+    for number in (number for batch in pairs.batches(8, (1, 0)) for number in batch):
+        pairs.raw(number)
+    for known, address, start, size in read:
+        assert any(at <= start and start + size <= at + much for path, at, much in told[:known] if path == address)
+    spans = sorted((path, at, at + size) for path, at, size in told)
+    assert len(read) == 4 * 64 and all(a[0] < b[0] or a[2] <= b[1] for a, b in pairwise(spans))
+
+
+def test_sound_that_only_paths_open_is_read_from_a_shard_of_others(synthetic_root, tmp_path):
+    image, sound = synthetic_root / "frames" / "train_000000.jpg", tmp_path / "a.mp3"
+    soundfile.write(sound, *soundfile.read(synthetic_root / "audio" / "train_000000.wav"), format="MP3")
+    with tarfile.open(tmp_path / "of_others.tar", "w") as archive:
+        archive.add(image, "a.jpg")
+        archive.add(sound, "a.mp3")
+    theirs = TrainingPairs([Pair("a", str(image), str(sound))], SIZE, SECONDS, "hard")
+    assert torch.equal(sharded(tmp_path)[0].spectrogram, theirs[0].spectrogram)
 
 
 @pytest.mark.parametrize("lanes", [(1, 2), (1, 3), (2, 1)])

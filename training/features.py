@@ -29,7 +29,7 @@ from distributed import barrier, hidden_bar, is_main, shard
 from resnet import Encoder, weights_digest
 from sets import count_undecodable
 from transforms import augmentation, load_image, resize_whole
-from utils import Undecodable, UserError, as_user_error, cache_folder, reserve, write_json, writing
+from utils import Undecodable, UserError, as_user_error, cache_folder, on_disk, reserve, write_json, writing
 
 KEY_BYTES = 32
 BATCH = 32  # images that go through the trunk at once
@@ -120,7 +120,8 @@ class Store:
 def view_key(path: str, view: int, by_contents: bool) -> bytes:
     """What finds the row of a view of a file: the file's absolute path, size and time of change, or its contents."""
     if by_contents:
-        what = pooch.file_hash(path)  # sha256
+        with on_disk(path) as there:
+            what = pooch.file_hash(there)  # sha256
     else:
         status = os.stat(path)
         what = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
@@ -167,7 +168,8 @@ class ViewImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Pixels, int]:
         pair, view, key = self.views[index]
-        with torch.random.fork_rng(devices=[]), as_user_error(ValueError, kind=Undecodable), pair.opened() as pair:
+        with torch.random.fork_rng(devices=[]), as_user_error(ValueError, kind=Undecodable):
+            pair = pair.fetched()
             if view == 0:
                 return Pixels(torch.from_numpy(resize_whole(load_image(frame_of(pair, 0)), self.image_size))), index
             torch.default_generator.manual_seed(int.from_bytes(key[:4], "little"))
@@ -213,9 +215,9 @@ def cache_features(
 def _views_of(pairs: Sequence[Pair], count: int, by_contents: bool) -> list[tuple[Pair, int, bytes]]:
     views = []
     for pair in pairs:
-        with pair.opened() as there:  # the path of an image in a shard says nothing, its contents do
-            own = by_contents or there is not pair
-            views += [(pair, view, view_key(frame_of(there, view), view, own)) for view in range(count)]
+        there = pair.fetched()
+        own = by_contents or there is not pair  # the path of an image in a shard says nothing, its contents do
+        views += [(pair, view, view_key(frame_of(there, view), view, own)) for view in range(count)]
     return views
 
 
