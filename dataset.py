@@ -665,7 +665,7 @@ def build_ground_truth(
         sources = read_silent_pairs(Path(metadata) / row.silent)
         others = frozenset(sources)
         ids, silent = [*ids, *sources], silent | others
-    interactive, units, notes = _units_of(row, interactive, annotation, ids, sources, silent)
+    interactive, units, notes = _units_of(row, interactive, annotation, ids, sources, silent, class_of)
     seen = in_view(folder, ids) if row.lists_in_root else {}
     if units and not seen:
         seen = seen_together({i: units.get(i, i) for i in ids}, class_of, silent)
@@ -693,6 +693,7 @@ def _units_of(
     ids: Sequence[str],
     sources: Mapping[str, tuple[str, str]],
     silent: Collection[str],
+    class_of: Mapping[str, str],
 ) -> tuple[bool, dict[str, str], list[str]]:
     """Whether images have several sources, which image an id is of where that is told, and a note where names told it.
 
@@ -704,10 +705,9 @@ def _units_of(
     units = {i: image for i, (image, _) in sources.items()}
     if not interactive:
         return interactive, units, []
-    told_by_name = row.annotation is not None or asked
-    units |= {i: i.rpartition("_")[0] or i if told_by_name else i for i in ids if i not in units}
     if row.annotation is not None:
-        return interactive, units, []
+        return interactive, {i: _without_source(i, class_of.get(i, "")) for i in ids} | units, []
+    units |= {i: i.rpartition("_")[0] or i if asked else i for i in ids if i not in units}
     shared = _shared_by([i for i in ids if i not in silent], units)
     if not shared:
         raise UserError(
@@ -719,6 +719,12 @@ def _units_of(
         return interactive, units, []
     entries = first_ids([i for i in ids if units[i] == by_name[0]], 3)
     return interactive, units, [f"{len(by_name)} images by the names of their entries, as {by_name[0]} of {entries}"]
+
+
+def _without_source(name: str, class_name: str) -> str:
+    """The image in the id of an entry: what stands before its class, which may have underscores, or the last one."""
+    ending = f"_{class_name}"
+    return name.removesuffix(ending) if class_name and name.endswith(ending) else name.rpartition("_")[0] or name
 
 
 def with_labels(truth: GroundTruth, path: Path) -> GroundTruth:
