@@ -617,11 +617,17 @@ def hold_out(
         held_out, missing = find_pairs(folder, row.layout, read_ids(path), allow_missing)
     else:
         order = np.random.default_rng(seed).permutation(len(pairs))
-        held_out = [pairs[i] for i in sorted(order[: round(val_fraction * len(order))])]
+        held_out = [pairs[i] for i in sorted(order[: count_held_out(val_fraction, len(pairs))])]
     if missing:
         print(f"held-out pairs: {len(held_out)} of {len(held_out) + len(missing)} of {path}, the others are missing")
     held_ids = {pair.id for pair in held_out}
     return [pair for pair in pairs if pair.id not in held_ids], held_out
+
+
+def count_held_out(fraction: float, pairs: int) -> int:
+    """How many of so many pairs; two where the fraction means one, which would be retrieved whatever is learnt."""
+    count = round(fraction * pairs)
+    return 2 if count == 1 else count
 
 
 def _own_list(row: SetRow, name: str | None, root: Path, metadata: str) -> Path | None:

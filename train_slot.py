@@ -25,7 +25,16 @@ from models import MODELS, Model
 from recipes import OUR_LOSSES, add_flags, parse
 from resnet import Encoder, load_image_weights, weights_digest
 from scoring.threshold import known_classes, universal_threshold
-from sets import ALL_SETS, SAME_VIDEO, build_test_sets, overlap_with_tests, parse_testsets, requests, undecodable
+from sets import (
+    ALL_SETS,
+    SAME_VIDEO,
+    build_test_sets,
+    overlap_with_tests,
+    parse_testsets,
+    requests,
+    trained_on,
+    undecodable,
+)
 from shards.addresses import are_shards, shown
 from shards.pairs import PairsInShards, ShardedPairs, hold_out_shards, select_from_shards
 from training.alignment import align
@@ -178,10 +187,10 @@ def leave_out(pairs: Sequence, ids: Collection[str]) -> Sequence:
 def tested(args, ids: Sequence[str], what: str) -> set[str]:
     """The ids that are to be left out because they are test ids; prints how many are, as far as is known."""
     overlap = overlap_with_tests(ids, args.metadata)
-    if not overlap:
-        print(f"overlap with test sets: not known, {args.metadata} holds no list of one")
-        if args.exclude_test_overlap:
-            raise UserError(f"--exclude_test_overlap: {args.metadata} holds no test list (prepare_data.py metadata)")
+    if not overlap and args.exclude_test_overlap:
+        raise UserError(f"--exclude_test_overlap: {args.metadata} holds no test list (prepare_data.py metadata)")
+    if not overlap and not TRAIN_SETS[args.trainset].lists_in_root:  # which brings its own tests
+        print(f"overlap with published test sets: not known, {args.metadata} holds no list of one")
     removed = "removed" if args.exclude_test_overlap else "--exclude_test_overlap removes them"
     for name, shared in overlap.items():
         are = "of the same video as a test id" if name.endswith(SAME_VIDEO) else "test ids"
@@ -223,8 +232,11 @@ def print_start(args, data: TrainingData, test_sets, optimisation: Optimisation)
     device, precision = optimisation.device, optimisation.amp or "float32"
     print(f"parameters: {millions:.2f} M; device: {device}; processes: {world_size()}; precision: {precision}")
     print("training pairs: " + ", ".join(f"{count} {name}" for name, count in data.counts.items()))
+    ids = [pair.id for pair in data.train.pairs] if test_sets else []
     for name, dataset in test_sets.items():
-        print(f"test set {name}: {len(dataset)} of {dataset.ground_truth.expected} pairs")
+        known = trained_on(ids, dataset.ground_truth, [pair.id for pair in dataset.pairs])["pairs"]
+        warning = f"; {known} of them are trained on, so test nothing: --train_list says which are to be" * bool(known)
+        print(f"test set {name}: {len(dataset)} of {dataset.ground_truth.expected} pairs{warning}")
     if device.type == "cpu" and args.image_encoder == "resnet18" and not args.freeze_image:
         print("the full-size network is made for GPUs: on a CPU, --recipe small trains a small one")
 

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -86,10 +87,10 @@ RAN_OUT = (  # how the error reads, what ran out, what helps
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a flag's help, unless it is None or False or the help mentions it already."""
+    """Adds the default to a flag's help, unless it is None, False or empty, or the help mentions it already."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default is None or action.default is False or "default" in (action.help or "")
+        silent = action.default in (None, ()) or action.default is False or "default" in (action.help or "")
         return action.help if silent else super()._get_help_string(action)
 
 
@@ -571,9 +572,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (LookupError, AttributeError, TypeError, EOFError) as error:  # what unpickling makes of other files
+    except (LookupError, AttributeError, TypeError, EOFError, UnpicklingError) as error:
+        if isinstance(error, UnpicklingError) and zipfile.is_zipfile(path):
+            raise UserError(f"{path} holds more than weights and plain values: such a file is not loaded") from error
         raise UserError(f"{path} is not a PyTorch checkpoint, or a damaged one") from error
-    except (RuntimeError, UnpicklingError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the checkpoint {path} cannot be read ({reason}): damaged, or not PyTorch's") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
-from audio_io import N_FFT, SAMPLE_RATE, power_spectrogram
+from audio_io import HOP, N_FFT, SAMPLE_RATE, power_spectrogram
 from utils import atomic_path, printable
 
 COLUMNS = 1000  # of the spectrogram
@@ -37,6 +37,8 @@ class Strip:
         self._power = np.zeros((N_FFT // 2 + 1, COLUMNS))
         self._weight = np.zeros(COLUMNS)
         self._heard = 0
+        self._last = np.zeros(0, np.float32)  # samples that the next spectra reach back to, from spectrum _from on
+        self._from = self._drawn = 0
 
     @property
     def next_frame(self) -> float:
@@ -56,14 +58,19 @@ class Strip:
             self.frames.append((self.next_frame, small))
 
     def hear(self, samples: np.ndarray) -> None:
-        """The next samples (n,) at 16 kHz."""
-        if len(samples) > N_FFT:
-            power = power_spectrogram(samples)[0].numpy()
-            times = (self._heard + np.linspace(0, len(samples), power.shape[1])) / SAMPLE_RATE
-            places = np.minimum((times / self.duration * COLUMNS).astype(int), COLUMNS - 1)
-            np.add.at(self._power.T, places, power.T)
-            np.add.at(self._weight, places, 1)
+        """The next samples (n,) at 16 kHz; spectra are drawn that have all their samples."""
         self._heard += len(samples)
+        self._last = np.concatenate([self._last, samples])
+        stop = self._from + (len(self._last) - N_FFT // 2) // HOP + 1
+        if stop <= self._drawn or len(self._last) <= N_FFT // 2:
+            return
+        power = power_spectrogram(self._last)[0].numpy()[:, self._drawn - self._from : stop - self._from]
+        times = np.arange(self._drawn, stop) * HOP / SAMPLE_RATE
+        places = np.minimum((times / self.duration * COLUMNS).astype(int), COLUMNS - 1)
+        np.add.at(self._power.T, places, power.T)
+        np.add.at(self._weight, places, 1)
+        kept = max(stop - N_FFT // 2 // HOP - 1, 0)
+        self._last, self._from, self._drawn = self._last[(kept - self._from) * HOP :], kept, stop
 
     def draw(self, path: Path, times: np.ndarray, presence: np.ndarray, lit: np.ndarray, title: str) -> None:
         """Write the PNG, whole or not at all: presence and lit share (N,) at `times` s."""

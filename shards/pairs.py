@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from annotations import first_ids, read_ids
-from dataset import TRAIN_SETS, Pair, Selection, TrainingPairs
+from dataset import TRAIN_SETS, Pair, Selection, TrainingPairs, count_held_out
 from shards.addresses import WEB, Files, shown
 from shards.index import BLOCK as HEADER
 from shards.index import Index, Shard, load_index
@@ -296,5 +296,5 @@ def hold_out_shards(
     place = np.empty(len(order), int)
     place[order] = np.cumsum(sizes[order]) - sizes[order]  # where each shard begins, one behind the other
     within = np.arange(len(pairs)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    chosen = np.repeat(place, sizes) + within < round(val_fraction * len(pairs))
+    chosen = np.repeat(place, sizes) + within < count_held_out(val_fraction, len(pairs))
     return pairs.take(np.flatnonzero(~chosen)), pairs.take(np.flatnonzero(chosen))

@@ -197,6 +197,7 @@ def test_held_out_pairs_are_not_trained_on(root):
     selection = dataset.select_training_pairs("custom", str(root), "", str(root / "ids.txt"))
     train, held_out = dataset.hold_out("custom", selection.pairs, str(root), None, 0.4, seed=1)
     assert sorted(p.id for p in train + held_out) == sorted(IDS) and len(held_out) == 2
+    assert len(dataset.hold_out("custom", selection.pairs, str(root), None, 0.2, seed=1)[1]) == 2  # and not one
     (root / "val.txt").write_text("b_000002\n")
     train, held_out = dataset.hold_out("custom", selection.pairs, str(root), str(root / "val.txt"), 0.4, seed=1)
     assert [p.id for p in held_out] == ["b_000002"] and len(train) == 4

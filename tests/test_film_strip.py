@@ -28,6 +28,18 @@ def test_frames_are_spread_over_the_film_and_the_spectrogram_shows_when_it_sound
         assert image.size == (1200, 540)
 
 
+def test_the_spectrogram_does_not_depend_on_how_the_sound_is_cut():
+    sine = np.sin(2 * np.pi * 440 * np.arange(3 * 16000) / 16000).astype(np.float32)
+    drawn = []
+    for cuts in ((), (16000, 32000), (100, 350, 5000, 5001, 47990)):
+        strip = Strip(3.0)
+        for piece in np.split(sine, cuts):
+            strip.hear(piece)
+        drawn.append(strip._decibels())
+    assert np.allclose(drawn[0], drawn[1], atol=0.1) and np.allclose(drawn[0], drawn[2], atol=0.1)
+    assert drawn[1][200, 100:900].max() < drawn[1][14, 100:900].min() - 60  # no clicks
+
+
 def test_of_few_frames_each_is_shown_as_long_as_in_the_film():
     strip = Strip(4.0)
     for time, grey in ((0.0, 10), (1.0, 20), (2.9, 30), (2.95, 40)):

@@ -243,6 +243,7 @@ def test_real_pairs_train_a_step(tmp_path, cli):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert math.isfinite(log_of(tmp_path / "clips")[0]["loss"])
+    assert re.search(r"test set custom: \d+ of \d+ pairs; \d+ of them are trained on", done.stdout)
 
 
 # ---------------------------------------------------------------- weights, flags
@@ -335,6 +336,8 @@ def test_junk_is_one_clear_line_and_status_2(arguments, message, synthetic_root,
 def test_the_shell_script_shows_its_usage_and_passes_errors_on(tmp_path):
     usage = subprocess.run(["bash", ROOT / "train_script.sh"], capture_output=True, text=True)
     assert usage.returncode == 2 and "TRAINSET" in usage.stderr and "vggss_144k" in usage.stderr
+    asked = subprocess.run(["bash", ROOT / "train_script.sh", "--help"], capture_output=True, text=True)
+    assert (asked.returncode, asked.stdout, asked.stderr) == (0, usage.stderr, "")
     command = ["bash", ROOT / "train_script.sh", "nonsense", "synthetic", "cpu"]
     unknown = subprocess.run(
         command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}
