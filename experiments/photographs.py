@@ -261,6 +261,8 @@ def main() -> None:
     material = Material(read_kinds(kinds), split_photos(args.photos, args.seed))
     made = make_set(args.out, material, args.seed, {"train": args.train})
     print(f"{args.out}: {len(material.kinds)} kinds; " + ("written" if made else "this very set is there already"))
+    if len(several := material.kinds_of("unseen")) < 3:
+        print(f"no splits of unseen cut-outs: {len(several)} kinds have more than one, three are needed")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Scenes of cut-outs on photographs: what is in them, what may be seen where, and the table of trainings on them."""
 
 import json
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -159,6 +161,81 @@ def test_material_that_will_not_do_is_one_line(cutouts, photos, tmp_path):
         pasted._sound(str(tmp_path / "silence.wav"))
 
 
+def test_files_that_cannot_be_decoded_are_named_in_one_line(photos, tmp_path):
+    content = bytearray(_png(tmp_path / "whole.png").read_bytes())
+    place = content.index(b"IDAT") - 2
+    content[place : place + 4] = b"\xff\xff\xff\xff"  # Pillow: SyntaxError
+    (tmp_path / "broken.png").write_bytes(content)
+    (tmp_path / "cut.png").write_bytes(content[:60])
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("broken", "cut", "text"):
+        with pytest.raises(UserError, match=f"cannot decode the cut-out .*{name}"):
+            pasted._cutout(str(tmp_path / f"{name}.png"))
+    soundfile.write(tmp_path / "click.wav", np.array([0.5]), 16000)
+    with pytest.raises(UserError, match="click.wav lasts 0.1 ms"):
+        pasted._sound(str(tmp_path / "click.wav"))
+    for name, text, message in [
+        ("head", "name;image;sound\n", "columns kind, image and sound: no kind"),
+        ("latin", "kind,image,sound\nh\xe4h", "no list of kinds"),
+        ("path", "kind,image,sound\na/b,x.png,x.wav\n", "'a/b' is not an id"),
+        ("word", "kind,image,sound\nnoise,x.png,x.wav\n", "no kind may be called noise"),
+    ]:
+        (tmp_path / f"{name}.csv").write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match=message):
+            read_kinds(tmp_path / f"{name}.csv")
+
+
+def _png(path, pixels=((255, 0, 0, 255),)):
+    Image.fromarray(np.array([pixels], np.uint8)).save(path)
+    return path
+
+
+def test_thin_cutouts_and_tiny_photographs_make_scenes(tmp_path):
+    line = np.zeros((900, 900, 4), np.uint8)
+    line[np.arange(900), np.arange(900)] = 0, 0, 255, 255  # a pixel wide: reduced, it is nowhere half opaque
+    Image.fromarray(line).save(tmp_path / "line.png")
+    photo = str(_png(tmp_path / "photo.png", [(9, 99, 9)]))
+    kind = pasted.Kind("line", (str(tmp_path / "line.png"),), ())
+    for seed in range(3):
+        image, [box] = pasted.make_image([kind], [photo], np.random.default_rng(seed))
+        width, height = ((box[i + 2] - box[i]) * len(image) for i in (0, 1))
+        assert width == pytest.approx(height, abs=1) and width > 0.27 * len(image)
+
+
+def test_copies_are_not_held_out_from_themselves(cutouts, photos, tmp_path, capsys):
+    shutil.copytree(cutouts, tmp_path / "kinds")
+    shutil.copy(tmp_path / "kinds" / "cat" / "0.png", tmp_path / "kinds" / "cat" / "99.png")
+    (tmp_path / "kinds" / "cat" / "._0.png").write_text("what a Mac leaves")
+    (tmp_path / "kinds" / ".trash").mkdir()
+    assert [[Path(file).name for file in kind.cutouts] for kind in read_kinds(tmp_path / "kinds")] == [
+        [f"{i}.png" for i in range(count)] for count in KINDS.values()
+    ]
+    shutil.copy(cutouts / "dog" / "sound.wav", tmp_path / "kinds" / "cat" / "other.wav")
+    with pytest.raises(UserError, match="one file of two kinds, cat and dog"):
+        read_kinds(tmp_path / "kinds")
+    shutil.copy(photos / "010.png", tmp_path / "z.png")
+    twice = split_photos([photos, photos / ".." / photos.name, tmp_path / "z.png"], 0)
+    assert {part: [Path(file).name for file in files] for part, files in twice.items()} == {
+        part: [Path(file).name for file in files] for part, files in split_photos([photos], 0).items()
+    }
+    assert "copies of others and left out" in capsys.readouterr().out
+
+
+def test_a_set_of_files_that_have_changed_since_is_another_one(cutouts, photos, tmp_path):
+    shutil.copytree(cutouts, tmp_path / "kinds")
+    few = dict.fromkeys(COUNTS, 1)
+
+    def make():
+        pasted.contents.cache_clear()
+        material = Material(read_kinds(tmp_path / "kinds"), split_photos([photos], 0))
+        return make_set(tmp_path / "data", material, 0, few, processes=1)
+
+    assert make() and not make()
+    _png(tmp_path / "kinds" / "dog" / "0.png")
+    with pytest.raises(UserError, match="holds another set"):
+        make()
+
+
 def test_a_list_of_kinds_says_the_same_as_a_folder_of_them(cutouts, tmp_path):
     rows = [f"{kind},{kind}/{i}.png,{kind}/sound.wav,{cutouts}" for kind, n in KINDS.items() for i in range(n)]
     (tmp_path / "list.csv").write_text("\n".join(["kind,image,sound,root", *rows]))
@@ -221,6 +298,7 @@ def test_the_commands_make_a_set_and_say_what_lacks(cutouts, photos, tmp_path, c
     make = "make", "--cutouts", cutouts, "--photos", photos, "--out", tmp_path / "data", "--train", 2
     done = cli("experiments.photographs", *make)
     assert done.returncode == 0 and "4 kinds; written" in done.stdout, done.stderr
+    assert "unseen" not in done.stdout
     assert len(read_ids(tmp_path / "data" / "train.txt")) == 2
     assert "there already" in cli("experiments.photographs", *make).stdout
     table = "table", "--data", tmp_path / "data", "--model_dir", tmp_path, "--rows", "small_listen", "--write_docs"
