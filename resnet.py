@@ -273,6 +273,7 @@ class Encoder(nn.Module):
     place of images the features of the frozen trunk may come, as they were kept.
     """
 
+    name: str
     channels: int  # C
     stride: int  # pixels per token side
     proj: nn.Conv2d
@@ -345,7 +346,7 @@ class ImageEncoder(Encoder, ImageTrunk):
 
     def __init__(self, arch: str, dim: int, standardise: bool = False) -> None:
         ImageTrunk.__init__(self, arch)
-        self.arch, design = arch, get_architecture(arch)
+        self.name, design = arch, get_architecture(arch)
         self.channels, self.stride = design.widths[-1], design.stride
         self.proj = nn.Conv2d(self.channels, dim, 1)
         self.standardise = Standardise(self.channels) if standardise else None
@@ -355,9 +356,9 @@ class ImageEncoder(Encoder, ImageTrunk):
         return ImageTrunk.forward(self, image)
 
     def tokens_along(self, size: int) -> int:
-        if tokens := tokens_along(size, self.arch):
+        if tokens := tokens_along(size, self.name):
             return tokens
-        raise ValueError(f"images of {size} px leave the encoder {self.arch} no token: enlarge them")
+        raise ValueError(f"images of {size} px leave the encoder {self.name} no token: enlarge them")
 
     def stage_parameters(self) -> list[list[nn.Parameter]]:
         stem = [*self.conv1.parameters(), *self.bn1.parameters()]
@@ -375,7 +376,7 @@ class TimmImageEncoder(Encoder):
 
     def __init__(self, name: str, dim: int, standardise: bool = False, token_shift: float = 0.0) -> None:
         super().__init__()
-        self.timm = TimmTrunk(name)
+        self.name, self.timm = name, TimmTrunk(name)
         self.channels, self.stride, self.token_shift = self.timm.channels, self.timm.stride, token_shift
         self.proj = nn.Conv2d(self.channels, dim, 1)
         self.standardise = Standardise(self.channels) if standardise else None

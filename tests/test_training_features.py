@@ -101,6 +101,23 @@ def test_only_what_is_not_there_or_has_changed_is_computed(cache, pairs, encoder
     assert compute(10) == 0
 
 
+def test_networks_that_differ_in_more_than_their_weights_share_no_features(cache, pairs, encoder):
+    assert computed(cache_features(encoder, [(training_pairs(pairs), 1)], CPU, 0)) == 12
+    encoder.name, encoder.relu = "another", torch.nn.GELU()
+    assert computed(cache_features(encoder, [(training_pairs(pairs), 1)], CPU, 0)) == 12
+
+
+def test_views_are_the_same_wherever_the_files_lie_and_whenever_they_were_written(cache, pairs, encoder, tmp_path):
+    train = training_pairs(pairs)
+    cache_features(encoder, [(train, 3)], CPU, 0)
+    (tmp_path / "elsewhere").mkdir()
+    moved = training_pairs([pair._replace(image=shutil.copy(pair.image, tmp_path / "elsewhere")) for pair in pairs])
+    assert computed(cache_features(encoder, [(moved, 3)], CPU, 0)) == 36
+    for index in range(12):
+        for view in range(3):
+            assert torch.equal(train.views.get(index, view), moved.views.get(index, view))
+
+
 def test_a_run_that_was_killed_continues(cache, pairs, encoder, monkeypatch):
     monkeypatch.setattr(features, "FLUSHED", 4)
     monkeypatch.setattr(features, "BATCH", 2)

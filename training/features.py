@@ -1,7 +1,7 @@
 """Features of a frozen image encoder, computed once and kept on disk for every later epoch and run.
 
-A store is a folder of `cache_folder("features")`, one for each trunk (the sha256 of its weights), size of images, and
-augmentation. In it is a row of fp16 for each view of each image file, found by the file's path, size and time of
+A store is a folder of `cache_folder("features")`, one for each trunk (its name, for networks that differ in more than
+their weights, and the sha256 of these), size of images, and augmentation. In it is a row of fp16 for each view of each image file, found by the file's path, size and time of
 change, or by its contents; so a row that is there was computed from these very weights and this file. Rows are marked
 as done only after they are on disk: a run that was killed continues, and so does another one with the same images.
 C channels, h x w tokens, N images, V views.
@@ -14,6 +14,7 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -158,7 +159,8 @@ def frame_of(pair: Pair, view: int) -> str:
 
 
 class ViewImages(Dataset):
-    """`Pixels` of views: the whole image for view 0, as in evaluation, else one that its key draws."""
+    """`Pixels` of views: the whole image for view 0, as in evaluation, else one that its file's name and number draw:
+    the same wherever the file lies and whenever it was written."""
 
     def __init__(self, views: Sequence[tuple[Pair, int, bytes]], image_size: int, augment: str) -> None:
         self.views, self.image_size, self.draw = views, image_size, augmentation(image_size, augment)
@@ -167,12 +169,12 @@ class ViewImages(Dataset):
         return len(self.views)
 
     def __getitem__(self, index: int) -> tuple[Pixels, int]:
-        pair, view, key = self.views[index]
+        pair, view, _ = self.views[index]
         with torch.random.fork_rng(devices=[]), as_user_error(ValueError, kind=Undecodable):
             pair = pair.fetched()
             if view == 0:
                 return Pixels(torch.from_numpy(resize_whole(load_image(frame_of(pair, 0)), self.image_size))), index
-            torch.default_generator.manual_seed(int.from_bytes(key[:4], "little"))
+            torch.default_generator.manual_seed(zlib.crc32(f"{Path(pair.image).stem} {view}".encode()))
             image = self.draw(load_image(frame_of(pair, view), 2 * self.image_size))
             return Pixels(torch.from_numpy(image)), index
 
@@ -192,8 +194,9 @@ def cache_features(
     size, augment = sets[0][0].image_size, sets[0][0].augment
     with torch.no_grad():
         shape = trunk_features(encoder, torch.zeros(1, 3, size, size), device).shape[1:]
-    about = {"weights": weights_digest(encoder.trunk_state()), "token_shift": encoder.token_shift}
-    store = Store(about | {"image_size": size, "augment": augment}, shape)
+    about = {"encoder": encoder.name, "weights": weights_digest(encoder.trunk_state())}
+    about |= {"token_shift": encoder.token_shift, "image_size": size, "augment": augment}
+    store = Store(about, shape)
     store.folder.mkdir(parents=True, exist_ok=True)
     of_sets = [_views_of(pairs.pairs, count, by_contents) for pairs, count in sets]
     views = [view for of_set in of_sets for view in of_set]
