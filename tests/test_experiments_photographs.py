@@ -172,7 +172,7 @@ def test_files_that_cannot_be_decoded_are_named_in_one_line(photos, tmp_path):
         with pytest.raises(UserError, match=f"cannot decode the cut-out .*{name}"):
             pasted._cutout(str(tmp_path / f"{name}.png"))
     soundfile.write(tmp_path / "click.wav", np.array([0.5]), 16000)
-    with pytest.raises(UserError, match="click.wav lasts 0.1 ms"):
+    with pytest.raises(UserError, match=r"click\.wav lasts 0\.1 ms"):
         pasted._sound(str(tmp_path / "click.wav"))
     for name, text, message in [
         ("head", "name;image;sound\n", "columns kind, image and sound: no kind"),

@@ -1,9 +1,10 @@
 """Features of a frozen image encoder, computed once and kept on disk for every later epoch and run.
 
 A store is a folder of `cache_folder("features")`, one for each trunk (its name, for networks that differ in more than
-their weights, and the sha256 of these), size of images, and augmentation. In it is a row of fp16 for each view of each image file, found by the file's path, size and time of
-change, or by its contents; so a row that is there was computed from these very weights and this file. Rows are marked
-as done only after they are on disk: a run that was killed continues, and so does another one with the same images.
+their weights, and the sha256 of these), size of images, and augmentation. In it is a row of fp16 for each view of each
+image file, found by the file's path, size and time of change, or by its contents; so a row that is there was computed
+by this very network and from this file. Rows are marked as done only after they are on disk: a run that was killed
+continues, and so does another one with the same images.
 C channels, h x w tokens, N images, V views.
 """
 
