@@ -163,8 +163,9 @@ def load_image(path: str | Path, short_side: int | None = None) -> Image.Image:
     short_side: a JPEG whose sides are all at least 2, 4 or 8 times as long is decoded at that fraction of its size.
     Raises ValueError, naming the file, when it cannot be decoded.
     """
+    source = as_file(path)
     try:
-        with Image.open(as_file(path)) as image:
+        with Image.open(source) as image:
             if image.format in NO_IMAGES:
                 raise ValueError(f"{image.format} is no image")
             if short_side:
@@ -174,7 +175,8 @@ def load_image(path: str | Path, short_side: int | None = None) -> Image.Image:
                 image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
             return on_white(image)
     except (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot decode the image {path}: {error}") from error
+        reason = str(error).replace(repr(source), repr(str(path)))
+        raise ValueError(f"cannot decode the image {path}: {reason}") from error
 
 
 SKETCH = 32  # pixels along a side of what is left of images to compare them

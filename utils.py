@@ -593,6 +593,9 @@ def is_safetensors(path: str | Path) -> bool:
         return path.suffix == SAFETENSORS or file.read(9)[8:] == b"{"
 
 
+SHOWN_KEYS = 8
+
+
 def check_weights(weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path: str | Path) -> None:
     """Raise UserError unless both state dicts have the same keys and shapes, listing what differs."""
     shapes = {key: tuple(getattr(value, "shape", ())) for key, value in weights.items()}
@@ -610,7 +613,11 @@ def check_weights(weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tens
         ),
     ]
     if any(keys for _, keys in problems):
-        listed = "; ".join(f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in problems if keys)
+        listed = "; ".join(
+            f"{len(keys)} {what}: {', '.join(keys[:SHOWN_KEYS])}{', ...' * (len(keys) > SHOWN_KEYS)}"
+            for what, keys in problems
+            if keys
+        )
         raise UserError(f"the weights in {path} do not fit the model: {listed}")
 
 

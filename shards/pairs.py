@@ -124,8 +124,10 @@ class Reader:
         on_web = address.startswith(WEB)
         if lane >= 0 and not self._is_begun(lane, place):
             self._begin(lane, self.plan.block(place))
-        if on_web and number not in self.kept.get(lane, ()):  # without a plan, or asked for once more
+        if on_web and lane < 0 and number not in self.kept.get(lane, ()):
             self.kept[lane] = self._run(number)
+        if on_web and number not in self.kept[lane]:  # asked for once more
+            self.kept[lane] |= self.fetch(np.array([number]))
         self.last = number
         return self.kept[lane].pop(number) if on_web else self._members(number, partial(self.files.read, address))
 

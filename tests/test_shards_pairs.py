@@ -169,7 +169,7 @@ def test_a_pair_that_does_not_decode_is_named_with_its_shard(root, tmp_path, cli
     content[place[0] : place[0] + place[1]] = bytes(int(place[1]))
     (tmp_path / "pairs-000000.tar").write_bytes(content)
     name = load_index(str(root)).ids[0].decode()
-    with pytest.raises(UserError, match=f"pairs-000000.tar/{name}.jpg"):
+    with pytest.raises(UserError, match=rf"pairs-000000.tar/{name}\.jpg: (?!.*BytesIO)"):
         sharded(tmp_path)[0]
     done = cli("prepare_data", "check", "--trainset", "custom", "--train_data_path", tmp_path, "--workers", 0)
     assert done.returncode == 1 and f"pairs-000000.tar/{name}.jpg" in done.stdout
