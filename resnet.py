@@ -22,7 +22,7 @@ from torchvision.models import ResNet18_Weights
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 from transforms import IMAGENET_MEAN, IMAGENET_STD
-from utils import UserError, check_weights, is_safetensors
+from utils import UserError, check_weights, evaluation_mode, is_safetensors
 
 TIMM = "timm:"
 TIMM_DIM = 512  # embedding channels D of a network of timm by default
@@ -414,14 +414,12 @@ class TimmImageEncoder(Encoder):
 
         Some transformers are made for one size alone.
         """
-        was_training, tokens = self.training, self.tokens_along(size)
-        self.eval()
+        tokens = self.tokens_along(size)
         try:
-            shape = self.trunk(torch.zeros(1, 3, size, size, device=self.proj.weight.device)).shape[1:]
+            with evaluation_mode(self):
+                shape = self.trunk(torch.zeros(1, 3, size, size, device=self.proj.weight.device)).shape[1:]
         except (AssertionError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             return (str(error).strip() or type(error).__name__).splitlines()[0]
-        finally:
-            self.train(was_training)
         wanted = self.channels, tokens, tokens
         return "" if shape == wanted else f"features of shape {tuple(shape)} instead of {wanted}"
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -211,13 +211,18 @@ def prepare_features(args, encoder: Encoder, data: TrainingData, device: torch.d
     standardise(encoder, data.train, device, args.batch_size if args.dry_run else STANDARDISED)
 
 
-def referred_weights(args, encoder: Encoder) -> dict[str, dict[str, str]]:
-    """What checkpoints say in place of frozen weights, where they are to refer to them."""
-    if not args.freeze_image or args.frozen_weights == "stored":
-        return {}
-    source = args.image_weights if args.image_weights == "auto" else str(Path(args.image_weights).absolute())
-    digest = weights_digest(encoder.trunk_state())
-    return {"frozen_weights": {"encoder": args.image_encoder, "source": source, "sha256": digest}}
+def describe_run(args, data: TrainingData, optimisation: Optimisation, selected_by: str) -> dict[str, Any]:
+    """What every checkpoint of the run says about it, with a reference to the frozen weights that it is not to hold."""
+    model = optimisation.model
+    marks = fingerprints(data.train.pairs, data.held_out.pairs, optimisation.amp)
+    about = {"model_config": model.config, "args": vars(args), "marks": marks, "selected_by": selected_by}
+    if args.freeze_image:
+        digest = weights_digest(model.imgnet.trunk_state())
+        marks["frozen weights"] = digest[:12]
+        if args.frozen_weights == "reference":
+            source = args.image_weights if args.image_weights == "auto" else str(Path(args.image_weights).absolute())
+            about["frozen_weights"] = {"encoder": args.image_encoder, "source": source, "sha256": digest}
+    return about
 
 
 # ---------------------------------------------------------------- what is printed
@@ -319,12 +324,7 @@ def main() -> None:
         test_sets = build_test_sets(args, model.infer_image_size, args.audio_seconds) if args.testset else {}
         optimisation, state = build_optimisation(args, model, device), RunState()
         selected_by, measure = chosen_by(args, data, model, test_sets)
-        marks = fingerprints(data.train.pairs, data.held_out.pairs, optimisation.amp)
-        if args.freeze_image:
-            marks["frozen weights"] = weights_digest(model.imgnet.trunk_state())[:12]
-        about = {"model_config": model.config, "args": vars(args), "marks": marks, "selected_by": selected_by}
-        about |= referred_weights(args, model.imgnet)
-        folder = RunFolder(path, optimisation, state, about)
+        folder = RunFolder(path, optimisation, state, describe_run(args, data, optimisation, selected_by))
         print_start(args, data, test_sets, optimisation)
         prepare_features(args, model.imgnet, data, device)
         often = [data.train, data.held_out, *(test_sets.values() if args.eval_every else ())]

@@ -285,6 +285,17 @@ def full_precision():
         torch.backends.cudnn.benchmark = benchmark
 
 
+@contextmanager
+def evaluation_mode(module: torch.nn.Module):
+    """The module is in evaluation mode while the block runs, and then in the mode that it had."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """The most memory that PyTorch held on a CUDA device, or that this process held at all on a CPU."""
     if device.type == "cuda":

@@ -23,11 +23,11 @@ from scoring.metrics import RULES, THRESHOLD
 from scoring.negative_audio import WithNegativeAudio, silence
 from scoring.negatives import NEGATIVES, third_quartile
 from scoring.parts import on_device
-from scoring.questions import BAR, Negatives, Questions, WithWrongAudio, further_seeds, joined
+from scoring.questions import BAR, Negatives, Questions, further_seeds, joined
 from scoring.retrieval import retrieval_recall, shared_labels
 from scoring.summary import Scored, ScoredBatch, SetScores, images_by_id
 from sets import count_undecodable
-from utils import UserError, as_user_error, full_precision
+from utils import UserError, as_user_error, evaluation_mode, full_precision
 
 OF_THIS_SET = (
     "third quartile of the largest values under negative audio on this very set: not universal, give NAME_threshold"
@@ -107,7 +107,6 @@ def _joined(parts: Sequence[Localized]) -> Localized:
 def _localized(
     model: Model,
     questions: Questions,
-    seeded: Sequence[WithNegativeAudio],
     device: torch.device,
     batches: Sequence[range],
     workers: int,
@@ -115,14 +114,13 @@ def _localized(
 ) -> Iterator[tuple[Sample, Localized]]:
     """Each of the batches and what the model says of it, with the maps under negatives of all seeds, (B, S, h, w).
 
-    seeded: the pairs with the negatives of each seed, the first of which `questions` ask; asked_with: of
-    `localize_batch`.
+    asked_with: of `localize_batch`.
     """
     dataset, kinds, silent = questions.paired.dataset, questions.kinds, None
     if "silence" in kinds:
         silent = model.attend_audio(silence(dataset.audio_seconds)[None].to(device))
     ask = partial(localize_batch, model, questions.names, **asked_with, silent=silent)
-    further = further_seeds(model, seeded[1:], kinds, device, batches, workers)
+    further = further_seeds(model, questions.seeded[1:], kinds, device, batches, workers)
     loader = counted_batches(make_loader(questions, 1, workers, batches, device), dataset, workers)
     for place, (batch, *asked) in enumerate(loader):
         found = _joined([*on_device(ask, device, batch.image, batch.spectrogram, *asked)])
@@ -131,6 +129,17 @@ def _localized(
             for kind, first in found.negatives.items()
         }
         yield batch, found._replace(negatives={kind: torch.stack(maps, 1) for kind, maps in of_seeds.items()})
+
+
+def _scored(
+    localized: Iterable[tuple[Sample, Localized]], scores: SetScores, alpha: float, device: torch.device
+) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], list[Scored]]]:
+    """The embeddings and the scores of each batch, which are not kept. UserError for maps that are not finite."""
+    for batch, found in localized:
+        maps = found.raw, found.scalars, "bicubic", alpha, {ABSOLUTE: found.negatives}
+        with as_user_error(ValueError):
+            parts = [*scores.score(batch.id, batch.truth, *maps, device)]
+        yield (found.image_embedding, found.audio_embedding), parts
 
 
 @torch.no_grad()
@@ -162,26 +171,14 @@ def evaluate(
     """
     if negatives and threshold is None:
         raise UserError("negative audio needs the model's universal threshold, and it has none")
-    paired, kinds = WithWrongAudio(dataset, seed), negatives.kinds if negatives else ()
-    classes = dataset.ground_truth.class_of
-    seeded = [WithNegativeAudio(dataset, seed + k, classes) for k in range(negatives.seeds if negatives else 0)]
-    questions = Questions(paired, kinds, seeded[0] if seeded else None)
-    batches = in_order(len(paired), batch_size)[:max_batches]
+    questions = Questions(dataset, seed, negatives)
+    batches = in_order(len(dataset), batch_size)[:max_batches]
     scores = SetScores(dataset.ground_truth, {} if threshold is None else {ABSOLUTE: threshold})
     asked_with = {"infer_sharpening": infer_sharpening, "infer_smoothing": infer_smoothing}
-    embeddings, was_training = [], model.training
-
-    def scored() -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], list[Scored]]]:
-        own = shard(batches), workers
-        for batch, found in _localized(model, questions, seeded, device, *own, saliency=saliency, **asked_with):
-            maps = found.raw, found.scalars, "bicubic", alpha, {ABSOLUTE: found.negatives}
-            with as_user_error(ValueError):  # maps that are not finite
-                parts = [*scores.score(batch.id, batch.truth, *maps, device)]
-            yield (found.image_embedding, found.audio_embedding), parts
-
-    model.eval()
-    try:
-        everyones = gather_in_order(scored(), len(batches))
+    own = _localized(model, questions, device, shard(batches), workers, saliency=saliency, **asked_with)
+    everyones = gather_in_order(_scored(own, scores, alpha, device), len(batches))
+    embeddings = []
+    with evaluation_mode(model):
         for both, parts in tqdm(everyones, "evaluating", len(batches), **BAR, disable=hidden_bar()):
             embeddings.append(both)
             for part in parts:
@@ -189,8 +186,6 @@ def evaluate(
                 part.batch.make = partial(scores.enlarged, interpolation="bicubic", alpha=alpha)
                 for show in on_batch:
                     show(part.batch)
-    finally:
-        model.train(was_training)
     if not is_main():
         return None
     with as_user_error(ValueError):  # embeddings that are not finite
@@ -199,10 +194,10 @@ def evaluate(
     settings = {"alpha": alpha, "infer_image_size": dataset.image_size, **asked_with, "interpolation": "bicubic"}
     results |= {
         "settings": settings | _protocol(seed, resamples),
-        "wrong_sounds_of_same_class": paired.same_label,
+        "wrong_sounds_of_same_class": questions.paired.same_label,
         "pairs": _count_pairs(dataset.ground_truth, scores.ids, dataset.missing, NOT_SCORED),
     }
-    _add_negatives(results, {ABSOLUTE: {"value": threshold}}, kinds, seed, seeded)
+    _add_negatives(results, {ABSOLUTE: {"value": threshold}}, questions.kinds, seed, questions.seeded)
     return Evaluation(results, scores.rows())
 
 
@@ -294,13 +289,9 @@ def embed_set(
 
     batches = in_order(min(len(dataset), count or len(dataset)), batch_size)
     loader = make_loader(dataset, batch_size, workers, shard(batches), device, keep_workers)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         own = (list(on_device(embed, device, batch.image, batch.spectrogram)) for batch in loader)
         found = [part for parts in gather_in_order(own, len(batches)) for part in parts]
-    finally:
-        model.train(was_training)
     if not is_main():
         return None
     return tuple(map(torch.cat, zip(*found, strict=True)))

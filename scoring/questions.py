@@ -71,13 +71,15 @@ class Questions(Dataset):
     """Every item of a set with the further spectrograms that its image is asked with, in the order of `names`.
 
     wrong: see `WithWrongAudio`; alone: where the audio is a mixture, that of the own source; and the first seed of the
-    negatives, without silence, which is the same for every image.
+    negatives, without silence, which is the same for every image. seeded: the set with the negatives of each seed.
     """
 
-    def __init__(self, paired: WithWrongAudio, kinds: Sequence[str], negative: WithNegativeAudio | None) -> None:
-        self.paired, self.kinds, self.negative = paired, kinds, negative
-        alone = ["alone"] if paired.dataset.alone else []
-        self.names = ["wrong", *alone, *(kind for kind in SEEDED if kind in kinds)]
+    def __init__(self, dataset: EvaluationPairs, seed: int, negatives: Negatives | None) -> None:
+        self.kinds, seeds = negatives or ((), 0)
+        self.paired, classes = WithWrongAudio(dataset, seed), dataset.ground_truth.class_of
+        self.seeded = [WithNegativeAudio(dataset, seed + k, classes) for k in range(seeds)]
+        alone = ["alone"] if dataset.alone else []
+        self.names = ["wrong", *alone, *(kind for kind in SEEDED if kind in self.kinds)]
 
     def __len__(self) -> int:
         return len(self.paired)
@@ -90,9 +92,9 @@ class Questions(Dataset):
         if "alone" in self.names:
             asked.append(self.paired.dataset.heard_alone(index))
         if "noise" in self.names:
-            asked.append(self.negative.noise(index))
+            asked.append(self.seeded[0].noise(index))
         if "offscreen" in self.names:
-            asked.append(self.negative.offscreen_audio(index))
+            asked.append(self.seeded[0].offscreen_audio(index))
         return tuple(asked)
 
 

@@ -33,6 +33,7 @@ from utils import (
     UserError,
     add_boolean,
     add_workers,
+    evaluation_mode,
     full_precision,
     is_safetensors,
     number,
@@ -99,9 +100,7 @@ def largest_shares(
     """The largest value of each AUD_share at 224 x 224 under each of NEGATIVES, (N,); only on the first process."""
     batches = in_order(len(dataset), batch_size)
     loader = make_loader(dataset, batch_size, workers, shard(batches), device)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         silent = model.attend_audio(silence(dataset.dataset.audio_seconds)[None].to(device))
         ask = partial(_largest, model, silent)
         own = ([*on_device(ask, device, batch.image, *negative)] for batch, *negative in loader)
@@ -110,8 +109,6 @@ def largest_shares(
         for parts in tqdm(gather_in_order(own, len(batches)), total=len(batches), **progress):
             found += parts
             between()
-    finally:
-        model.train(was_training)
     return {name: torch.cat([part[name] for part in found]).numpy() for name in NEGATIVES} if is_main() else None
 
 

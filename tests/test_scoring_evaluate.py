@@ -10,6 +10,7 @@ import scoring.evaluate as evaluation
 from dataset import EvaluationPairs, build_test_set
 from maps import smooth_maps
 from models import load_model
+from scoring.questions import WithWrongAudio
 from scoring.retrieval import retrieval_recall
 from utils import UserError
 
@@ -99,12 +100,12 @@ def test_the_models_relative_maps_are_smoothed_and_nothing_else(checkpoint, synt
 
 def test_wrong_audio_is_of_another_class_whatever_the_order_of_the_list(synthetic_root):
     dataset = build(synthetic_root)
-    paired = evaluation.WithWrongAudio(dataset, seed=0)
+    paired = WithWrongAudio(dataset, seed=0)
     assert sorted(paired.partner) == list(range(len(dataset)))
     assert all(dataset.class_names[i] != dataset.class_names[j] for i, j in enumerate(paired.partner))
     assert torch.equal(paired[2][1], dataset[int(paired.partner[2])].spectrogram)
     other = EvaluationPairs(dataset.pairs[::-1], dataset.ground_truth, [], **SIZES)
-    partner = evaluation.WithWrongAudio(other, seed=0).partner
+    partner = WithWrongAudio(other, seed=0).partner
     assert other.pairs[partner[-1]] == dataset.pairs[paired.partner[0]]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from resnet import Encoder, TimmImageEncoder
+from utils import evaluation_mode
 
 STEP = 0.25  # of a token, to which a shift is rounded
 TOKENS = 14  # along a side of the images that are looked at, where the network takes images of any size
@@ -23,16 +24,16 @@ def align(encoder: Encoder) -> None:
     """
     if not isinstance(encoder, TimmImageEncoder):
         return
-    was_training, encoder.token_shift = encoder.training, 0.0
-    encoder.eval()
+    encoder.token_shift = 0.0
     side = TOKENS * encoder.stride
-    if not (encoder.refusal(side) or encoder.refusal(side + encoder.stride)):  # else images of one size alone
+    if encoder.refusal(side) or encoder.refusal(side + encoder.stride):  # it takes images of one size alone
+        return
+    with evaluation_mode(encoder):
         shift = measured_shift(encoder.trunk, encoder.stride)
         encoder.token_shift = STEP * round(shift / STEP)
         # where tokens look over windows, a border may move the windows instead
         if encoder.token_shift and abs(measured_shift(encoder.trunk, encoder.stride)) > abs(shift):
             encoder.token_shift = 0.0
-    encoder.train(was_training)
 
 
 @torch.no_grad()

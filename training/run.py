@@ -23,7 +23,7 @@ from scoring.evaluate import OnBatch, embed_set, evaluate
 from scoring.questions import Negatives
 from scoring.retrieval import ranks_both_ways
 from sets import count_undecodable
-from training.resume import RunFolder
+from training.resume import RunFolder, RunState
 from training.step import Inputs, NotFinite, Optimisation
 from utils import UserError, as_user_error, peak_memory_gib, random_states
 
@@ -85,17 +85,22 @@ def train_one_epoch(
             if after_step:
                 after_step()
     broadcast_buffers(model.buffers())
+    place = {"lr": optimisation.lr * lr_factor(first_step + state.step - 1), "steps": state.step}
+    return _averages(state) | place | _speed(state, batch_size) | {"memory_gib": peak_memory_gib(optimisation.device)}
+
+
+def _averages(state: RunState) -> dict[str, float]:
+    """Losses over the steps that were not lost, the norm over those that were not skipped, and how many were."""
     skipped, lost = (state.sums.get(name, 0.0) for name in ("skipped_steps", "lost_steps"))
     counted = max(state.step - lost, 1)
     averages = {name: value / counted for name, value in state.sums.items() if name not in UNAVERAGED}
     if skipped:
         averages["skipped_steps"] = skipped
         averages["grad_norm"] *= counted / max(state.step - skipped, 1)
-    place = {"lr": optimisation.lr * lr_factor(first_step + state.step - 1), "steps": state.step}
-    return averages | place | _speed(state, batch_size) | {"memory_gib": peak_memory_gib(optimisation.device)}
+    return averages
 
 
-def _speed(state, batch_size: int) -> dict[str, float]:
+def _speed(state: RunState, batch_size: int) -> dict[str, float]:
     seconds = state.sums["seconds"]
     return {
         "pairs_per_second": state.step * batch_size / seconds,
