@@ -54,24 +54,8 @@ FORMATS = ",".join(sorted(av.formats_available - REFUSED_FORMATS))
 TIMED_BY_ORDER = {"avi"}  # its time stamps count packets in the order of decoding, so that a seek may be off by two
 COUNTED = 120  # s of such a film within which all frames are counted instead
 TIMED_AT_THE_END = {"mpegts", "ogg"}  # by their last time stamp: what is cut off is not missed
-UNTIMED = {
-    "mpeg",
-    "mp3",
-    "aac",
-    "ac3",
-    "eac3",
-    "dts",
-    "amr",
-    "mpegvideo",
-    "h264",
-    "hevc",
-    "m4v",
-    "obu",
-    "vc1",
-    "h261",
-    "h263",
-}
 UNSTAMPED = {"mp3", "aac", "ac3", "eac3", "dts", "amr"}  # sound whose stamps are counted at its first rate
+UNTIMED = UNSTAMPED | {"mpeg", "mpegvideo", "h264", "hevc", "m4v", "obu", "vc1", "h261", "h263"}  # no length to believe
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError)
 
 # A frame holds threads of its decoder, which a forked process does not have: freeing one there would wait for them for
@@ -666,9 +650,9 @@ class Streams(Media):
                     break
                 decoded, whole = self._decode(packet)
                 begun |= bool(decoded)
-                if whole is False and begun:
+                if begun and not whole:
                     self.lost[kind].add(packet.dts)
-                early += whole is False and not begun
+                early += not (whole or begun)
                 if decoded and early and place is None:
                     self.decide(f"{early} {kind} packets before the first that can be decoded")
                     early = 0

@@ -287,8 +287,8 @@ def _optimisation_flags(parser: ArgumentParser) -> argparse._ArgumentGroup:
         "AMX), else fp16 on CUDA, fp32 on CPUs",
     )  # fmt: skip
     add_boolean(
-        group, "--compile", "compile the model (torch.compile): faster steps after a first one that takes minutes; "
-        "numbers differ by rounding",
+        group, "--compile", "compile the model (torch.compile), on CUDA its slots and losses: the first step takes "
+        "minutes, the others may become faster; numbers differ by rounding",
     )  # fmt: skip
     group.add_argument(
         "--select", choices=("retrieval", "test"), default="retrieval",

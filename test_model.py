@@ -162,14 +162,12 @@ def score_model(args) -> None:
             check_slots(model)
         set_image_size(model, args.infer_image_size)
         test_sets = build_test_sets(args, model.infer_image_size, model.shape["audio_seconds"])
-        given = {name: getattr(args, name) for name in trained.inference if getattr(args, name) is not None}
-        settings = trained.inference | given | {"alpha": 0.6 if args.alpha is None else args.alpha}
+        settings = asked_inference(args, trained) | {"alpha": 0.6 if args.alpha is None else args.alpha}
         settings |= {"saliency": load_saliency(args.imagenet_weights, device), "resamples": RESAMPLES}
         settings["threshold"] = trained.threshold
         run = {"batch_size": args.batch_size, "workers": args.num_workers, "seed": args.seed}
         asked = negatives_by_set(args, trained, path, test_sets)
-        own = "results_last" if args.checkpoint == "latest" else "results"
-        out_dir = make_out_dir(args, path.parent / (own if args.experiment_name else f"{path.stem}_results"), asked)
+        out_dir = make_out_dir(args, results_folder(args, path), asked)
         for name, dataset in test_sets.items():
             if name not in asked:
                 continue
@@ -197,6 +195,12 @@ def score_model(args) -> None:
                 print("\n".join(f"diagnosis: {picture}" for picture in pictures))
 
 
+def asked_inference(args, trained: Trained) -> dict[str, float]:
+    """How maps are asked for: as the checkpoint says, unless a flag does."""
+    given = {name: getattr(args, name) for name in trained.inference if getattr(args, name) is not None}
+    return trained.inference | given
+
+
 def set_image_size(model: Model, asked: int | None) -> None:
     """Test a model with images of the size that was asked for. UserError for one that it does not take."""
     model.infer_image_size = asked or model.infer_image_size
@@ -217,10 +221,8 @@ def score_film_set(args) -> None:
     path, device = checkpoint_path(args), pick_device(args.gpu)
     trained = load(path, device)
     set_image_size(trained.model, args.infer_image_size)
-    given = {name: getattr(args, name) for name in trained.inference if getattr(args, name) is not None}
-    localizer = Localizer(trained._replace(inference=trained.inference | given), device, args.window)
-    own = "results_last" if args.checkpoint == "latest" else "results"
-    out_dir = make_out_dir(args, path.parent / (own if args.experiment_name else f"{path.stem}_results"), [FILMS])
+    localizer = Localizer(trained._replace(inference=asked_inference(args, trained)), device, args.window)
+    out_dir = make_out_dir(args, results_folder(args, path), [FILMS])
     results, rows = score_films(localizer, film_root(args), RESAMPLES, args.seed)
     publish_films(results, rows, out_dir / FILMS, testset=FILMS, checkpoint=trained.about)
 
@@ -310,6 +312,12 @@ def about_set(args, name: str) -> dict[str, str]:
     """What a result says of its set: the name and, where one was given, the list in place of the set's own."""
     test_list = requests(args)[name].test_list
     return {"testset": name} | ({"test_list": test_list} if test_list else {})
+
+
+def results_folder(args, checkpoint: Path) -> Path:
+    """Where results lie unless --out_dir says it: in the run's folder, else beside the checkpoint."""
+    own = "results_last" if args.checkpoint == "latest" else "results"
+    return checkpoint.parent / (own if args.experiment_name else f"{checkpoint.stem}_results")
 
 
 def make_out_dir(args, default: Path, names: Iterable[str]) -> Path:

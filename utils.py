@@ -478,7 +478,8 @@ def reserve(path: str | Path, size: int) -> None:
 def cache_folder(kind: str) -> Path:
     """The folder of what can be computed again, made where it is not there: `CACHE_ROOT`, else cache/, by kind.
 
-    Kinds: decoded (pairs, for one run). Whatever is in it may be deleted while no run uses it.
+    Kinds: decoded (pairs, for one run), features (of frozen encoders, for all). Whatever is in it may be deleted while
+    no run uses it.
     """
     folder = Path(os.environ.get("CACHE_ROOT") or "cache") / kind
     folder.mkdir(parents=True, exist_ok=True)

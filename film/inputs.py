@@ -13,7 +13,7 @@ from utils import UserError, cut_to_bytes
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".aiff", ".aif", ".wma", ".mka")
 WRITTEN = (".mp4", ".csv", ".json", ".png", "_mask.mp4", "_mask.png")  # what ends the names of an input's files
 LONGEST_STEM = 220  # bytes of the 255 that a name may have
-RESERVED = ("failures", "index")  # stems of files about all inputs
+RESERVED = tuple(Path(name).stem for name in (FAILURES, PAGE))
 
 
 class Task(NamedTuple):
@@ -29,11 +29,11 @@ class Task(NamedTuple):
 
 
 def find_tasks(inputs: Sequence[Path], out: Path, sound: Path | None) -> list[Task]:
-    """Every file that is named, and every one in or below a folder that is, but for hidden ones and those in `out`.
+    """Every file that is named, and every one of a folder that is, as `walk` finds them.
 
     A sound file of the same name beside an image, or in the folder of sounds beside its folder (`dataset.LAYOUTS`), is
-    the sound of that image and no input; sound: a file that all inputs take instead. UserError for an input that is not
-    there or a folder without files, and where an output would replace an input.
+    the sound of that image and no input; sound: a file that all inputs take instead. UserError for an input or sound
+    that is not there or a folder without files, and where an output would replace an input.
     """
     found: list[tuple[Path, Path, bool]] = []  # source, its name below --out, whether it was named itself
     for given in inputs:

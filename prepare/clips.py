@@ -23,6 +23,7 @@ from annotations import as_id, clip_id, first_ids
 from prepare.convert import Outcome, Row, Wish, convert
 from prepare.folder import finished_ids, join_tables, known_rows, lock_folder, remember, write_csv
 from prepare.names import (
+    HIDDEN,
     Failure,
     Found,
     Task,
@@ -113,7 +114,7 @@ class Report(NamedTuple):
     there: list[str]
     failures: list[Failure]
     unused: dict[str, float]  # name of a film -> s of it that are in no pair
-    others: Counter[str]  # suffixes of files that are no films
+    others: Counter[str]  # suffixes of files that are no films, and HIDDEN
     reached: set[str]  # names of films whose outcome is known
 
 
@@ -126,8 +127,9 @@ def run(args: Namespace) -> None:
     found = find_files(args.folder, args.out, args.source, classes, args.shard)
     if not found.tasks and not found.refused and args.shard[1] == 1:
         raise UserError(f"{args.folder} holds no file")
-    refused, hidden = list(found.refused), Counter({"hidden": len(found.hidden)} if found.hidden else {})
-    report = Report([], [], refused, {}, hidden, {failure.file for failure in refused})
+    report = Report([], [], list(found.refused), {}, Counter(), {failure.file for failure in found.refused})
+    if found.hidden:
+        report.others[HIDDEN] = len(found.hidden)
     with lock_folder(args.out, args.shard, [task.id for task in found.tasks]):
         remember(args.out, wish)
         films = choose_films(found, args.workers, report)

@@ -12,6 +12,8 @@ import media
 from annotations import FILM_SUFFIXES, UNWRITABLE, as_id, clip_id
 from utils import UserError
 
+HIDDEN = "hidden"  # a file that is left out because it, or a folder that it lies in, is
+
 
 class Task(NamedTuple):
     """A film, and the id of its pair."""
@@ -36,9 +38,6 @@ class Found(NamedTuple):
     tasks: list[Task]  # files that are films, by their name or because nobody has looked yet
     refused: list[Failure]  # what cannot be opened or named
     hidden: list[str]  # paths below the folder
-
-
-HIDDEN = "hidden"  # a file that is left out because it, or a folder that it lies in, is
 
 
 def walk(folder: Path, out: Path) -> Iterator[tuple[Path, str]]:

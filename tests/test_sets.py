@@ -13,7 +13,7 @@ from PIL import Image
 
 import sets
 from annotations import GroundTruth, read_ids
-from dataset import EvaluationPairs, Pair, build_ground_truth, find_pairs
+from dataset import EvaluationPairs, Pair, build_ground_truth, check_copies, find_pairs
 from dataset_avs import build_source_truth, read_videos
 from model_slot import JointSlotModel
 from scoring.negative_audio import WithNegativeAudio
@@ -248,6 +248,18 @@ def test_names_that_happen_to_begin_alike_make_no_image_of_several_sources(scene
         score("--test_gt_path", scenes / "mixed.json", "--interactive", "true", out="flagged")
     told = build_ground_truth("custom", None, scenes / "plain.json", "", interactive=True).notes
     assert told == ["2 images by the names of their entries, as a of a_dog, a_cat"]
+
+
+def test_folders_of_frames_are_copies_only_where_they_show_one_image(tmp_path):
+    pairs = []
+    for name, grey in (("a_1", 0), ("a_2", 0), ("a_3", 200)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 40), (grey, grey, grey)).save(tmp_path / name / "0.png")
+        pairs.append(Pair(name, str(tmp_path / name), f"{name}.wav"))
+    units = dict.fromkeys(("a_1", "a_2", "a_3"), "a")
+    check_copies(pairs[:2], units, ())
+    with pytest.raises(UserError, match="a_1 and a_3 would be sources of one image, a"):
+        check_copies(pairs, units, ())
 
 
 def test_off_screen_sounds_of_an_own_set_are_of_no_source_in_the_image(tmp_path):

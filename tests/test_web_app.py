@@ -44,7 +44,8 @@ def test_what_is_no_checkpoint_is_left_out_or_told_without_a_path(checkpoint, tm
     for name in ("a.pth", "z.safetensors"):
         (tmp_path / name).write_text("no checkpoint")
     models = Models(tmp_path)
-    assert models.names == ["good.pth", "z.safetensors"] and "left out: a.pth" in capsys.readouterr().out
+    assert models.names == ["good.pth", "z.safetensors"]
+    assert f"left out: {tmp_path / 'a.pth'} is not a PyTorch checkpoint" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"^z\.safetensors cannot be read as a checkpoint$"):
         models.describe("z.safetensors")
     (tmp_path / "good.pth").unlink()

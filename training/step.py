@@ -37,10 +37,6 @@ class Inputs(NamedTuple):
             yield Inputs(image, spectrogram, TokenMasks(*masks))
 
 
-# Not the encoders: their compiled gradients in bf16 were not finite on an H200 with PyTorch 2.11
-COMPILED_ON_CUDA = ("represent_tokens", "batch_losses", "pair_losses")
-
-
 class NotFinite(Exception):
     """The loss or gradient of a step is not finite; weights and batch-norm statistics are as before the step."""
 
@@ -263,6 +259,10 @@ class Optimisation:
         self.lost_in_a_row = state.get("lost_in_a_row", 0)  # older code had none
         for group in self.optimizer.param_groups:  # the command line's, which --resume force may have changed
             group["weight_decay"], group["fused"] = weight_decay, True
+
+
+# Not the encoders: their compiled gradients in bf16 were not finite on an H200 with PyTorch 2.11
+COMPILED_ON_CUDA = ("represent_tokens", "batch_losses", "pair_losses")
 
 
 def compile_model(model: Model, device: torch.device) -> None:

@@ -24,7 +24,7 @@ class Models:
         """The first one is shown at once, so it must be one; of the others it is told where they are chosen."""
         for name in self.names:
             try:
-                self.load(name)
+                self._load(self.files[name])
                 return
             except UserError as error:
                 print(f"left out: {error}")
