@@ -4,7 +4,7 @@
 #   TRAINSET  vggss_10k vggss_144k vggss_heard flickr_10k flickr_144k synthetic photographs custom; vggss, flickr: all found
 #   TESTSET   vggss vggss_heard vggss_unheard flickr vggss_plus_silent flickr_plus_silent s4 ms3 s4_box ms3_box is3 is3_seg
 #             vpo_ss vpo_ss_seg vpo_ms vpo_ms_seg synthetic synthetic_distractor synthetic_interactive
-#             synthetic_offscreen photographs... custom, others in docs/data.md, several with commas, or all: every one whose data are present
+#             synthetic_offscreen photographs... custom; more in docs/data.md; several with commas; all: those present
 #   GPU       number of a CUDA device, or cpu
 #   NAME      folder below checkpoints/ (default: TRAINSET)
 #

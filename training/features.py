@@ -31,7 +31,17 @@ from distributed import barrier, hidden_bar, is_main, shard
 from resnet import Encoder, weights_digest
 from sets import count_undecodable
 from transforms import augmentation, load_image, resize_whole
-from utils import Undecodable, UserError, as_user_error, cache_folder, on_disk, reserve, write_json, writing
+from utils import (
+    Undecodable,
+    UserError,
+    as_user_error,
+    cache_folder,
+    evaluation_mode,
+    on_disk,
+    reserve,
+    write_json,
+    writing,
+)
 
 KEY_BYTES = 32
 BATCH = 32  # images that go through the trunk at once
@@ -256,10 +266,9 @@ def compute(
     rows, done = store.open("r+")
     images = ViewImages([view for _, view in missing], size, augment)
     pairs, written = [pair for _, (pair, *_) in missing], []
-    was_training = encoder.training
-    encoder.eval()
     title = "features of the frozen image encoder"
     with (
+        evaluation_mode(encoder),
         count_undecodable(pairs, workers),
         tqdm(total=len(missing), desc=title, leave=False, unit="image", disable=hidden_bar()) as bar,
     ):
@@ -278,7 +287,6 @@ def compute(
     rows.flush()
     done[written] = 1
     done.flush()
-    encoder.train(was_training)
 
 
 def trunk_features(encoder: Encoder, image: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -299,9 +307,6 @@ def standardise(encoder: Encoder, train: TrainingPairs, device: torch.device, im
         parts = (chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH))
         return encoder.standardise.fit(torch.stack([train.views.get(i, 0) for i in part]).to(device) for part in parts)
     views = ViewImages([(train.pairs[i], 0, b"") for i in chosen], train.image_size, "none")
-    was_training = encoder.training
-    encoder.eval()
-    with count_undecodable(train.pairs):
+    with evaluation_mode(encoder), count_undecodable(train.pairs):
         loader = make_loader(views, BATCH, 0, device=device)
         encoder.standardise.fit(trunk_features(encoder, image, device) for image, _ in loader)
-    encoder.train(was_training)
