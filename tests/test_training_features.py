@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,11 +108,11 @@ def test_networks_that_differ_in_more_than_their_weights_share_no_features(cache
     assert computed(cache_features(encoder, [(training_pairs(pairs), 1)], CPU, 0)) == 12
 
 
-def test_views_are_the_same_wherever_the_files_lie_and_whenever_they_were_written(cache, pairs, encoder, tmp_path):
+def test_views_are_the_same_whatever_the_files_are_called_and_wherever_they_lie(cache, pairs, encoder, tmp_path):
     train = training_pairs(pairs)
     cache_features(encoder, [(train, 3)], CPU, 0)
-    (tmp_path / "elsewhere").mkdir()
-    moved = training_pairs([pair._replace(image=shutil.copy(pair.image, tmp_path / "elsewhere")) for pair in pairs])
+    copies = [shutil.copy(pair.image, tmp_path / f"copy_of_{Path(pair.image).name}") for pair in pairs]
+    moved = training_pairs([pair._replace(image=copy) for pair, copy in zip(pairs, copies, strict=True)])
     assert computed(cache_features(encoder, [(moved, 3)], CPU, 0)) == 36
     for index in range(12):
         for view in range(3):

@@ -15,7 +15,6 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -170,8 +169,8 @@ def frame_of(pair: Pair, view: int) -> str:
 
 
 class ViewImages(Dataset):
-    """`Pixels` of views: the whole image for view 0, as in evaluation, else one that its file's name and number draw:
-    the same wherever the file lies and whenever it was written."""
+    """`Pixels` of views: the whole image for view 0, as in evaluation, else one that the image and the view's number
+    draw: the same whatever the file is called, wherever it lies and whenever it was written."""
 
     def __init__(self, views: Sequence[tuple[Pair, int, bytes]], image_size: int, augment: str) -> None:
         self.views, self.image_size, self.draw = views, image_size, augmentation(image_size, augment)
@@ -185,9 +184,9 @@ class ViewImages(Dataset):
             pair = pair.fetched()
             if view == 0:
                 return Pixels(torch.from_numpy(resize_whole(load_image(frame_of(pair, 0)), self.image_size))), index
-            torch.default_generator.manual_seed(zlib.crc32(f"{Path(pair.image).stem} {view}".encode()))
-            image = self.draw(load_image(frame_of(pair, view), 2 * self.image_size))
-            return Pixels(torch.from_numpy(image)), index
+            image = load_image(frame_of(pair, view), 2 * self.image_size)
+            torch.default_generator.manual_seed(zlib.crc32(image.tobytes(), view))
+            return Pixels(torch.from_numpy(self.draw(image))), index
 
 
 def cache_features(
