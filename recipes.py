@@ -400,6 +400,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None = None) -> argparse
     if (early.image_encoder or settings["image_encoder"]).startswith(TIMM):
         settings["image_size"] = None  # of the network's configuration
     parser.set_defaults(**{key: value for key, value in settings.items() if key not in WITHOUT_FLAG})
+    parser.instead = {f"--{key}": f"--recipe {key}=VALUE" for key in WITHOUT_FLAG} | {"--init_lr": "--lr"}
     args = parser.parse_args(argv)
     vars(args).update({key: settings[key] for key in WITHOUT_FLAG}, recipe=name)
     if args.cached_views is not None and not args.freeze_image:

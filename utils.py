@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import difflib
 import errno
 import io
 import json
@@ -95,12 +96,20 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that answers a wrong flag with one line and takes no abbreviated names."""
+    """argparse that answers a wrong flag with one line, which says the likely one, and takes no abbreviated names.
+
+    instead: {flag that is none: what to write for it}.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
+        self.instead: dict[str, str] = {}
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: --"):
+            flag = re.split(r"[\s=]", message.partition(": ")[2])[0]
+            for near in difflib.get_close_matches(flag, [*self.instead, *self._option_string_actions], n=1):
+                message += f": did you mean {self.instead.get(near, near)}?"
         self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
 
 
@@ -580,7 +589,7 @@ SAFE_GLOBALS = [
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU with `weights_only=True`. Raises UserError when there is none or it is broken."""
     if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint file {path}")
+        raise UserError(f"there is no checkpoint file {path}{_beside(Path(path))}")
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -594,6 +603,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path} is not a checkpoint of this project: it must be a dict with `model`")
     return state
+
+
+def _beside(path: Path) -> str:
+    """The newest checkpoints that a wrong path may mean: in its folder, or of other runs."""
+    found = [*path.parent.glob("*.pth")] or [*path.parent.parent.glob(f"*/{path.name}")]
+    newest = sorted((file for file in found if file.is_file()), key=os.path.getmtime, reverse=True)
+    return "; there are " + ", ".join(map(str, newest[:5])) if newest else ""
 
 
 def is_safetensors(path: str | Path) -> bool:

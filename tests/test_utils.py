@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 
+import train_slot
 import utils
 
 
@@ -23,6 +24,21 @@ def test_a_file_that_is_no_checkpoint_of_ours_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(utils.UserError, match=r"a\.pth is not a checkpoint"):
         utils.load_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_path_without_checkpoint_is_answered_with_those_that_are_there(tmp_path):
+    for name in ("a/best.pth", "a/latest.pth", "b/best.pth"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        utils.save_checkpoint(tmp_path / name, {"model": {}})
+
+    def said(name):
+        with pytest.raises(utils.UserError, match="there is no checkpoint file") as stop:
+            utils.load_checkpoint(tmp_path / name)
+        return [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.pth") if str(path) in str(stop.value)]
+
+    assert sorted(said("c/best.pth")) == ["a/best.pth", "b/best.pth"]
+    assert sorted(said("a/last.pth")) == ["a/best.pth", "a/latest.pth"]
+    assert said("c/last.pth") == []
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "x", "", "-1", "3", "0.5.1"])
@@ -56,6 +72,26 @@ def test_a_bare_boolean_flag_means_true_and_its_default_stands_in_the_help(capsy
         parser.parse_args(["--report", "yes"])
     help_text = parser.format_help()
     assert "--report [true|false]" in help_text and help_text.count("default: true") == 1
+
+
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        (["--batchsize", "3"], "--batch_size?"),
+        (["--batchsize=3"], "--batch_size?"),
+        (["--clip", "5"], "--recipe clip=VALUE?"),
+        (["--recipe", "small", "--clip", "5"], "--recipe clip=VALUE?"),
+        (["--init_lr", "1e-4"], "--lr?"),
+        (["--nothing_like_this", "1"], None),
+        (["stray"], None),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_the_likely_one(given, meant, capsys):
+    with pytest.raises(SystemExit):
+        train_slot.parse_args(["--experiment_name", "x", *given])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and " ".join(given[-2:]) in said
+    assert (f"did you mean {meant}" in said) if meant else ("did you mean" not in said)
 
 
 @pytest.mark.parametrize("gpu", ["gpu", "-1", "1.5", ""])
