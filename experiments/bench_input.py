@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -17,8 +17,11 @@ from dataset import Pair, TrainingPairs, bytes_of, make_loader
 from experiments.fp32_input import Fp32Pairs
 from experiments.released import ReleasedPairs
 from experiments.timing import Timing, add_rounds, alternate, one_thread
-from model_slot import JointSlotModel
+from model_slot import JointSlotModel, TokenMasks
+from recipes import PAPER_WEIGHTS, SMALL
+from synthetic.generate import COUNTS, generate
 from training.decoded import keep_decoded
+from training.step import Inputs, Optimisation, choose_amp
 from utils import bf16_is_fast, number
 
 IMAGE_SIZE, AUDIO_SECONDS = 224, 5.0
@@ -116,6 +119,42 @@ def bench_input(rounds: int, train_pairs: int) -> Iterator[Timing]:
         )
         name = f"input: training epoch, {TRAIN_WORKERS} data-loading workers, {device.type}, per pair"
         yield Timing(name, *(1000 * t / len(ours) for t in spent), "ms")
+        yield bench_small(Path(folder) / "synthetic", rounds, train_pairs, device)
+
+
+def bench_small(root: Path, rounds: int, train_pairs: int, device: torch.device) -> Timing:
+    """An epoch of the recipe small on the built-in data, against the same steps as they were before pairs were decoded
+    once and small networks got a rule of their own for bfloat16."""
+    generate(root, counts=dict.fromkeys(COUNTS, 1) | {"train": train_pairs})
+    found = [
+        (str(image), str(root / "audio" / f"{image.stem}.wav")) for image in sorted(root.glob("frames/train_*.jpg"))
+    ]
+    pairs = [Pair(str(i), *files) for i, files in enumerate(found)]
+    sizes = SMALL["image_size"], SMALL["audio_seconds"]
+    ours, before = (kind(pairs, *sizes, SMALL["augment"]) for kind in (TrainingPairs, Fp32Pairs))
+    keep_decoded([ours], SMALL["decode_once"])
+    epochs = (
+        small_training(ours, device, choose_amp("auto", device, "small")),
+        small_training(before, device, choose_amp("auto", device)),
+    )
+    spent = alternate(*epochs, rounds)
+    return Timing("input: recipe small, whole epoch, per pair", *(1000 * t / train_pairs for t in spent), "ms")
+
+
+def small_training(pairs: TrainingPairs, device: torch.device, amp: torch.dtype | None) -> Callable[[], None]:
+    """A function that trains the model of the recipe small for an epoch, as train_slot.py does."""
+    torch.manual_seed(0)
+    settings = {name: SMALL[name] for name in ("image_size", "audio_seconds", "iterations", "tau")}
+    model = JointSlotModel("small", **settings).to(device, memory_format=torch.channels_last).train()
+    optimisation = Optimisation(model, device, SMALL["lr"], clip=SMALL["clip"], amp=amp)
+    batch_size = min(SMALL["batch_size"], len(pairs))
+
+    def epoch() -> None:
+        for batch in make_loader(pairs, batch_size, TRAIN_WORKERS, device=device, keep_workers=True):
+            masks = TokenMasks(*(mask.to(device) for mask in model.draw_masks(len(batch.image))))
+            optimisation.step(Inputs(batch.image, batch.spectrogram, masks), PAPER_WEIGHTS, 1.0)
+
+    return epoch
 
 
 def cost_per_pair(ours: TrainingPairs, before: Fp32Pairs, released: ReleasedPairs, rounds: int) -> Iterator[Timing]:
