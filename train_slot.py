@@ -12,6 +12,7 @@ import math
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -231,8 +232,7 @@ def describe_run(args, data: TrainingData, optimisation: Optimisation, selected_
 def print_start(args, data: TrainingData, test_sets, optimisation: Optimisation) -> None:
     for name, value in provenance().items():
         print(f"{name}: {value}")
-    for name, value in sorted(vars(args).items()):
-        print(f"--{name} {value}")
+    print(textwrap.fill("settings: " + ", ".join(f"{name} {value}" for name, value in sorted(vars(args).items())), 120))
     millions = sum(p.numel() for p in optimisation.model.parameters()) / 1e6
     device, precision = optimisation.device, optimisation.amp or "float32"
     print(f"parameters: {millions:.2f} M; device: {device}; processes: {world_size()}; precision: {precision}")
