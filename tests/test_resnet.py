@@ -142,6 +142,20 @@ def test_a_network_of_timm_gives_the_tokens_of_the_stage_that_is_asked_for(name,
     assert encoder.tokens_along(size) == side
 
 
+def test_parts_of_a_batch_give_what_the_whole_batch_gives(monkeypatch):
+    needs_timm()
+    torch.manual_seed(0)
+    trunk, images = resnet.TimmTrunk(SMALL_NETWORK).eval(), torch.randn(5, 3, 64, 96)
+    whole, sizes, features = trunk(images), [], trunk._features
+    monkeypatch.setattr(trunk, "_features", lambda x: sizes.append(len(x)) or features(x))
+    monkeypatch.setattr(resnet, "PIXELS_AT_ONCE", 2 * 64 * 96)
+    with torch.no_grad():
+        assert torch.allclose(trunk(images), whole, atol=1e-5) and sizes == [2, 2, 1]
+        assert trunk.train()(images).shape == whole.shape and sizes[3:] == [5]  # batch norm needs them all
+    trunk.eval()(images)
+    assert sizes[4:] == [5]
+
+
 def test_images_reach_a_network_of_timm_with_the_mean_and_deviation_of_its_configuration(monkeypatch):
     timm = needs_timm()
     network, seen = timm.create_model(SMALL_NETWORK.removeprefix("timm:")), []
