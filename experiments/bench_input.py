@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from audio_io import SAMPLE_RATE, load_audio, num_samples, power_spectrogram
-from dataset import Pair, TrainingPairs, bytes_of, make_loader
+from dataset import Pair, TrainingPairs, bytes_of, make_loader, select_training_pairs
 from experiments.fp32_input import Fp32Pairs
 from experiments.released import ReleasedPairs
 from experiments.timing import Timing, add_rounds, alternate, one_thread
@@ -126,10 +126,7 @@ def bench_small(root: Path, rounds: int, train_pairs: int, device: torch.device)
     """An epoch of the recipe small on the built-in data, against the same steps as they were before pairs were decoded
     once and small networks got a rule of their own for bfloat16."""
     generate(root, counts=dict.fromkeys(COUNTS, 1) | {"train": train_pairs})
-    found = [
-        (str(image), str(root / "audio" / f"{image.stem}.wav")) for image in sorted(root.glob("frames/train_*.jpg"))
-    ]
-    pairs = [Pair(str(i), *files) for i, files in enumerate(found)]
+    pairs = select_training_pairs("synthetic", str(root), "").pairs
     sizes = SMALL["image_size"], SMALL["audio_seconds"]
     ours, before = (kind(pairs, *sizes, SMALL["augment"]) for kind in (TrainingPairs, Fp32Pairs))
     keep_decoded([ours], SMALL["decode_once"])
