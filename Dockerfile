@@ -27,7 +27,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     CACHE_ROOT=/tmp/cache \
     MPLCONFIGDIR=/tmp/matplotlib \
     TORCH_HOME=/tmp/torch \
-    OMP_WAIT_POLICY=PASSIVE \
+    GOMP_SPINCOUNT=1000 \
     GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0=/work
 USER user
 CMD ["bash"]

@@ -3,7 +3,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	if $$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; \
 	then echo $$p; break; fi; done)
 VENV := .venv
-export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 1000
 RUN := $(VENV)/bin/python
 
 .PHONY: help setup web demo objectives test test-slow clean
@@ -18,6 +18,7 @@ help:
 	@echo "make clean       remove what demo and objectives made, but for what the pages show"
 
 # --no-compile: modules are compiled when they are first imported, most of them never, which saves over a minute
+unexport PYTHONDONTWRITEBYTECODE
 $(VENV)/.ready: requirements.txt requirements-dev.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 with its venv module is needed, and none was found"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

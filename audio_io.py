@@ -31,7 +31,7 @@ N_BINS = N_FFT // 2 + 1  # F
 WINDOW = torch.hann_window(N_FFT)
 LOG_FLOOR = 1e-7
 LOG_SCALE = 12.0
-CLIPS_AT_ONCE = 2  # on a CPU: what lies between waveform and spectrogram stays in its caches, in half the time
+VALUES_AT_ONCE = 2**18  # of clips, on a CPU: what lies between waveform and spectrogram stays in its caches
 LOUDEST = 1e15  # a sample from which power in float32 stays finite
 
 
@@ -372,8 +372,9 @@ def collate_heard(heard: Sequence[Heard], *, collate_fn_map: Mapping | None = No
 
 def spectrograms_of(heard: Heard, device: torch.device) -> torch.Tensor:
     """A batch of clips -> (B, 1, F, L) log power spectrograms with their bands masked, computed on the device."""
-    if device.type == "cpu" and len(heard.clip) > CLIPS_AT_ONCE:
-        parts = [slice(start, start + CLIPS_AT_ONCE) for start in range(0, len(heard.clip), CLIPS_AT_ONCE)]
-        return torch.cat([spectrograms_of(Heard(heard.clip[part], heard.bands[part]), device) for part in parts])
+    count = max(1, VALUES_AT_ONCE // heard.clip.shape[1:].numel())
+    if device.type == "cpu" and len(heard.clip) > count:
+        parts = zip(heard.clip.split(count), heard.bands.split(count), strict=True)
+        return torch.cat([spectrograms_of(Heard(*part), device) for part in parts])
     found = log_spectrograms(heard.clip.to(device, non_blocking=True))
     return mask_bands(found, heard.bands.to(device, non_blocking=True)) if heard.bands.numel() else found

@@ -9,7 +9,7 @@ From Python: `from localize import Localizer`.
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read with torch: threads that wait leave drawing the processor
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read with torch: threads that wait soon leave drawing the processor
 
 import shlex
 from collections.abc import Sequence

@@ -23,7 +23,7 @@ export AVSBENCH_ROOT="${AVSBENCH_ROOT:-/path/to/AVSBench/}"      # holds s4_data
 export IS3_ROOT="${IS3_ROOT:-/path/to/IS3/}"                    # holds images/ or visual_frames/, audio_wav/, gt_masks/
 export VPO_ROOT="${VPO_ROOT:-/path/to/VPO/}"                    # the same with gray_masks/, or COCO_AV/ and COCO_AV_MS/
 export CUSTOM_ROOT="${CUSTOM_ROOT:-/path/to/pairs/}"             # your own frames/ and audio/
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # on few cores, spinning threads take time from the data-loading workers
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}" # threads that wait soon leave their core to the data-loading workers
 set -euo pipefail
 cd "$(dirname "$0")"
 

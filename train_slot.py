@@ -43,7 +43,7 @@ from training.decoded import keep_decoded
 from training.features import STANDARDISED, cache_features, standardise
 from training.resume import RunFolder, RunState, StopFlag, fingerprints, should_resume
 from training.run import score_sets, train_one_epoch, validate
-from training.step import Optimisation, choose_amp, compile_model, lr_factor, with_sync_bn
+from training.step import Optimisation, choose_amp, compile_model, keep_freed_memory, lr_factor, with_sync_bn
 from utils import ArgumentParser, UserError, as_user_error, provenance, run_cli, seed_everything
 
 SELECTED_BY = {  # --select: (what best.pth is chosen by, the figure that says so)
@@ -133,7 +133,7 @@ def build_optimisation(args, model: Model, device: torch.device) -> Optimisation
         args.lr,
         args.weight_decay,
         args.clip,
-        choose_amp(args.amp, device, args.audio_encoder if args.freeze_image else args.image_encoder),
+        choose_amp(args.amp, device),
         args.micro_batch,
         all_weights=bool(args.mask_ratio and args.weights.get("reconstruction") and not args.warmup),
         slower=unfrozen,
@@ -313,6 +313,8 @@ def dry_run(train: Callable, validate: Callable, test: Callable) -> None:
 def main() -> None:
     args = parse_args()
     device = own_device(args.gpu)
+    if device.type == "cpu":
+        keep_freed_memory()
     with process_group(device):
         check_args(args)
         torch.backends.cudnn.benchmark = True  # for the training, whose sizes stay

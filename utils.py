@@ -262,20 +262,12 @@ def pick_device(gpu: str) -> torch.device:
     return torch.device("cuda", int(gpu))
 
 
-def bf16_is_fast(device: torch.device, small: bool = False) -> bool:
-    """Whether bfloat16 autocast gains speed: what the hardware has decides, no clock, so that numbers repeat.
-
-    small: the network is small. On a CPU with AVX-512's bf16 products but no AMX tiles it loses more time in converting
-    to bf16 than it gains.
-    """
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether bfloat16 autocast gains speed: what the hardware has decides, no clock, so that numbers repeat."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return _cpu_has("_is_amx_tile_supported") or (not small and _cpu_has("_is_avx512_bf16_supported"))
-
-
-def _cpu_has(probe: str) -> bool:
-    ask = getattr(torch.cpu, probe, None)
-    return bool(ask and ask())
+    probes = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
 @contextmanager

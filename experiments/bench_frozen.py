@@ -55,8 +55,7 @@ def unit_costs(
 def step_of(model: JointSlotModel, image: torch.Tensor, spectrogram: torch.Tensor) -> Callable[[], object]:
     """A function that takes a step of the paper's objective as train_slot.py does on this CPU."""
     model = model.to(memory_format=torch.channels_last)
-    small = model.shape["audio_encoder" if image.shape[1] != 3 else "image_encoder"]
-    optimisation = Optimisation(model, CPU, PAPER["lr"], amp=choose_amp("auto", CPU, small))
+    optimisation = Optimisation(model, CPU, PAPER["lr"], amp=choose_amp("auto", CPU))
     inputs = Inputs(image, spectrogram, model.draw_masks(len(image)))
     return lambda: optimisation.step(inputs, PAPER_WEIGHTS, 1.0)
 

@@ -1,5 +1,6 @@
 """A training step against the released code's: time, share of the machine's limit, memory; and how it scales."""
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,13 +16,13 @@ from experiments.released import released_step
 from experiments.timing import Timing, add_rounds, alternate, apart, seconds
 from model_slot import MAP_LOSSES, JointSlotModel, TokenMasks
 from recipes import PAPER_WEIGHTS
-from training.step import Inputs, Optimisation, choose_amp, compile_model, weighted
+from training.step import Inputs, Optimisation, choose_amp, compile_model, keep_freed_memory, weighted
 from utils import add_boolean, number, peak_memory_gib
 
 IMAGE_SIZE, AUDIO_SECONDS = 224, 5.0
 WITH_MAPS = PAPER_WEIGHTS | dict.fromkeys(MAP_LOSSES, 1.0)
 CPU = torch.device("cpu")
-MATRIX = 4096  # rows and columns, large enough to reach a machine's limit
+MATRIX = 4096  # rows and columns of a product, large enough to reach a machine's limit
 
 
 def add_flags(parser) -> None:
@@ -67,6 +68,7 @@ def our_step(
 ) -> Callable[[], dict[str, float]]:
     """A function that takes one step exactly as train_slot.py does, from ready tensors. settings: of the model, in
     place of the full size."""
+    keep_freed_memory()
     model = full_model(**settings).to(device, memory_format=torch.channels_last)
     if compiled:
         compile_model(model, device)
@@ -108,10 +110,22 @@ def memory_of(make_step: Callable, *arguments) -> float:
     return peak_memory_gib(CPU)
 
 
-def limit_of_this_machine(dtype: torch.dtype) -> float:
-    """FLOP per second of the best of 5 products of square matrices."""
+def share_of_limit(step: Callable[[], object], flops: int, dtype: torch.dtype, rounds: int) -> tuple[float, float]:
+    """Which share of this machine's limit a step of so many operations reaches, and that limit in FLOP per second.
+
+    The limit is that of products of square matrices with as many operations, timed in turns with the step: what a
+    processor holds for a moment, cool and alone, is more.
+    """
     a, b = (torch.randn(MATRIX, MATRIX).to(dtype) for _ in range(2))
-    return 2 * MATRIX**3 / min(seconds(lambda: a @ b, time.perf_counter) for _ in range(5))
+    products = math.ceil(flops / (2 * MATRIX**3))
+
+    def multiply() -> None:
+        for _ in range(products):
+            a @ b
+
+    at_limit, spent = alternate(multiply, step, rounds)
+    limit = 2 * MATRIX**3 * products / at_limit
+    return flops / spent / limit, limit
 
 
 def instruction_set() -> str:
@@ -127,9 +141,8 @@ def bench_step(rounds: int, batch: int, compiled: bool) -> Iterator[Timing]:
     spent, released = alternate(ours, baseline, rounds)
     yield Timing(f"step: full size, batch {batch}", spent, released, "s")
     precision = choose_amp("auto", CPU) or torch.float32
-    limit = limit_of_this_machine(precision)
+    share, limit = share_of_limit(ours, counter.get_total_flops(), precision, rounds)
     what = f"{limit / 1e9:.0f} GFLOP/s in {str(precision).removeprefix('torch.')}, {instruction_set()}"
-    share = counter.get_total_flops() / spent / limit
     yield Timing(f"step: share of this machine's {what}", 100 * share, None, "%")
     beside, _ = alternate(rest, lambda: None, rounds)
     yield Timing("step: slots and losses, share of the step", 100 * beside / spent, None, "%")

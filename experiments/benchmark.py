@@ -12,7 +12,7 @@ its flags.
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train_script.sh and localize.py set it
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train_script.sh and localize.py set it
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

@@ -18,6 +18,7 @@ def test_a_step_is_timed_against_the_same_work(cli, monkeypatch):
     monkeypatch.setattr(bench_step, "apart", lambda work, *arguments: work(*arguments))
     monkeypatch.setattr(bench_step, "JointSlotModel", partial(JointSlotModel, "small"))
     monkeypatch.setattr(bench_step, "compile_model", lambda *_: None)
+    monkeypatch.setattr(bench_step, "keep_freed_memory", lambda: None)
     done = cli("experiments.benchmark", "step", "--rounds", "1", "--batch_size", "2", "--compile")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

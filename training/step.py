@@ -4,9 +4,10 @@ B pairs of the global batch, of which each process holds an equal share. The gra
 of them, however they are divided: over processes (`distributed.gather_rows`), or in parts that fit memory (GradCache).
 """
 
+import ctypes
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from utils import UserError, bf16_is_fast
 LOST_IN_A_ROW = 5  # steps whose loss overflows in fp16: more of them are no accident
 LR_DECAY = 0.9  # of schedule `step`, per epoch (paper)
 SURROGATE = "surrogate"  # what sends the gradient of the losses over a batch through a part of it
+MALLOPT = {-1: 2**31 - 1, -2: 2**26, -3: 2**30}  # bytes: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of malloc.h
 
 
 class Inputs(NamedTuple):
@@ -60,12 +62,23 @@ def lr_factor(steps_per_epoch: int, epochs: int, schedule: str, warmup: float, s
     return 1.0
 
 
-def choose_amp(amp: str, device: torch.device, arch: str = "resnet18") -> torch.dtype | None:
+def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:
     """Precision of the encoders: auto is bf16 where the hardware makes it the faster one, else fp16 on CUDA, fp32 on
     CPUs."""
     if amp == "auto":
-        amp = "bf16" if bf16_is_fast(device, arch == "small") else "fp16" if device.type == "cuda" else "none"
+        amp = "bf16" if bf16_is_fast(device) else "fp16" if device.type == "cuda" else "none"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory of freed tensors for those to come, where glibc gives it out.
+
+    Otherwise a step on a CPU returns its large tensors to the system and takes every page anew.
+    """
+    with suppress(OSError, AttributeError):  # no glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in MALLOPT.items():
+            mallopt(option, value)
 
 
 # ---------------------------------------------------------------- the step

@@ -9,7 +9,7 @@ it ends, and asks nothing of any other computer.
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read with torch: threads that wait leave drawing the processor
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read with torch: threads that wait soon leave drawing the processor
 
 import signal
 import tempfile
