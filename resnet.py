@@ -26,8 +26,8 @@ from utils import UserError, check_weights, evaluation_mode, is_safetensors
 
 TIMM = "timm:"
 TIMM_DIM = 512  # embedding channels D of a network of timm by default
-# In tests on a CPU so much of a batch goes through a network of timm at once: with more, EfficientNet-Lite0 takes 1.4
-# times as long, as what its layers hand on is allocated anew each time and stays in no cache.
+# Without gradients on a CPU so much of a batch goes through a network of timm at once: with more, EfficientNet-Lite0
+# takes 1.4 times as long, as what its layers hand on is allocated anew each time and stays in no cache.
 PIXELS_AT_ONCE = 4 * 224 * 224
 HEAD = ("proj.", "standardise.")  # names of an encoder's own weights, behind its trunk
 

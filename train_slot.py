@@ -232,7 +232,8 @@ def describe_run(args, data: TrainingData, optimisation: Optimisation, selected_
 def print_start(args, data: TrainingData, test_sets, optimisation: Optimisation) -> None:
     for name, value in provenance().items():
         print(f"{name}: {value}")
-    print(textwrap.fill("settings: " + ", ".join(f"{name} {value}" for name, value in sorted(vars(args).items())), 120))
+    settings = "settings: " + ", ".join(f"{name} {value}" for name, value in sorted(vars(args).items()))
+    print(textwrap.fill(settings, 120, break_long_words=False, break_on_hyphens=False))
     millions = sum(p.numel() for p in optimisation.model.parameters()) / 1e6
     device, precision = optimisation.device, optimisation.amp or "float32"
     print(f"parameters: {millions:.2f} M; device: {device}; processes: {world_size()}; precision: {precision}")
@@ -240,8 +241,9 @@ def print_start(args, data: TrainingData, test_sets, optimisation: Optimisation)
     ids = [pair.id for pair in data.train.pairs] if test_sets else []
     for name, dataset in test_sets.items():
         known = trained_on(ids, dataset.ground_truth, [pair.id for pair in dataset.pairs])["pairs"]
-        warning = f"; {known} of them are trained on, so test nothing: --train_list says which are to be" * bool(known)
-        print(f"test set {name}: {len(dataset)} of {dataset.ground_truth.expected} pairs{warning}")
+        print(f"test set {name}: {len(dataset)} of {dataset.ground_truth.expected} pairs")
+        if known:
+            print(f"  {known} of them are trained on, so say nothing of new data: --train_list FILE can leave them out")
     if device.type == "cpu" and args.image_encoder == "resnet18" and not args.freeze_image:
         print("the full-size network is made for GPUs: on a CPU, --recipe small trains a small one")
 

@@ -4,6 +4,7 @@ import argparse
 import codecs
 import difflib
 import errno
+import glob
 import io
 import json
 import math
@@ -88,7 +89,7 @@ RAN_OUT = (  # how the error reads, what ran out, what helps
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a flag's help, unless it is None, False or empty, or the help mentions it already."""
+    """Adds the default to a flag's help, unless it is None, False or (), or the help mentions it already."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default in (None, ()) or action.default is False or "default" in (action.help or "")
@@ -598,8 +599,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _beside(path: Path) -> str:
-    """The newest checkpoints that a wrong path may mean: in its folder, or of other runs."""
-    found = [*path.parent.glob("*.pth")] or [*path.parent.parent.glob(f"*/{path.name}")]
+    """The newest checkpoints that a wrong path may mean: in it, in its folder, or of other runs."""
+    name = glob.escape(path.name)
+    found = [*path.glob("*.pth")] or [*path.parent.glob("*.pth")] or [*path.parent.parent.glob(f"*/{name}")]
     newest = sorted((file for file in found if file.is_file()), key=os.path.getmtime, reverse=True)
     return "; there are " + ", ".join(map(str, newest[:5])) if newest else ""
 
@@ -634,7 +636,7 @@ def check_weights(weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tens
     ]
     if any(keys for _, keys in problems):
         listed = "; ".join(
-            f"{len(keys)} {what}: {', '.join(keys[:SHOWN_KEYS])}{', ...' * (len(keys) > SHOWN_KEYS)}"
+            f"{len(keys)} {what}: {', '.join(keys[:SHOWN_KEYS])}{', ...' if len(keys) > SHOWN_KEYS else ''}"
             for what, keys in problems
             if keys
         )

@@ -13,7 +13,7 @@ from experiments.timing import Timing, add_rounds, alternate
 from model_slot import JointSlotModel
 from recipes import CACHED_VIEWS, PAPER, PAPER_WEIGHTS
 from training.features import trunk_features
-from training.step import Inputs, Optimisation, choose_amp
+from training.step import Inputs, Optimisation, choose_amp, keep_freed_memory
 from utils import number
 
 CPU = torch.device("cpu")
@@ -54,6 +54,7 @@ def unit_costs(
 
 def step_of(model: JointSlotModel, image: torch.Tensor, spectrogram: torch.Tensor) -> Callable[[], object]:
     """A function that takes a step of the paper's objective as train_slot.py does on this CPU."""
+    keep_freed_memory()
     model = model.to(memory_format=torch.channels_last)
     optimisation = Optimisation(model, CPU, PAPER["lr"], amp=choose_amp("auto", CPU))
     inputs = Inputs(image, spectrogram, model.draw_masks(len(image)))

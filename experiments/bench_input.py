@@ -21,7 +21,7 @@ from model_slot import JointSlotModel, TokenMasks
 from recipes import PAPER_WEIGHTS, SMALL
 from synthetic.generate import COUNTS, generate
 from training.decoded import keep_decoded
-from training.step import Inputs, Optimisation, choose_amp
+from training.step import Inputs, Optimisation, choose_amp, keep_freed_memory
 from utils import bf16_is_fast, number
 
 IMAGE_SIZE, AUDIO_SECONDS = 224, 5.0
@@ -140,6 +140,8 @@ def bench_small(root: Path, rounds: int, train_pairs: int, device: torch.device)
 
 def small_training(pairs: TrainingPairs, device: torch.device) -> Callable[[], None]:
     """A function that trains the model of the recipe small for an epoch, as train_slot.py does."""
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(0)
     settings = {name: SMALL[name] for name in ("image_size", "audio_seconds", "iterations", "tau")}
     model = JointSlotModel("small", **settings).to(device, memory_format=torch.channels_last).train()

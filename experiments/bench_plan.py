@@ -142,7 +142,7 @@ def measure(freeze_image: bool, on_cpu: bool) -> Costs:
         files, _ = make_input_files(Path(folder), FILES)
         pairs = TrainingPairs(files, IMAGE_SIZE, AUDIO_SECONDS, "hard")
         pairs.views = NoFeatures(features.shape) if freeze_image else None
-        views = ViewImages([(pair, 1, pair.id.encode().rjust(4)) for pair in files], IMAGE_SIZE, "hard")
+        views = ViewImages([(pair, 1) for pair in files], IMAGE_SIZE, "hard")
         sent = sum(bytes_of(pairs.raw(index)) for index in range(FILES)) / FILES
         stored = sum(Path(path).stat().st_size for pair in files for path in (pair.image, pair.audio)) / FILES
         input_ms = core_ms(lambda: [pairs.raw(index) for index in range(FILES)], FILES)

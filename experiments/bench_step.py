@@ -68,7 +68,8 @@ def our_step(
 ) -> Callable[[], dict[str, float]]:
     """A function that takes one step exactly as train_slot.py does, from ready tensors. settings: of the model, in
     place of the full size."""
-    keep_freed_memory()
+    if device.type == "cpu":
+        keep_freed_memory()
     model = full_model(**settings).to(device, memory_format=torch.channels_last)
     if compiled:
         compile_model(model, device)

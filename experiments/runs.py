@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 import recipes
+from training.step import choose_amp
 from utils import ArgumentParser, UserError, write_json
 
 DATA = {1: Path("data/synthetic"), 3: Path("data/synthetic_3")}  # by `objects`; the test splits of both are the same
@@ -74,7 +76,8 @@ class Training(NamedTuple):
         matter = {name for name, role in roles.items() if role not in (recipes.RUN, recipes.TESTS)}
         matter |= recipes.INFERENCE | {"train_data_path"}
         weights = {f"weights {loss}": weight for loss, weight in settings["weights"].items()}
-        return {name: settings[name] for name in matter - {"weights"}} | weights
+        amp = choose_amp(settings["amp"], torch.device("cpu"))  # of `auto` what this CPU takes
+        return {name: settings[name] for name in matter - {"weights"}} | weights | {"precision": amp and str(amp)}
 
     def settings_asked(self) -> dict[str, Any]:
         """What `note` wrote into the folder."""

@@ -29,7 +29,7 @@ from reports.curves import LINE_COLOURS
 from reports.pictures import denormalize, overlay
 from resnet import TIMM, get_architecture
 from transforms import IMAGENET_MEAN, IMAGENET_STD
-from utils import UserError, atomic_path, random_states, restore_random_states
+from utils import UserError, atomic_path, evaluation_mode, random_states, restore_random_states
 
 MIN_SAMPLES, MAX_SAMPLES = 5, 1000  # of t-SNE: 10 points, below which it shows nothing, to 2000
 PERPLEXITY, PAPER_BATCH, SLOT_SAMPLES, DRAWN_PAIRS, ABREAST = 30.0, 256, 6, 12, 3
@@ -81,16 +81,15 @@ def diagnose(
     k, origin = choose_k(len(batch), reciprocal_k, model.reciprocal_k, stand_in)
     about = f"{len(batch)} samples of the evaluated set, in place of" if stand_in else f"{len(batch)} pairs,"
     about += f" a training batch; {origin}"
-    was_training, states = model.training, random_states()
-    model.eval()
+    states = random_states()
     try:
-        loader = make_loader(draw_samples(dataset, MAX_SAMPLES, seed), batch_size, workers)
-        paths = _diagnose_tsne(embed_targets(model, loader, device), len(dataset), seed, folder)
-        paths += _diagnose_slots(model, dataset, device, folder)
-        targets = embed_targets(model, make_loader(batch, batch_size, workers), device)
-        return paths + _diagnose_false_negatives(targets, batch, k, about, folder)
+        with evaluation_mode(model):
+            loader = make_loader(draw_samples(dataset, MAX_SAMPLES, seed), batch_size, workers)
+            paths = _diagnose_tsne(embed_targets(model, loader, device), len(dataset), seed, folder)
+            paths += _diagnose_slots(model, dataset, device, folder)
+            targets = embed_targets(model, make_loader(batch, batch_size, workers), device)
+            return paths + _diagnose_false_negatives(targets, batch, k, about, folder)
     finally:
-        model.train(was_training)
         restore_random_states(states)
 
 

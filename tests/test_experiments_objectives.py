@@ -123,6 +123,9 @@ def test_a_finished_run_with_other_flags_is_refused_before_anything_is_trained(s
     assert done.returncode == 2
     assert "published_seed_0 was trained with --epochs 10 and not 3: remove that folder" in done.stderr
     assert not (stub / "maxpool_seed_0").exists()
+    with monkeypatch.context() as other_cpu:
+        other_cpu.setattr("experiments.runs.choose_amp", lambda *_: "another")
+        assert "and not another: remove" in compare("--rows", "published").stderr, "one table has one precision"
     monkeypatch.setitem(ROWS, "published", Row("published", "--weights lam2=0.5 lam3=0"))
     done = compare("--rows", "published")
     assert "--weights attention_matching 100.0 and not 0.0, --weights slot_divergence 0.1 and not 0.5" in done.stderr

@@ -236,5 +236,5 @@ def test_features_of_a_frozen_encoder_are_those_of_loose_files(root, synthetic_r
     files = {pair.id: pair for pair in loose(synthetic_root)}
     views = [_views_of(pairs, 2, True) for pairs in (ours, [files[name] for name in ours.ids])]
     assert [key for *_, key in views[0]] == [key for *_, key in views[1]]
-    one, other = (ViewImages(of, SIZE, "hard")[7][0].levels for of in views)
+    one, other = (ViewImages([view[:2] for view in of], SIZE, "hard")[7][0].levels for of in views)
     assert torch.equal(one, other)

@@ -244,7 +244,7 @@ def test_real_pairs_train_a_step(tmp_path, cli):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert math.isfinite(log_of(tmp_path / "clips")[0]["loss"])
-    assert re.search(r"test set custom: \d+ of \d+ pairs; \d+ of them are trained on", done.stdout)
+    assert re.search(r"test set custom: \d+ of \d+ pairs\n  \d+ of them are trained on", done.stdout)
 
 
 # ---------------------------------------------------------------- weights, flags

@@ -38,7 +38,8 @@ def test_a_path_without_checkpoint_is_answered_with_those_that_are_there(tmp_pat
 
     assert sorted(said("c/best.pth")) == ["a/best.pth", "b/best.pth"]
     assert sorted(said("a/last.pth")) == ["a/best.pth", "a/latest.pth"]
-    assert said("c/last.pth") == []
+    assert said("c/last.pth") == said("c/x**[.pth") == []
+    assert sorted(said("a")) == ["a/best.pth", "a/latest.pth"]
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "x", "", "-1", "3", "0.5.1"])

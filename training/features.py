@@ -172,14 +172,14 @@ class ViewImages(Dataset):
     """`Pixels` of views: the whole image for view 0, as in evaluation, else one that the image and the view's number
     draw: the same whatever the file is called, wherever it lies and whenever it was written."""
 
-    def __init__(self, views: Sequence[tuple[Pair, int, bytes]], image_size: int, augment: str) -> None:
+    def __init__(self, views: Sequence[tuple[Pair, int]], image_size: int, augment: str) -> None:
         self.views, self.image_size, self.draw = views, image_size, augmentation(image_size, augment)
 
     def __len__(self) -> int:
         return len(self.views)
 
     def __getitem__(self, index: int) -> tuple[Pixels, int]:
-        pair, view, _ = self.views[index]
+        pair, view = self.views[index]
         with torch.random.fork_rng(devices=[]), as_user_error(ValueError, kind=Undecodable):
             pair = pair.fetched()
             if view == 0:
@@ -263,7 +263,7 @@ def compute(
     if not missing:
         return
     rows, done = store.open("r+")
-    images = ViewImages([view for _, view in missing], size, augment)
+    images = ViewImages([view[:2] for _, view in missing], size, augment)
     pairs, written = [pair for _, (pair, *_) in missing], []
     title = "features of the frozen image encoder"
     with (
@@ -305,7 +305,7 @@ def standardise(encoder: Encoder, train: TrainingPairs, device: torch.device, im
     if train.views is not None:
         parts = (chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH))
         return encoder.standardise.fit(torch.stack([train.views.get(i, 0) for i in part]).to(device) for part in parts)
-    views = ViewImages([(train.pairs[i], 0, b"") for i in chosen], train.image_size, "none")
+    views = ViewImages([(train.pairs[i], 0) for i in chosen], train.image_size, "none")
     with evaluation_mode(encoder), count_undecodable(train.pairs):
         loader = make_loader(views, BATCH, 0, device=device)
         encoder.standardise.fit(trunk_features(encoder, image, device) for image, _ in loader)

@@ -23,7 +23,7 @@ from utils import UserError, bf16_is_fast
 LOST_IN_A_ROW = 5  # steps whose loss overflows in fp16: more of them are no accident
 LR_DECAY = 0.9  # of schedule `step`, per epoch (paper)
 SURROGATE = "surrogate"  # what sends the gradient of the losses over a batch through a part of it
-MALLOPT = {-1: 2**31 - 1, -2: 2**26, -3: 2**30}  # bytes: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
 class Inputs(NamedTuple):
@@ -71,14 +71,14 @@ def choose_amp(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory of freed tensors for those to come, where glibc gives it out.
-
-    Otherwise a step on a CPU returns its large tensors to the system and takes every page anew.
+    """Let this process, and those forked from it, keep the memory of freed tensors for those to come, where glibc gives
+    it out. Otherwise a step on a CPU returns its large tensors to the system and takes every page anew.
     """
     with suppress(OSError, AttributeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in MALLOPT.items():
-            mallopt(option, value)
+        if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):  # an old glibc allows no more
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+            mallopt(M_TOP_PAD, 2**26)
 
 
 # ---------------------------------------------------------------- the step
