@@ -466,7 +466,7 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(synthetic_root, tmp_path, train)
     before = load_checkpoint(tmp_path / "run" / "latest.pth")["wandb_run"]
     assert train(synthetic_root, tmp_path, "--resume", "--wandb", "offline").returncode == 0
     folders = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
-    assert len(folders) == 2 and all(name.endswith(f"-{before}") for name in folders)
+    assert len(folders) == 2 and all(f"-{before}" in name for name in folders), "two of one second end in -1"
 
 
 # ---------------------------------------------------------------- several processes
