@@ -1,6 +1,7 @@
 """Lists of ids, and ground truth: boxes, consensus of annotators, masks, each as a (224, 224) map in 0..1."""
 
 import csv
+import difflib
 import json
 import os
 import re
@@ -56,8 +57,12 @@ def read_text(path: str | Path, what: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        mend = f"`python prepare_data.py metadata --only {Path(path).name}` fetches it if it is a public one"
-        raise Absent(f"the {what} {path} does not exist: {mend} (see metadata/README.md)") from None
+        path = Path(path)
+        there = [file.name for file in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
+        if near := difflib.get_close_matches(path.name, there, n=1):
+            raise Absent(f"the {what} {path} does not exist: did you mean {path.parent / near[0]}?") from None
+        mend = f"`python prepare_data.py metadata --only {path.name}` fetches it if it is a public one"
+        raise Absent(f"the {what} {path.absolute()} does not exist: {mend} (see metadata/README.md)") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the {what} {path}: {error}") from error
 

@@ -46,6 +46,7 @@ from training.run import score_sets, train_one_epoch, validate
 from training.step import Optimisation, choose_amp, compile_model, keep_freed_memory, lr_factor, with_sync_bn
 from utils import ArgumentParser, UserError, as_user_error, provenance, run_cli, seed_everything
 
+FEW_HELD_OUT = 30  # pairs, that say little of an epoch or a threshold
 SELECTED_BY = {  # --select: (what best.pth is chosen by, the figure that says so)
     "retrieval": (
         "retrieval on held-out training pairs (no boxes): the latest epoch within one standard error of the best",
@@ -238,6 +239,11 @@ def print_start(args, data: TrainingData, test_sets, optimisation: Optimisation)
     device, precision = optimisation.device, optimisation.amp or "float32"
     print(f"parameters: {millions:.2f} M; device: {device}; processes: {world_size()}; precision: {precision}")
     print("training pairs: " + ", ".join(f"{count} {name}" for name, count in data.counts.items()))
+    if 0 < len(data.held_out) < FEW_HELD_OUT and args.select == "retrieval":
+        print(
+            f"warning: {len(data.held_out)} held-out pairs choose the epoch and the universal threshold, nearly by "
+            "chance; a larger --val_fraction holds out more"
+        )
     ids = [pair.id for pair in data.train.pairs] if test_sets else []
     for name, dataset in test_sets.items():
         known = trained_on(ids, dataset.ground_truth, [pair.id for pair in dataset.pairs])["pairs"]

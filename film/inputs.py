@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from annotations import SUFFIXES
 from dataset import LAYOUTS
 from film.tables import FAILURES, MADE_BY, PAGE, read_about
 from utils import UserError, cut_to_bytes
@@ -96,19 +97,28 @@ def _made(folder: Path, names: Iterable[str]) -> set[str]:
 
 
 def sounds_beside(sources: Sequence[Path]) -> dict[Path, Path]:
-    """{image or film: the sound file of its name}, of files that are all known."""
-    sounds = {path.with_suffix(""): path for path in sources if path.suffix.lower() in SOUND_SUFFIXES}
-    beside = {(image, audio) for pairs in LAYOUTS.values() for image, audio in pairs if "/" not in image}
+    """{image or film: the sound file of its name}, of the sources; for images, which have no sound, of all files."""
+    looked_at = {path: _folders_of_sounds(path) for path in sources if path.suffix.lower() not in SOUND_SUFFIXES}
+    of_images = {folder for path in looked_at if path.suffix.lower() in SUFFIXES["image"] for folder in looked_at[path]}
+    there = [path for folder in sorted(of_images) if folder.is_dir() for path in sorted(folder.iterdir())]
+    known, every = (
+        {path.with_suffix(""): path for path in paths if path.suffix.lower() in SOUND_SUFFIXES}
+        for paths in (sources, [*there, *sources])
+    )
     found: dict[Path, Path] = {}
-    for path in sources:
-        if path.suffix.lower() in SOUND_SUFFIXES:
-            continue
-        folders = [path.parent, *(path.parent.with_name(audio) for image, audio in beside if path.parent.name == image)]
+    for path, folders in looked_at.items():
+        sounds = every if path.suffix.lower() in SUFFIXES["image"] else known
         for folder in folders:
             if sound := sounds.get(folder / path.stem):
                 found[path] = sound
                 break
     return found
+
+
+def _folders_of_sounds(path: Path) -> list[Path]:
+    """Its own folder, and the folder of sounds beside that where it is one of images."""
+    beside = {(image, audio) for pairs in LAYOUTS.values() for image, audio in pairs if "/" not in image}
+    return [path.parent, *(path.parent.with_name(audio) for image, audio in beside if path.parent.name == image)]
 
 
 def name_outputs(names: Sequence[Path]) -> list[Path]:

@@ -53,6 +53,10 @@ def test_an_image_takes_the_sound_of_its_name_beside_it_or_in_the_folder_of_soun
     assert tasks.keys() == {"photo.jpg", "alone.png", "only.mp3", "x.jpg"}
     assert tasks["photo.jpg"].sound == root / "photo.WAV" and tasks["x.jpg"].sound == root / "audio" / "x.flac"
     assert tasks["alone.png"].sound is None
+    touch(tmp_path, "film.mp4", "film.wav")
+    named = [root / "photo.jpg", root / "frames" / "x.jpg", root / "film.mp4"]
+    sounds = [task.sound for task in find_tasks(named, tmp_path / "out", None)]
+    assert sounds == [root / "photo.WAV", root / "audio" / "x.flac", None], "a film has a sound of its own"
     given = find_tasks([root / "photo.jpg"], tmp_path / "out", root / "only.mp3")
     assert [task.sound for task in given] == [root / "only.mp3"] and given[0].asked_for
 

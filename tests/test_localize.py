@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,7 +79,8 @@ def test_what_is_bad_is_one_line_and_status_2(name, localize, folder):
 
 
 def test_an_image_needs_a_sound(localize, folder, tmp_path):
-    done = localize(folder / "photo.jpg")
+    alone = shutil.copy(folder / "photo.jpg", tmp_path / "alone.jpg")
+    done = localize(alone)
     assert done.returncode == 2 and "--sound FILE" in done.stderr
     done = localize(folder / "photo.jpg", "--sound", folder / "film.mp4")
     assert done.returncode == 0 and read_about(tmp_path / "out" / "photo.json")["complete"]

@@ -227,7 +227,14 @@ def at_chance(count, loss=8.31, score=0.5, **more):
 def test_a_training_that_learns_nothing_is_told_from_one_that_does(lines, warns):
     told = stuck(lines, 1, 64, 400)
     assert (told is not None) is warns
-    assert not told or "from epoch 2 to 4" in told
+    assert not told or ("from epoch 2 to 4" in told and "try another --lr" in told)
+
+
+def test_a_training_of_few_steps_is_told_to_take_more():
+    lines = [line | {"steps": 1} for line in at_chance(4)]
+    assert "try a smaller --batch_size, more --epochs or more pairs, as an epoch has 1 steps" in stuck(
+        lines, 1, 64, 400
+    )
 
 
 def test_without_wandb_nothing_of_it_is_imported_and_a_resumed_id_is_kept(tmp_path):

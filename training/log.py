@@ -16,6 +16,7 @@ COUNTS = ("samples", "empty", "images", "tied_half", "tied_adaptive")  # counts 
 
 
 STUCK_EPOCHS = 3
+FEW_STEPS = 10  # of an epoch: too few to learn in
 AT_CHANCE = 0.99  # of the loss of a model that knows nothing
 CHANCE_SPREAD = 12**-0.5  # standard deviation of a percentile rank that is drawn at random
 
@@ -35,10 +36,15 @@ def stuck(lines: Sequence[Mapping[str, Any]], warm: float, batch_size: int, held
     if not at_chance or any(line.get("val/retrieval_score", 0.0) > limit for line in last):
         return None
     found = f", held-out retrieval {last[-1]['val/retrieval_score']:.2f}" if "val/retrieval_score" in last[-1] else ""
+    steps = last[-1].get("steps", FEW_STEPS)
+    advice = (
+        "try another --lr, a larger --batch_size or --tau, and check that images and audio of an id belong together"
+    )
+    if steps < FEW_STEPS:
+        advice = f"an epoch has {steps} steps: try a smaller --batch_size, more --epochs, or more pairs"
     return (
         f"nothing is learnt: from epoch {last[0]['epoch']} to {last[-1]['epoch']} the contrastive loss is at chance "
-        f"({last[-1]['info_nce']:.3f}, chance {chances[-1]:.3f}){found}; try another --lr, a larger --batch_size or "
-        "--tau, and check that images and audio of an id belong together"
+        f"({last[-1]['info_nce']:.3f}, chance {chances[-1]:.3f}){found}; try {advice}"
     )
 
 

@@ -331,8 +331,9 @@ class RunFolder:
             args, held_out = self.about["args"], int(self.about["marks"]["held-out pairs"].split()[0])
             warm = max(args["warmup"], args["lr_warmup"] * args["epochs"])
             if warning := stuck([*self.log.lines, line], warm, args["batch_size"], held_out):
+                if not self.log.warning:  # told once, not in every epoch
+                    print(f"warning: {warning}", flush=True)
                 line = line | {"warning": warning}
-                print(f"warning: {warning}", flush=True)
             self.log.write(line, step)
 
     def last_is_chosen(self) -> bool:
