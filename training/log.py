@@ -37,11 +37,9 @@ def stuck(lines: Sequence[Mapping[str, Any]], warm: float, batch_size: int, held
         return None
     found = f", held-out retrieval {last[-1]['val/retrieval_score']:.2f}" if "val/retrieval_score" in last[-1] else ""
     steps = last[-1].get("steps", FEW_STEPS)
-    advice = (
-        "try another --lr, a larger --batch_size or --tau, and check that images and audio of an id belong together"
-    )
+    advice = "another --lr, a larger --batch_size or --tau, and check that images and audio of an id belong together"
     if steps < FEW_STEPS:
-        advice = f"an epoch has {steps} steps: try a smaller --batch_size, more --epochs, or more pairs"
+        advice = f"a smaller --batch_size, more --epochs or more pairs, as an epoch has {steps} steps"
     return (
         f"nothing is learnt: from epoch {last[0]['epoch']} to {last[-1]['epoch']} the contrastive loss is at chance "
         f"({last[-1]['info_nce']:.3f}, chance {chances[-1]:.3f}){found}; try {advice}"
