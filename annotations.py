@@ -58,11 +58,11 @@ def read_text(path: str | Path, what: str) -> str:
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         path = Path(path)
-        there = [file.name for file in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
-        if near := difflib.get_close_matches(path.name, there, n=1):
-            raise Absent(f"the {what} {path} does not exist: did you mean {path.parent / near[0]}?") from None
+        files = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = difflib.get_close_matches(path.name, [file.name for file in files if file.suffix == path.suffix], n=1)
         mend = f"`python prepare_data.py metadata --only {path.name}` fetches it if it is a public one"
-        raise Absent(f"the {what} {path.absolute()} does not exist: {mend} (see metadata/README.md)") from None
+        mend += " (see metadata/README.md)" + (f"; of a like name there is {path.parent / near[0]}" if near else "")
+        raise Absent(f"the {what} {path.absolute()} does not exist: {mend}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the {what} {path}: {error}") from error
 

@@ -831,9 +831,11 @@ def check_copies(pairs: Sequence[Pair], units: Mapping[str, str], silent: Collec
     first: dict[str, Pair] = {}
     for pair in pairs:
         other = first.setdefault(units[pair.id], pair) if pair.id not in silent else pair
+        if other.image == pair.image:
+            continue
         with as_user_error(ValueError):
-            images = middle_frame(other.image), middle_frame(pair.image)
-        if other.image != pair.image and not same_image(*images):
+            alike = same_image(middle_frame(other.image), middle_frame(pair.image))
+        if not alike:
             raise UserError(
                 f"--interactive true: {other.id} and {pair.id} would be sources of one image, "
                 f"{units[pair.id]}, by their names up to the last underscore, but show different images: name `image` "

@@ -297,6 +297,15 @@ def test_a_mask_without_compression_counts_from_its_first_level(tmp_path):
     assert annotations.mask_map(tmp_path / "m.png").mean() == 0.5
 
 
+def test_a_list_that_is_not_there_is_answered_with_where_it_comes_from_and_a_like_name(tmp_path):
+    (tmp_path / "vggss_10k.txt").write_text("a\n")
+    with pytest.raises(UserError, match=r"--only vggss_144k\.txt` fetches .*like name there is .*vggss_10k\.txt"):
+        annotations.read_ids(tmp_path / "vggss_144k.txt")
+    for name in ("no.csv", "odd.**", "nowhere/ids.txt"):
+        with pytest.raises(UserError, match=r"does not exist: `python [^;]*$"):
+            annotations.read_ids(tmp_path / name)
+
+
 def test_all_leaves_out_what_is_absent_and_stops_at_what_is_broken(synthetic_root, tmp_path, cli, monkeypatch):
     make_pairs(tmp_path, IDS[:2])
     boxes = [{"file": i, "class": "dog", "bbox": [[0, 0, 1, 0.5]]} for i in IDS[:3]]

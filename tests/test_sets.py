@@ -260,6 +260,10 @@ def test_folders_of_frames_are_copies_only_where_they_show_one_image(tmp_path):
     check_copies(pairs[:2], units, ())
     with pytest.raises(UserError, match="a_1 and a_3 would be sources of one image, a"):
         check_copies(pairs, units, ())
+    (tmp_path / "a_1" / "0.png").unlink()
+    check_copies(pairs[:1], units, ())  # alone it is named when its turn comes
+    with pytest.raises(UserError, match=r"folder of frames .*a_1 is empty"):
+        check_copies(pairs[:2], units, ())
 
 
 def test_off_screen_sounds_of_an_own_set_are_of_no_source_in_the_image(tmp_path):
